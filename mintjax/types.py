@@ -1,0 +1,432 @@
+"""What travels between the client and a trainer, under the names of the Tinker SDK."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from mintjax.errors import DataError
+
+LossFnName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """Anything NumPy can read without a copy of its own: JAX arrays, pandas columns, ..."""
+
+    def __array__(self) -> npt.NDArray[Any]:
+        """Return the values as a NumPy array."""
+        ...
+
+
+ArrayLike = npt.NDArray[Any] | SupportsArray | Sequence[Any]
+"""What a column of ``loss_fn_inputs`` may be given as."""
+
+
+class TensorData(np.ndarray):
+    """A NumPy array that knows its wire form, ``{"data", "dtype", "shape"}``.
+
+    It *is* an array: ``jnp.dot(logprobs, datum.loss_fn_inputs["weights"])`` needs no conversion.
+    Floating types become float32 and integers (and booleans) int64, the two types of the protocol.
+
+    Args:
+        data: numbers, flat or already in shape; a NumPy or JAX array, or nested lists.
+        dtype: ``"float32"`` or ``"int64"``; inferred from the data if absent.
+        shape: the shape to give to flat data; for sparse data, the dense shape.
+        sparse_crow_indices: row pointers of a CSR matrix, shape ``[rows + 1]``. The array is made
+            dense here.
+        sparse_col_indices: column indices of a CSR matrix, one for each number of ``data``.
+
+    Raises:
+        DataError: not numbers, a ragged nested list, a shape that does not fit, or indices that
+            describe no matrix.
+    """
+
+    def __new__(
+        cls,
+        data: ArrayLike,
+        dtype: str | None = None,
+        shape: Sequence[int] | None = None,
+        sparse_crow_indices: Sequence[int] | None = None,
+        sparse_col_indices: Sequence[int] | None = None,
+    ) -> TensorData:
+        array = _as_wire_array(data, dtype)
+        if sparse_crow_indices is not None or sparse_col_indices is not None:
+            array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
+        elif shape is not None and array.shape != tuple(shape):
+            try:
+                array = array.reshape(tuple(shape))
+            except ValueError:
+                raise DataError(
+                    f"{array.size} numbers do not fill the shape {list(shape)}"
+                ) from None
+        return array.view(cls)
+
+    @classmethod
+    def from_numpy(cls, array: npt.NDArray[Any]) -> TensorData:
+        """The same numbers, shape and (wire) dtype; shares memory where the dtype allows."""
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: Any) -> TensorData:
+        """From a ``torch.Tensor`` of any device and dtype; torch itself is not imported."""
+        tensor = tensor.detach().cpu()
+        return cls((tensor.float() if tensor.is_floating_point() else tensor.long()).numpy())
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """The same memory as a plain ``np.ndarray``."""
+        return self.view(np.ndarray)
+
+    def to_torch(self) -> Any:
+        """A ``torch.Tensor`` that shares no memory with this one. Needs torch."""
+        import torch  # pyright: ignore[reportMissingImports]
+
+        return torch.tensor(self.to_numpy())  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+    @property
+    def data(self) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The numbers as a flat list, in row-major order."""
+        return self.to_numpy().ravel().tolist()
+
+
+def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(data)
+    except ValueError:
+        raise DataError("a column must be rectangular; this nested list is ragged") from None
+    if dtype is None:
+        kind = array.dtype.kind
+        if array.size == 0 or kind == "f" or array.dtype.name == "bfloat16":
+            dtype = "float32"
+        elif kind in "iub":
+            dtype = "int64"
+        else:
+            raise DataError(f"a column must hold numbers, not {array.dtype.name}")
+    if dtype not in ("float32", "int64"):
+        raise DataError(f"dtype must be 'float32' or 'int64', not {dtype!r}")
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16" and array.size:
+        raise DataError(f"a column must hold numbers, not {array.dtype.name}")
+    if dtype == "int64" and array.dtype.kind == "f" and array.size:
+        whole = np.isfinite(array) & (np.trunc(array) == array)
+        if not whole.all():
+            raise DataError(f"int64 was asked for, but {array[~whole].ravel()[0]} is no integer")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf; validation names it
+        return np.asarray(array, dtype=dtype)
+
+
+def _dense(
+    values: npt.NDArray[Any],
+    crow: Sequence[int] | None,
+    col: Sequence[int] | None,
+    shape: Sequence[int] | None,
+) -> npt.NDArray[Any]:
+    if crow is None or col is None or shape is None or len(shape) != 2:
+        raise DataError(
+            "sparse data needs sparse_crow_indices, sparse_col_indices and a shape of two numbers"
+        )
+    pointers, columns = np.asarray(crow, np.int64), np.asarray(col, np.int64)
+    rows, width = shape
+    counts = np.diff(pointers)
+    if (
+        pointers.shape != (rows + 1,)
+        or pointers[0] != 0
+        or (counts < 0).any()
+        or pointers[-1] != values.size
+        or columns.shape != values.shape
+        or (columns.size and (columns.min() < 0 or columns.max() >= width))
+    ):
+        raise DataError(f"the sparse indices do not describe a matrix of shape {list(shape)}")
+    dense = np.zeros((rows, width), values.dtype)
+    dense[np.repeat(np.arange(rows), counts), columns] = values
+    return dense
+
+
+class EncodedTextChunk(msgspec.Struct, frozen=True):
+    """A run of token ids.
+
+    Args:
+        tokens: the ids, each at least 0.
+        type: what the protocol calls such a chunk.
+    """
+
+    tokens: list[int]
+    type: Literal["encoded_text"] = "encoded_text"
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+
+class ModelInput(msgspec.Struct, frozen=True):
+    """The tokens that the model reads, in chunks.
+
+    Args:
+        chunks: the chunks, in order.
+    """
+
+    chunks: list[EncodedTextChunk]
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> ModelInput:
+        """One chunk of token ids, from a list or an integer array of shape ``[T]``.
+
+        Raises:
+            DataError: the tokens are not a flat sequence of integers.
+        """
+        array = np.asarray(tokens)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise DataError(
+                f"tokens must be a flat sequence of integers, not {array.dtype.name} of shape "
+                f"{list(array.shape)}",
+                field="model_input",
+            )
+        return cls([EncodedTextChunk(cast("list[int]", array.tolist()))])
+
+    def to_ints(self) -> list[int]:
+        """All tokens as one list."""
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class Datum(msgspec.Struct, frozen=True, eq=False):
+    """One training example: what the model reads, and what the loss reads.
+
+    Args:
+        model_input: T tokens.
+        loss_fn_inputs: columns by name, each of shape ``[T]`` or ``[T, K]``: ``target_tokens`` (the
+            token that follows each input token), ``weights``, ``advantages``, ``logprobs`` (of the
+            sampling policy), or anything that an objective reads. Lists, NumPy, JAX and torch
+            arrays are taken; what is kept is a :class:`TensorData`.
+
+    Raises:
+        DataError: a column does not hold numbers.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData] = msgspec.field(default_factory=dict[str, TensorData])
+
+    def __post_init__(self) -> None:
+        given = cast("Mapping[str, Any]", self.loss_fn_inputs)
+        columns = {str(name): _to_tensor(name, value) for name, value in given.items()}
+        msgspec.structs.force_setattr(self, "loss_fn_inputs", columns)
+
+
+_INTEGER_COLUMNS = frozenset({"target_tokens"})
+_FLOAT_COLUMNS = frozenset({"weights", "advantages", "logprobs", "ref_logprobs"})
+
+
+def _to_tensor(name: str, value: Any) -> TensorData:
+    if isinstance(value, ModelInput):  # the official SDK's examples pass targets so
+        value = value.to_ints()
+    try:
+        if hasattr(value, "detach"):
+            value = TensorData.from_torch(value)
+        dtype = "int64" if name in _INTEGER_COLUMNS else None
+        if name in _FLOAT_COLUMNS:
+            dtype = "float32"
+        if isinstance(value, TensorData) and (dtype is None or value.dtype == dtype):
+            return value
+        return TensorData(value, dtype)
+    except DataError as error:
+        raise DataError(str(error), field=str(name)) from None
+
+
+class AdamParams(msgspec.Struct, frozen=True, kw_only=True):
+    """One AdamW step, with the update of ``torch.optim.AdamW``.
+
+    Args:
+        learning_rate: step size.
+        beta1: decay of the running mean of gradients.
+        beta2: decay of the running mean of squared gradients.
+        eps: added to the denominator, outside the square root.
+        weight_decay: decoupled: each weight loses ``learning_rate * weight_decay`` of itself.
+        grad_clip_norm: the largest global gradient norm, in the units of the gradient; 0 for none.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class LoraConfig(msgspec.Struct, frozen=True):
+    """Which low-rank adapters a model is trained with.
+
+    Args:
+        rank: inner dimension of the two factors, at least 1.
+        seed: of the adapters' initial values; the trainer chooses one if None.
+        train_unembed: adapt the output projection.
+        train_mlp: adapt the feed-forward layers.
+        train_attn: adapt the attention projections.
+    """
+
+    rank: int
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
+    """What a forward or forward-backward pass returns.
+
+    Args:
+        loss_fn_outputs: one dict of arrays per datum, in the order of the data; ``"logprobs"`` has
+            the shape of that datum's ``target_tokens``, in nats.
+        metrics: numbers by name. A trainer's own end in how they combine (``"loss:sum"``); a custom
+            step adds the objective's, ``"loss"`` among them.
+        loss_fn_output_type: what the trainer calls its records.
+    """
+
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    loss_fn_output_type: str = "ArrayRecord"
+
+    @property
+    def logprobs(self) -> list[npt.NDArray[np.float32]]:
+        """The target tokens' log-probabilities: one float32 array per datum, in order.
+
+        Raises:
+            DataError: the trainer returned no logprobs for a datum.
+        """
+        for i, output in enumerate(self.loss_fn_outputs):
+            if "logprobs" not in output:
+                raise DataError("the trainer returned no logprobs", datum=i, field="logprobs")
+        return [output["logprobs"].to_numpy() for output in self.loss_fn_outputs]
+
+
+class OptimStepResponse(msgspec.Struct, kw_only=True):
+    """What an optimizer step returns.
+
+    Args:
+        metrics: numbers by name, or None where the trainer reports none.
+    """
+
+    metrics: dict[str, float] | None = None
+
+
+class SaveWeightsResponse(msgspec.Struct, kw_only=True):
+    """Where a checkpoint went.
+
+    Args:
+        path: ``tinker://<model>/weights/<name>``, or ``.../sampler_weights/<name>``.
+    """
+
+    path: str
+
+
+class LoadWeightsResponse(msgspec.Struct, kw_only=True):
+    """Which checkpoint was loaded.
+
+    Args:
+        path: the checkpoint's path, where the trainer repeats it.
+    """
+
+    path: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to sample.
+
+    Args:
+        max_tokens: at most so many new tokens; as many as fit if None.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; -1 keeps all.
+        top_p: keep the likeliest tokens until their probability reaches p.
+        seed: the same seed, prompt and parameters give the same tokens.
+        stop: end at one of these: strings, or token ids. What stopped it is part of the result.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+
+
+class SampledSequence(msgspec.Struct, kw_only=True):
+    """One sampled continuation.
+
+    Args:
+        tokens: the new tokens.
+        logprobs: of each, in nats, under the sampling distribution's model at temperature 1.
+        stop_reason: ``"stop"`` (a stop string, stop token or end of text) or ``"length"``.
+    """
+
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    stop_reason: Literal["stop", "length"] = "length"
+
+
+class SampleResponse(msgspec.Struct, kw_only=True):
+    """What a request to sample returns.
+
+    Args:
+        sequences: one per sample asked for.
+        prompt_logprobs: if asked for, one per prompt token, in nats; the first is None.
+    """
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+
+
+class ModelData(msgspec.Struct, kw_only=True):
+    """What a model is.
+
+    Args:
+        model_name: the base model.
+        arch: its architecture, where the trainer says so.
+        tokenizer_id: the tokenizer that its token ids belong to.
+    """
+
+    model_name: str
+    arch: str | None = None
+    tokenizer_id: str | None = None
+
+
+class GetInfoResponse(msgspec.Struct, kw_only=True):
+    """What a trainer says of one model in training.
+
+    Args:
+        model_id: the trainer's name of it.
+        model_data: what it was made from.
+        lora_rank: the rank of its adapters.
+    """
+
+    model_id: str
+    model_data: ModelData
+    lora_rank: int | None = None
+
+
+class SupportedModel(msgspec.Struct, kw_only=True):
+    """A base model that a trainer offers.
+
+    Args:
+        model_name: its name.
+        max_context_length: in tokens, where the trainer says so.
+    """
+
+    model_name: str
+    max_context_length: int | None = None
+
+
+class ServerCapabilities(msgspec.Struct, kw_only=True):
+    """What a trainer offers.
+
+    Args:
+        supported_models: its base models.
+    """
+
+    supported_models: list[SupportedModel]

@@ -1,0 +1,252 @@
+"""The protocol's envelopes (REST, ``/api/v1``) and their JSON, for the client and the trainer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar, cast
+
+import msgspec
+
+from mintjax.errors import DataError
+from mintjax.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams, TensorData
+
+T = TypeVar("T")
+
+
+class ForwardBackwardInput(msgspec.Struct, eq=False):
+    """The data of a pass, and the built-in loss to take of it."""
+
+    data: list[Datum]
+    loss_fn: str
+    loss_fn_config: dict[str, float] | None = None
+
+
+class ForwardRequest(msgspec.Struct, eq=False, omit_defaults=True):
+    """``POST forward``."""
+
+    forward_input: ForwardBackwardInput
+    model_id: str
+    seq_id: int | None = None
+
+
+class ForwardBackwardRequest(msgspec.Struct, eq=False, omit_defaults=True):
+    """``POST forward_backward``."""
+
+    forward_backward_input: ForwardBackwardInput
+    model_id: str
+    seq_id: int | None = None
+
+
+class OptimStepRequest(msgspec.Struct):
+    """``POST optim_step``."""
+
+    adam_params: AdamParams
+    model_id: str
+    seq_id: int | None = None
+    type: Literal["optim_step"] = "optim_step"
+
+
+class CreateSessionRequest(msgspec.Struct):
+    """``POST create_session``."""
+
+    sdk_version: str
+    tags: list[str] = msgspec.field(default_factory=list[str])
+    user_metadata: dict[str, str] | None = msgspec.field(default_factory=dict[str, str])
+    type: Literal["create_session"] = "create_session"
+
+
+class CreateSessionResponse(msgspec.Struct, omit_defaults=True):
+    """A session; its messages are for the user's log."""
+
+    session_id: str
+    info_message: str | None = None
+    warning_message: str | None = None
+    error_message: str | None = None
+
+
+class SessionHeartbeatRequest(msgspec.Struct):
+    """``POST session_heartbeat``."""
+
+    session_id: str
+    type: Literal["session_heartbeat"] = "session_heartbeat"
+
+
+class ClientConfigRequest(msgspec.Struct):
+    """``POST client/config``."""
+
+    sdk_version: str
+
+
+class ClientConfigResponse(msgspec.Struct):
+    """The flags that the client heeds; a trainer may send others, or have no such endpoint."""
+
+    proto_write_fwdbwd: bool = False
+    proto_compress_fwdbwd: bool = False
+    parallel_fwdbwd_chunks: bool = True
+    fwdbwd_max_chunk_len: int = 1024
+    fwdbwd_max_chunk_bytes_count: int = 5_000_000
+
+
+class CreateModelRequest(msgspec.Struct):
+    """``POST create_model``."""
+
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    lora_config: LoraConfig | None = None
+    user_metadata: dict[str, str] | None = None
+    type: Literal["create_model"] = "create_model"
+
+
+class CreateModelResponse(msgspec.Struct):
+    """The name of the model that was made."""
+
+    model_id: str
+
+
+class ModelRequest(msgspec.Struct):
+    """``POST get_info`` and ``POST unload_model``."""
+
+    model_id: str
+    type: str | None = None
+
+
+class SaveWeightsRequest(msgspec.Struct, omit_defaults=True):
+    """``POST save_weights``."""
+
+    model_id: str
+    path: str | None = None
+    seq_id: int | None = None
+    type: str | None = None
+
+
+class LoadWeightsRequest(msgspec.Struct):
+    """``POST load_weights``."""
+
+    model_id: str
+    path: str
+    seq_id: int | None = None
+    optimizer: bool = False
+    type: str | None = None
+
+
+class SaveWeightsForSamplerRequest(msgspec.Struct, omit_defaults=True):
+    """``POST save_weights_for_sampler``: under a path, or for one sampling session only."""
+
+    model_id: str
+    path: str | None = None
+    sampling_session_seq_id: int | None = None
+    seq_id: int | None = None
+    type: str | None = None
+
+
+class SaveWeightsForSamplerResponse(msgspec.Struct, omit_defaults=True):
+    """A path, or the sampling session that was made."""
+
+    path: str | None = None
+    sampling_session_id: str | None = None
+
+
+class CreateSamplingSessionRequest(msgspec.Struct, omit_defaults=True):
+    """``POST create_sampling_session``."""
+
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+    type: str | None = None
+
+
+class CreateSamplingSessionResponse(msgspec.Struct):
+    """The name of the sampling session."""
+
+    sampling_session_id: str
+
+
+class SampleRequest(msgspec.Struct):
+    """``POST asample``."""
+
+    prompt: ModelInput
+    sampling_params: SamplingParams
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    num_samples: int = 1
+    prompt_logprobs: bool | None = None
+    type: Literal["sample"] = "sample"
+
+
+class FutureRetrieveRequest(msgspec.Struct, omit_defaults=True):
+    """``POST retrieve_future``."""
+
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class UntypedFuture(msgspec.Struct):
+    """The answer to a request whose result comes later."""
+
+    request_id: str
+
+
+class TryAgain(msgspec.Struct):
+    """``retrieve_future`` has no result yet."""
+
+    request_id: str | None = None
+    queue_state: str | None = None
+    queue_state_reason: str | None = None
+    type: Literal["try_again"] = "try_again"
+
+
+class FutureError(msgspec.Struct):
+    """``retrieve_future``: the request ran and failed."""
+
+    error: str
+    category: str = "unknown"
+
+
+def encode(message: Any) -> bytes:
+    """Encode a struct of the protocol as JSON."""
+    return _ENCODER.encode(message)
+
+
+def decode(body: bytes | bytearray | memoryview, as_type: type[T]) -> T:
+    """Decode JSON into a struct of the protocol.
+
+    Raises:
+        DataError: the body is no JSON, or not of that type; the message names the field.
+    """
+    try:
+        return msgspec.json.decode(body, type=as_type, dec_hook=_decode_hook)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise DataError(f"not a {as_type.__name__}: {error}") from None
+
+
+def _encode_hook(value: Any) -> Any:
+    if isinstance(value, TensorData):
+        return {"data": value.data, "dtype": value.dtype.name, "shape": list(value.shape)}
+    raise TypeError(f"cannot encode {type(value).__name__}")
+
+
+class _TensorHeader(msgspec.Struct):
+    dtype: Literal["float32", "int64"]
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+
+def _decode_hook(as_type: type[Any], value: Any) -> Any:
+    if as_type is not TensorData:
+        raise TypeError(f"cannot decode {as_type.__name__}")
+    try:
+        header = msgspec.convert(value, _TensorHeader)
+    except msgspec.ValidationError as error:
+        raise TypeError(str(error)) from None  # only these are given the path of the tensor
+    return TensorData(
+        cast("dict[str, Any]", value).get("data", ()),
+        header.dtype,
+        header.shape,
+        header.sparse_crow_indices,
+        header.sparse_col_indices,
+    )
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_encode_hook)
