@@ -1,0 +1,196 @@
+"""The five losses that a trainer runs by name, per token and unreduced."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mintjax.losses._arrays import aligned, harmless_where_zero, keep, torch_clip
+from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
+
+
+def cross_entropy(
+    target_logprobs: ArrayLike, weights: ArrayLike, *, where: ArrayLike | None = None
+) -> jax.Array:
+    """Weighted negative log-likelihood.
+
+    ``loss = -weights * target_logprobs``. A weight of 0 gives 0 whatever the logprob is, -inf
+    included.
+
+    Args:
+        target_logprobs: log-probabilities of the targets, in nats; any shape, such as ``[T]``,
+            ``[B, T]`` or ``[T, K]``.
+        weights: same shape, or a scalar.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in nats times weight; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    target_logprobs, weights = aligned(where, target_logprobs, weights=weights)
+    return keep(-weights * harmless_where_zero(weights, target_logprobs), where)
+
+
+def importance_sampling(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Policy gradient with an importance weight, unclipped.
+
+    ``loss = -r * advantages``, ``r = exp(target_logprobs - sampling_logprobs)``. An advantage of 0
+    gives 0 even where the ratio overflows.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    target_logprobs, sampling_logprobs, advantages = aligned(
+        where, target_logprobs, sampling_logprobs=sampling_logprobs, advantages=advantages
+    )
+    return keep(-ratio_surrogate(target_logprobs - sampling_logprobs, advantages), where)
+
+
+def ppo(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike = 0.8,
+    clip_high_threshold: ArrayLike = 1.2,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Proximal policy optimisation: the clipped, pessimistic surrogate.
+
+    ``loss = -min(r * advantages, clip(r, low, high) * advantages)`` with
+    ``r = exp(target_logprobs - sampling_logprobs)``. The derivative of the clip is 1 at its bounds,
+    as torch's is.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        clip_low_threshold: least ratio (0.8 means 0.8, not 1 - 0.8); a scalar, or one per token.
+        clip_high_threshold: greatest ratio; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
+    """
+    target_logprobs, sampling_logprobs, advantages, low, high = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+    )
+    surrogate = clipped_surrogate(target_logprobs - sampling_logprobs, advantages, low, high)
+    return keep(-surrogate, where)
+
+
+def cispo(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike = 0.8,
+    clip_high_threshold: ArrayLike = 1.2,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """REINFORCE with a clipped importance weight that carries no gradient.
+
+    ``loss = -sg(clip(r, low, high)) * target_logprobs * advantages`` with
+    ``r = exp(target_logprobs - sampling_logprobs)`` and ``sg`` the stop-gradient: unlike in
+    :func:`ppo`, a token whose ratio is clipped keeps its gradient.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        clip_low_threshold: least importance weight; a scalar, or one per token.
+        clip_high_threshold: greatest importance weight; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in nats times advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        MiniMax 2025, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+        eq. 4 and 5.
+    """
+    target_logprobs, sampling_logprobs, advantages, low, high = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+    )
+    ratio = jnp.exp(jax.lax.stop_gradient(target_logprobs - sampling_logprobs))
+    coefficients = torch_clip(ratio, low, high) * advantages
+    return keep(-coefficients * harmless_where_zero(coefficients, target_logprobs), where)
+
+
+def dro(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    beta: ArrayLike = 0.05,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Direct reward optimisation: policy gradient with a quadratic pull to the sampling policy.
+
+    ``loss = -(target_logprobs * advantages - beta / 2 * (target_logprobs - sampling_logprobs)**2)``
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        beta: strength of the pull; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in nats times advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Richemond et al. 2024, "Offline Regularised Reinforcement Learning for Large Language Models
+        Alignment", eq. 10.
+    """
+    target_logprobs, sampling_logprobs, advantages, beta = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        beta=beta,
+    )
+    log_ratio = harmless_where_zero(beta, target_logprobs - sampling_logprobs)
+    # At an infinite log-ratio the square outgrows the linear term, and inf - inf would hide it.
+    linear = jnp.where(jnp.isinf(log_ratio), 0, target_logprobs) * advantages
+    return keep(-(linear - 0.5 * beta * log_ratio * log_ratio), where)

@@ -1,0 +1,28 @@
+"""The importance-weighted objectives of a log-ratio that policy losses are made of."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mintjax.losses._arrays import torch_clip
+
+
+def ratio_surrogate(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+    """``exp(log_ratio) * advantages``, 0 where the advantage is 0 although the ratio overflows."""
+    overflows = jnp.isinf(jnp.exp(jax.lax.stop_gradient(log_ratio)))
+    return jnp.exp(jnp.where((advantages == 0) & overflows, 0, log_ratio)) * advantages
+
+
+def clipped_surrogate(
+    log_ratio: jax.Array, advantages: jax.Array, low: jax.Array, high: jax.Array
+) -> jax.Array:
+    """``min(r * A, clip(r, low, high) * A)`` with ``r = exp(log_ratio)``.
+
+    Which of the two is the smaller is decided on values, and ``exp`` is differentiated only where
+    the first one is: an overflowing ratio that is clipped has gradient 0, not ``0 * inf``.
+    """
+    ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
+    clipped = jnp.where(advantages > 0, ratio > high, ratio < low)
+    unclipped = ratio_surrogate(jnp.where(clipped, 0, log_ratio), advantages)
+    return jnp.where(clipped, torch_clip(ratio, low, high) * advantages, unclipped)
