@@ -52,7 +52,8 @@ def _array(values: ArrayLike) -> jax.Array | np.ndarray:
 
 
 def _as_dtype(column: jax.Array | np.ndarray, dtype: DTypeLike) -> jax.Array:
-    # Converting is an operation too: jax_debug_nans stops at a NaN that a no-op conversion passes on.
+    # A conversion that changes nothing is an operation too, and jax_debug_nans would stop at a NaN
+    # that it passes on.
     if isinstance(column, jax.Array) and column.dtype == dtype:
         return column
     return jnp.asarray(column).astype(dtype)
