@@ -151,10 +151,20 @@ class EncodedTextChunk(msgspec.Struct, frozen=True):
     Args:
         tokens: the ids, each at least 0.
         type: what the protocol calls such a chunk.
+
+    Raises:
+        DataError: a negative token.
     """
 
     tokens: list[int]
     type: Literal["encoded_text"] = "encoded_text"
+
+    def __post_init__(self) -> None:
+        if self.tokens and min(self.tokens) < 0:
+            at = next(i for i, token in enumerate(self.tokens) if token < 0)
+            raise DataError(
+                f"token {self.tokens[at]} at position {at} is negative", field="model_input"
+            )
 
     @property
     def length(self) -> int:
@@ -176,7 +186,7 @@ class ModelInput(msgspec.Struct, frozen=True):
         """One chunk of token ids, from a list or an integer array of shape ``[T]``.
 
         Raises:
-            DataError: the tokens are not a flat sequence of integers.
+            DataError: the tokens are not a flat sequence of integers of at least 0.
         """
         array = np.asarray(tokens)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):

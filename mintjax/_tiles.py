@@ -1,0 +1,150 @@
+"""Where the numbers of ragged rows lie in memory: whole tiles of 128, so that shapes repeat.
+
+Every row starts on a tile of its own and the number of tiles is rounded up to one of a few sizes,
+so that ``jit`` meets the same shapes again although no two batches have the same lengths. What
+fills the rest of a row's last tile is a copy of one of its own tokens: whatever a function does
+there it has already done at a real token, so padding brings no NaN of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+Array = Any  # a NumPy array, a JAX array or a tracer
+
+TILE = 128
+_GROWTH = 1.25
+
+
+class Layout(NamedTuple):
+    """Which tokens of a tiled buffer belong to which row.
+
+    Args:
+        lengths: tokens of each row, int32 ``[B]``.
+        row_start: flat position of each row's first token, int32 ``[B]``.
+        tile_row: the row that each tile belongs to, int32 ``[tiles]``.
+        tile_count: how many tokens of each tile are real, int32 ``[tiles]``; 0 for a spare tile.
+        row_mask: which rows are real, bool ``[B]``, or None where all are.
+    """
+
+    lengths: Array
+    row_start: Array
+    tile_row: Array
+    tile_count: Array
+    row_mask: Array | None = None
+
+
+def bucket(size: int, smallest: int = 8) -> int:
+    """The smallest size at least ``size`` of a series that grows by a quarter each time."""
+    if size <= smallest:
+        return smallest
+    step = math.ceil(math.log(size / smallest, _GROWTH) - 1e-9)
+    return math.ceil(smallest * _GROWTH**step)
+
+
+def layout_of(lengths: Sequence[int] | npt.NDArray[Any], rows: int | None = None) -> Layout:
+    """Lay rows of these lengths out, one after another, in a bucketed number of tiles.
+
+    Args:
+        lengths: tokens of each row, ``[B]``.
+        rows: pad the batch with empty rows up to so many; none are added if None.
+    """
+    length = np.asarray(lengths, np.int32)
+    row_mask = None
+    if rows is not None:
+        row_mask = np.arange(rows) < length.size
+        length = np.concatenate([length, np.zeros(rows - length.size, np.int32)])
+    tiles = -(-length // TILE)
+    ends = np.cumsum(tiles)
+    total = bucket(int(ends[-1]))
+    row_start = ((ends - tiles) * TILE).astype(np.int32)
+    tile_row = np.full(total, length.size - 1, np.int32)
+    tile_row[: ends[-1]] = np.repeat(np.arange(length.size, dtype=np.int32), tiles)
+    tile_count = np.zeros(total, np.int32)
+    tile_count[: ends[-1]] = TILE
+    full = tiles > 0
+    tile_count[ends[full] - 1] = length[full] - (tiles[full] - 1) * TILE
+    return Layout(length, row_start, tile_row, tile_count, row_mask)
+
+
+def pack(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
+    """Copy NumPy rows into a new tiled buffer; what lies between them is arbitrary."""
+    tiles = len(layout.tile_row)
+    trailing = rows[0].shape[1:]
+    flat = np.empty((tiles * TILE, *trailing), dtype)
+    starts: list[int] = layout.row_start.tolist()
+    for row, start in zip(rows, starts, strict=False):
+        flat[start : start + len(row)] = row
+    return flat.reshape(tiles, TILE, *trailing)
+
+
+def mask(layout: Layout) -> Array:
+    """Which positions hold a token: bool ``[tiles, TILE]``."""
+    xp: Any = jnp if isinstance(layout.tile_count, jax.Array) else np
+    return xp.arange(TILE, dtype=xp.int32)[None, :] < layout.tile_count[:, None]
+
+
+def fill_padding(tiles: Array, layout: Layout) -> Array:
+    """Fill what lies between rows with copies of real tokens: their tile's own first."""
+    xp: Any = jnp if isinstance(layout.tile_count, jax.Array) else np
+    used = widen(layout.tile_count[:, None] > 0, tiles)
+    first = xp.where(used, tiles[:, :1], tiles[:1, :1])
+    return xp.where(widen(mask(layout), tiles), tiles, first)
+
+
+def widen(per_token: Array, like: Array) -> Array:
+    """Give an array over ``[tiles, TILE]`` the trailing axes of ``like``, each of size one."""
+    return per_token.reshape(per_token.shape + (1,) * (like.ndim - per_token.ndim))
+
+
+def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
+    """The layout of some of the rows, over the same buffer. ``index``: their numbers, ``[b]``."""
+    inverse = np.full(layout.lengths.shape[0], -1, np.int32)
+    inverse[index] = np.arange(index.size, dtype=np.int32)
+    if isinstance(layout.tile_row, np.ndarray):
+        row = inverse[layout.tile_row]
+        tile_row, tile_count = np.maximum(row, 0), np.where(row < 0, 0, layout.tile_count)
+    else:
+        row = jnp.asarray(inverse)[layout.tile_row]
+        tile_row, tile_count = jnp.maximum(row, 0), jnp.where(row < 0, 0, layout.tile_count)
+    row_mask = None if layout.row_mask is None else layout.row_mask[index]
+    return Layout(layout.lengths[index], layout.row_start[index], tile_row, tile_count, row_mask)
+
+
+def to_tiles(per_row: Array, layout: Layout) -> Array:
+    """One value per row, ``[B, ...]``, to one per tile, ``[tiles, ...]``."""
+    return jnp.take(jnp.asarray(per_row), layout.tile_row, axis=0, mode="clip")
+
+
+def row_sums(tiles: Array, layout: Layout) -> Array:
+    """Sum what is in the tiles over each row: ``[tiles, TILE, ...]`` to ``[B]``.
+
+    The positions outside the rows must hold zeros. Adding a long row's tile sums one after another
+    in float32 would lose digits, so each is split into a part whose sum is exact and a small rest
+    (Rump, Ogita and Oishi 2008, "Accurate floating-point summation", algorithm 3.3).
+    """
+    rows = layout.lengths.shape[0]
+    sums = _tile_sums(tiles)
+    if not jnp.issubdtype(sums.dtype, jnp.floating):
+        return jax.ops.segment_sum(sums, layout.tile_row, rows)
+    fixed = jax.lax.stop_gradient(sums)
+    largest = jax.ops.segment_max(jnp.abs(fixed), layout.tile_row, rows)
+    _, exponent = jnp.frexp(jnp.maximum(largest, 0) * (tiles.shape[0] + 2))
+    unit = to_tiles(jnp.ldexp(jnp.ones((), sums.dtype), exponent), layout)
+    coarse = (unit + fixed) - unit
+    coarse = jnp.where(jnp.isfinite(coarse), coarse, 0)
+    exact = jax.ops.segment_sum(coarse, layout.tile_row, rows)
+    return exact + jax.ops.segment_sum(sums - coarse, layout.tile_row, rows)
+
+
+def _tile_sums(tiles: Array) -> Array:
+    """Sum each tile, in two levels: ``[tiles, TILE, ...]`` to ``[tiles]``."""
+    lanes = tiles.reshape(tiles.shape[0], TILE // 16, -1)
+    return lanes.sum(axis=2).sum(axis=1)
