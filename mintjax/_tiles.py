@@ -95,7 +95,9 @@ def fill_padding(tiles: Array, layout: Layout) -> Array:
     """Fill what lies between rows with copies of real tokens: their tile's own first."""
     xp: Any = jnp if isinstance(layout.tile_count, jax.Array) else np
     used = widen(layout.tile_count[:, None] > 0, tiles)
-    first = xp.where(used, tiles[:, :1], tiles[:1, :1])
+    # Padding gets no gradient, so that a NaN in its cotangent cannot reach the token it copies.
+    source = tiles if xp is np else jax.lax.stop_gradient(tiles)
+    first = xp.where(used, source[:, :1], source[:1, :1])
     return xp.where(widen(mask(layout), tiles), tiles, first)
 
 

@@ -1,0 +1,303 @@
+"""Compiled gradients of objectives, kept so that the next batch finds them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from mintjax import _tiles
+from mintjax._tiles import Layout
+from mintjax.batch import Batch
+from mintjax.errors import ObjectiveError
+from mintjax.ragged import Ragged
+
+Array: TypeAlias = Any
+Objective: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
+_KEPT = 64  # programs held at a time, the least recently used dropped first
+
+
+class Stats(NamedTuple):
+    """How often the work that a cache should save was done, since the process began.
+
+    Args:
+        compilations: programs that XLA compiled.
+        objectives: objectives (by structure) or functions (by identity) that were new.
+        row_by_row_steps: steps whose objective took rows one by one.
+    """
+
+    compilations: int
+    objectives: int
+    row_by_row_steps: int
+
+
+_counts = dict.fromkeys(Stats._fields, 0)
+
+
+def stats() -> Stats:
+    """What was compiled so far in this process."""
+    return Stats(**_counts)
+
+
+def count(what: str) -> None:
+    """Count one of what :class:`Stats` names."""
+    _counts[what] += 1
+
+
+@jax.tree_util.register_pytree_node_class
+class Summary:
+    """Loss and metrics as one array, so that one transfer brings them all.
+
+    Args:
+        values: ``[1 + metrics]``, the loss first.
+        names: of the metrics.
+    """
+
+    def __init__(self, values: Array, names: tuple[str, ...]) -> None:
+        self.values = values
+        self.names = names
+
+    def tree_flatten(self) -> tuple[tuple[Array], tuple[str, ...]]:
+        """The leaves, for JAX."""
+        return (self.values,), self.names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], children: tuple[Array]) -> Summary:
+        """The inverse of :meth:`tree_flatten`."""
+        return cls(children[0], names)
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """The loss, and all metrics with ``"loss"`` first; the objective's own "loss" wins."""
+        loss, *metrics = np.asarray(self.values).tolist()
+        return loss, {"loss": loss, **dict(zip(self.names, metrics, strict=True))}
+
+
+def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array, Summary]:
+    """Call an objective and hold what it returns against the contract.
+
+    Raises:
+        ObjectiveError: it did not return a scalar and a dict of scalars.
+    """
+    returned = cast("Any", objective(data, logprobs))
+    if not (isinstance(returned, tuple) and len(cast("tuple[Any, ...]", returned)) == 2):
+        raise ObjectiveError(
+            f"{name_of(objective)} must return (loss, metrics), not {_describe(returned)}"
+        )
+    loss, metrics = cast("tuple[Any, Any]", returned)
+    if not hasattr(loss, "shape") or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ObjectiveError(
+            f"the loss of {name_of(objective)} must be a floating-point scalar computed from the "
+            f"logprobs, not {_describe(loss)}"
+        )
+    if loss.shape != ():
+        raise ObjectiveError(
+            f"the loss of {name_of(objective)} must be a scalar, not an array of shape "
+            f"{loss.shape}; reduce it with .sum() or .mean()"
+        )
+    if not isinstance(metrics, Mapping):
+        raise ObjectiveError(
+            f"the metrics of {name_of(objective)} must be a dict, not {_describe(metrics)}"
+        )
+    named = {str(k): _scalar(k, v) for k, v in cast("Mapping[Any, Any]", metrics).items()}
+    values = [jnp.asarray(value, loss.dtype) for value in (loss, *named.values())]
+    return loss, Summary(jax.lax.stop_gradient(jnp.stack(values)), tuple(named))
+
+
+def _scalar(name: Any, value: Any) -> Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise ObjectiveError(f"metric {name!r} must be a number, not {_describe(value)}") from None
+    if array.size != 1:
+        raise ObjectiveError(
+            f"metric {name!r} must be a scalar, not an array of shape {array.shape}"
+        )
+    return array.reshape(())
+
+
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{kind} of shape {value.shape}" if hasattr(value, "shape") else kind
+
+
+def name_of(objective: Any) -> str:
+    """What to call an objective in a message."""
+    return getattr(objective, "__qualname__", None) or repr(objective)
+
+
+class Plan(NamedTuple):
+    """What one trace of an objective taught.
+
+    Args:
+        columns: the columns that it reads.
+        run: its compiled gradient: ``(parameters, layout, logprobs, columns) -> (summary, grads)``.
+    """
+
+    columns: tuple[str, ...]
+    run: Callable[..., tuple[Summary, Array]]
+
+
+class Program:
+    """An objective's compiled gradient, for batches of any lengths.
+
+    Args:
+        objective: the objective. If it has a ``row_multiple`` that is not None, it minds
+            ``Ragged.row_mask``, and its batches may be padded to a multiple of so many rows.
+        tree: its structure, if it is a pytree whose leaves are parameters.
+    """
+
+    def __init__(self, objective: Objective, tree: Any | None) -> None:
+        self.takes_rows = False
+        self._objective = objective
+        self._tree = tree
+        self._row_multiple: int | None = getattr(objective, "row_multiple", None)
+        self._plans: dict[Any, Plan] = {}
+
+    def _rebuild(self, parameters: Sequence[Any]) -> Objective:
+        return self._objective if self._tree is None else self._tree.unflatten(parameters)
+
+    def run(
+        self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
+    ) -> tuple[Summary, list[npt.NDArray[Any]]]:
+        """The summary, and the gradient with respect to each row.
+
+        Raises:
+            RowAccessError: the objective takes rows one by one.
+        """
+        layout = batch.layout
+        if self._row_multiple is not None:
+            layout = _tiles.layout_of(batch.lengths, _padded(len(rows), self._row_multiple))
+        key = (batch.names, rows[0].shape[1:], rows[0].dtype)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(parameters, batch, layout, rows)
+        dtype = rows[0].dtype
+        summary, grads = plan.run(
+            parameters,
+            layout,
+            _tiles.pack(rows, layout, dtype),
+            {name: _column(batch, name, layout, dtype) for name in plan.columns},
+        )
+        buffer = np.array(grads).reshape(-1, *rows[0].shape[1:])
+        starts: list[int] = layout.row_start.tolist()
+        return summary, [buffer[s : s + n] for s, n in zip(starts, batch.lengths, strict=False)]
+
+    def _plan(
+        self,
+        parameters: Sequence[Any],
+        batch: Batch,
+        layout: Layout,
+        rows: Sequence[npt.NDArray[Any]],
+    ) -> Plan:
+        """Trace once without compiling, to learn which columns are read."""
+        names = batch.names
+        read: set[str] = set()
+
+        def run(
+            parameters: Sequence[Any], layout: Layout, logprobs: Array, columns: Mapping[str, Array]
+        ) -> tuple[Summary, Array]:
+            count("compilations")
+            return _gradient(
+                self._rebuild(parameters), names, layout, logprobs, columns.__getitem__
+            )
+
+        def look(parameters: Sequence[Any], layout: Layout, logprobs: Array) -> Any:
+            def column(name: str) -> Array:
+                read.add(name)
+                return _column(batch, name, layout_now, rows[0].dtype)
+
+            return _gradient(self._rebuild(parameters), names, layout, logprobs, column)
+
+        layout_now = layout
+        tiles = jax.ShapeDtypeStruct(
+            (layout.tile_row.shape[0], _tiles.TILE, *rows[0].shape[1:]), rows[0].dtype
+        )
+        jax.eval_shape(look, parameters, layout, tiles)
+        return Plan(tuple(sorted(read)), jax.jit(run))
+
+
+def _gradient(
+    objective: Objective,
+    names: frozenset[str],
+    layout: Layout,
+    logprobs: Array,
+    column: Callable[[str], Array],
+) -> tuple[Summary, Array]:
+    def read(name: str) -> Any:
+        value = jnp.asarray(column(name))
+        return Ragged(_tiles.fill_padding(value, layout), layout) if value.ndim > 1 else value
+
+    def value(tiles: Array) -> tuple[Array, Summary]:
+        data = Batch.of_columns(names, layout.lengths.shape[0], read)
+        return evaluate(objective, data, Ragged(_tiles.fill_padding(tiles, layout), layout))
+
+    (_, summary), grads = jax.value_and_grad(value, has_aux=True)(logprobs)
+    return summary, grads
+
+
+def _column(batch: Batch, name: str, layout: Layout, dtype: Any) -> npt.NDArray[Any]:
+    rows = batch.rows(name)
+    to = dtype if rows[0].dtype.kind == "f" else rows[0].dtype
+    if rows[0].ndim:
+        return _tiles.pack(rows, layout, to)
+    values = np.zeros(layout.lengths.shape[0], to)
+    values[: len(rows)] = rows
+    return values
+
+
+def _padded(rows: int, multiple: int) -> int:
+    return -(-_tiles.bucket(rows) // multiple) * multiple
+
+
+_programs: OrderedDict[Any, Program] = OrderedDict()
+_seen_code: dict[types.CodeType, int] = {}
+_lock = threading.Lock()
+
+
+def program_for(objective: Objective) -> tuple[Program, list[Any]]:
+    """The program kept for an objective, and the parameters to run it with.
+
+    An objective that is a pytree (mintjax's own are) is known by its structure, and its leaves are
+    parameters; any other is known by its identity, and has none.
+    """
+    leaves, tree = cast("tuple[list[Any], Any]", jax.tree_util.tree_flatten(objective))
+    is_tree = not (len(leaves) == 1 and leaves[0] is objective)
+    key, parameters = (tree, leaves) if is_tree else (objective, [])
+    with _lock:
+        program = _programs.get(key)
+        if program is not None:
+            _programs.move_to_end(key)
+            return program, parameters
+        _warn_of_copies(objective)
+        count("objectives")
+        program = Program(objective, tree if is_tree else None)
+        _programs[key] = program
+        if len(_programs) > _KEPT:
+            _programs.popitem(last=False)
+        return program, parameters
+
+
+def _warn_of_copies(objective: Any) -> None:
+    inner = objective
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return
+    _seen_code[code] = _seen_code.get(code, 0) + 1
+    if _seen_code[code] == 3:
+        warnings.warn(
+            f"{name_of(inner)} has been made anew for the third time, and each copy is compiled "
+            "anew. Make the function, lambda or partial once and use it for every step; what "
+            "changes from step to step belongs in a loss_fn_inputs column.",
+            stacklevel=4,
+        )

@@ -1,0 +1,155 @@
+"""Loss, metrics and per-datum gradients of an objective with respect to the logprobs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from mintjax._programs import (
+    Objective,
+    Stats,
+    Summary,
+    count,
+    evaluate,
+    name_of,
+    program_for,
+    stats,
+)
+from mintjax.batch import Batch, as_batch
+from mintjax.errors import DataError, NonFiniteError
+from mintjax.ragged import Ragged, RowAccessError
+from mintjax.types import Datum
+
+__all__ = ["LogprobGradients", "Objective", "Stats", "stats", "value_and_logprob_grads"]
+
+
+class LogprobGradients(NamedTuple):
+    """What :func:`value_and_logprob_grads` returns.
+
+    Args:
+        loss: the objective's value.
+        metrics: the objective's metrics as floats; ``"loss"`` is there too.
+        grads: ``d loss / d logprobs``, one array per datum, in order, in the shape of its logprobs.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    grads: list[npt.NDArray[Any]]
+
+
+def value_and_logprob_grads(
+    objective: Objective,
+    data: Sequence[Datum] | Batch,
+    logprobs: Sequence[npt.ArrayLike] | Ragged,
+) -> LogprobGradients:
+    """The value of an objective, its metrics, and its gradient at each token.
+
+    ``grads[i] = d loss / d logprobs[i]``, by ``jax.value_and_grad`` under a cached ``jit``. Rows
+    are laid out so that batches of other lengths meet the same compiled program; an objective that
+    takes rows one by one is evaluated with exact lengths instead: the same numbers, slower.
+
+    Args:
+        objective: ``(data, logprobs) -> (loss, metrics)``: a scalar, and a dict of scalars. A pure
+            function that JAX can trace. Hold on to it: compiled programs are kept by objective, and
+            one that is made anew each step is compiled anew each step.
+        data: B datums. The objective sees every ``loss_fn_inputs`` column.
+        logprobs: one array per datum, in nats, shape ``[T_i]`` or ``[T_i, K]``; float32, or float64
+            under ``jax_enable_x64``.
+
+    Returns:
+        ``.loss``, ``.metrics`` and ``.grads``.
+
+    Raises:
+        DataError: the logprobs do not fit the data, or the objective reads a column that a datum
+            does not have.
+        ObjectiveError: the objective did not return a scalar and a dict of scalars.
+        NonFiniteError: a gradient is NaN or infinite; names datum, position and inputs there.
+        Exception: whatever the objective raises, as it is.
+    """
+    batch = as_batch(data)
+    rows = _logprob_rows(batch, logprobs)
+    program, parameters = program_for(objective)
+    result: tuple[Summary, list[npt.NDArray[Any]]] | None = None
+    if not program.takes_rows:
+        try:
+            result = program.run(parameters, batch, rows)
+        except RowAccessError:
+            program.takes_rows = True
+            _warn_row_by_row(objective)
+    if result is None:
+        count("row_by_row_steps")
+        result = _row_by_row(objective, batch, rows)
+    summary, grads = result
+    loss, metrics = summary.read()
+    _check_finite(objective, batch, rows, grads)
+    return LogprobGradients(loss, metrics, grads)
+
+
+def _logprob_rows(
+    batch: Batch, logprobs: Sequence[npt.ArrayLike] | Ragged
+) -> list[npt.NDArray[Any]]:
+    rows = [np.asarray(row) for row in logprobs]
+    if len(rows) != len(batch):
+        raise DataError(f"{len(rows)} rows of logprobs for {len(batch)} datums", field="logprobs")
+    trailing = rows[0].shape[1:]
+    for i, (row, length) in enumerate(zip(rows, batch.lengths, strict=True)):
+        if row.shape[:1] != (length,) or row.shape[1:] != trailing:
+            raise DataError(
+                f"logprobs of shape {list(row.shape)} for a model input of {length} tokens",
+                datum=i,
+                field="logprobs",
+            )
+        if row.dtype.kind != "f":
+            rows[i] = row.astype(np.float32)
+    return rows
+
+
+def _row_by_row(
+    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+) -> tuple[Summary, list[npt.NDArray[Any]]]:
+    def value(rows: Sequence[Any]) -> tuple[Any, Summary]:
+        return evaluate(objective, batch, Ragged.from_rows(rows))
+
+    gradient: Any = jax.jit(jax.value_and_grad(value, has_aux=True))
+    (_, summary), grads = gradient(list(rows))
+    return summary, [np.array(grad) for grad in grads]
+
+
+def _warn_row_by_row(objective: Objective) -> None:
+    warnings.warn(
+        f"{name_of(objective)} takes rows one by one, so every new set of lengths is traced anew, "
+        "which can cost a hundred times as much. Use the row reductions instead of a loop: "
+        "`(logprobs * data['weights']).sum()` gives one score per datum, and `scores[0::2]` those "
+        "of every other one.",
+        stacklevel=3,
+    )
+
+
+def _check_finite(
+    objective: Objective,
+    batch: Batch,
+    rows: Sequence[npt.NDArray[Any]],
+    grads: Sequence[npt.NDArray[Any]],
+) -> None:
+    if np.isfinite(np.concatenate([grad.ravel() for grad in grads])).all():
+        return
+    i, grad = next((i, g) for i, g in enumerate(grads) if not np.isfinite(g).all())
+    flat = grad.ravel()
+    position = int(np.argmin(np.isfinite(flat)))
+    index = np.unravel_index(position, grad.shape)
+    at = f"{index[0]}" if grad.ndim == 1 else f"{tuple(map(int, index))}"
+    inputs = {name: value[index[: value.ndim]] for name, value in batch[i].loss_fn_inputs.items()}
+    shown = ", ".join(f"{name} {value}" for name, value in inputs.items())
+    raise NonFiniteError(
+        f"the gradient of {name_of(objective)} is {flat[position]} at datum {i}, position {at}, "
+        f"where the logprob is {rows[i][index]} and the inputs are: {shown or 'none'}. Nothing was "
+        "sent. Mask such tokens before an operation that overflows or divides by zero, as in "
+        "jnp.where(mask, f(jnp.where(mask, x, 0)), 0).",
+        datum=i,
+        position=position,
+    )
