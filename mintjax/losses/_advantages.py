@@ -1,0 +1,126 @@
+"""Advantages from the rewards of a group: several answers to one prompt."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mintjax.losses._arrays import aligned, keep
+
+
+def group_mean_centred(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
+    """Reward less the mean of its group.
+
+    ``A_i = r_i - mean(r)``
+
+    Args:
+        rewards: one per answer: ``[..., G]``, the last axis along one group.
+        where: same shape, boolean; answers that are False get 0 and do not count in the mean.
+
+    Returns:
+        The advantages, in units of the reward; shape and dtype of ``rewards``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Shao et al. 2024, "DeepSeekMath", section 4.1.2, without the division.
+    """
+    (rewards,) = aligned(where, rewards)
+    return keep(rewards - _sum(rewards) / jnp.maximum(_count(rewards, where), 1), where)
+
+
+def rloo(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
+    """Reward less the mean of the others in its group: REINFORCE, leave one out.
+
+    ``A_i = r_i - mean_{j != i}(r_j) = G / (G - 1) * (r_i - mean(r))``. A group of one has nothing
+    to compare with and gets 0.
+
+    Args:
+        rewards: one per answer: ``[..., G]``, the last axis along one group.
+        where: same shape, boolean; answers that are False get 0 and do not count.
+
+    Returns:
+        The advantages, in units of the reward; shape and dtype of ``rewards``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; for language models
+        Ahmadian et al. 2024, "Back to Basics".
+    """
+    centred = group_mean_centred(rewards, where=where)
+    count = _count(centred, where)
+    return keep(centred * (count / jnp.maximum(count - 1, 1)), where)
+
+
+def grpo(
+    rewards: ArrayLike,
+    *,
+    scale_by_std: bool = True,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Group-relative advantage: reward less the group's mean, over its standard deviation.
+
+    ``A_i = (r_i - mean(r)) / (std(r) + epsilon)``, the standard deviation that of a sample (over
+    ``G - 1``), as the common implementations take it. A group whose rewards agree gets 0.
+
+    Args:
+        rewards: one per answer: ``[..., G]``, the last axis along one group.
+        scale_by_std: divide by the standard deviation; without, questions of any spread of rewards
+            count alike.
+        epsilon: keeps the quotient finite, in units of the reward.
+        where: same shape, boolean; answers that are False get 0 and do not count.
+
+    Returns:
+        The advantages: in standard deviations, or in units of the reward; shape and dtype of
+        ``rewards``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Shao et al. 2024, "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open
+        Language Models", section 4.1.2.
+    """
+    centred = group_mean_centred(rewards, where=where)
+    if not scale_by_std:
+        return centred
+    variance = _sum(centred * centred) / jnp.maximum(_count(centred, where) - 1, 1)
+    # The derivative of a square root at 0 is infinite; the advantages there are 0 and stay so.
+    deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1))
+    return keep(centred / (jnp.where(variance > 0, deviation, 0) + epsilon), where)
+
+
+def dr_grpo(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
+    """GRPO "done right": :func:`group_mean_centred`, under its paper's name.
+
+    ``A_i = r_i - mean(r)``: no division by the standard deviation, which weighs easy and hard
+    questions up. The other half of the method is an aggregation that does not divide by a
+    sequence's own length: :func:`fixed_length_mean`.
+
+    Args:
+        rewards: one per answer: ``[..., G]``, the last axis along one group.
+        where: same shape, boolean; answers that are False get 0 and do not count in the mean.
+
+    Returns:
+        The advantages, in units of the reward; shape and dtype of ``rewards``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", section 3.2.
+    """
+    return group_mean_centred(rewards, where=where)
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    return jnp.sum(values, axis=-1, keepdims=True)
+
+
+def _count(values: jax.Array, where: ArrayLike | None) -> jax.Array:
+    return _sum(keep(jnp.ones_like(values), where))

@@ -1,0 +1,151 @@
+"""What to watch in training, as sums over tokens or pairs, so that chunks add up."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mintjax.losses._arrays import aligned, keep
+from mintjax.losses._penalties import exp_beyond_linear
+
+# Beyond this log-ratio the numbers below have said all they can, and squares would overflow.
+_LARGEST_LOG_RATIO = 20.0
+
+
+def policy_sums(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike = 0.0,
+    *,
+    clip_low_threshold: ArrayLike = 0.0,
+    clip_high_threshold: ArrayLike = jnp.inf,
+    where: ArrayLike | None = None,
+) -> dict[str, jax.Array]:
+    """Sums over tokens of what tells how far a policy is from the one that sampled.
+
+    With ``d = target_logprobs - sampling_logprobs``, held within [-20, 20], and ``r = exp(d)``:
+    ``tokens``, their number; ``clipped``, how many lie where the clipped surrogate of :func:`ppo`
+    has no gradient (``r > high`` and ``A > 0``, or ``r < low`` and ``A < 0``); ``outside``, how
+    many ratios lie outside ``[low, high]``; ``ratio`` and ``ratio_squared``; ``kl_k1``, the sum of
+    ``-d``, and ``kl_k3``, of ``r - 1 - d``: estimates of KL(sampler || model) from the sampler's
+    tokens. No gradient passes.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        clip_low_threshold: least ratio; a scalar, or one per token.
+        clip_high_threshold: greatest ratio; a scalar, or one per token.
+        where: same shape, boolean; which tokens count.
+
+    Returns:
+        Scalars by name. Those of two chunks of data, added, are those of both together.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Schulman 2020, "Approximating KL Divergence".
+    """
+    arrays = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+    )
+    target, sampling, advantages, low, high = map(jax.lax.stop_gradient, arrays)
+    log_ratio = jnp.clip(target - sampling, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    ratio = jnp.exp(log_ratio)
+    per_token = {
+        "tokens": jnp.ones_like(ratio),
+        "clipped": jnp.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0)),
+        "outside": (ratio > high) | (ratio < low),
+        "ratio": ratio,
+        "ratio_squared": ratio * ratio,
+        "kl_k1": -log_ratio,
+        "kl_k3": exp_beyond_linear(log_ratio),
+    }
+    return {
+        name: jnp.sum(keep(values.astype(ratio.dtype), where)) for name, values in per_token.items()
+    }
+
+
+def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What :func:`policy_sums`, added over all chunks, amount to.
+
+    Args:
+        sums: as returned there.
+
+    Returns:
+        ``clip_fraction`` = clipped / tokens, ``outside_fraction``, ``mean_ratio``, ``ratio_std``,
+        ``approx_kl`` (k3, in nats per token) and ``effective_sample_size`` =
+        ``sum(r)**2 / sum(r**2) / tokens``, between 0 and 1. All are 0 for no tokens.
+
+    Reference:
+        Kong 1992, "A Note on Importance Sampling Using Standardized Weights".
+    """
+    tokens = jnp.maximum(sums["tokens"], 1)
+    mean = sums["ratio"] / tokens
+    square = sums["ratio_squared"] / tokens
+    return {
+        "clip_fraction": sums["clipped"] / tokens,
+        "outside_fraction": sums["outside"] / tokens,
+        "mean_ratio": mean,
+        "ratio_std": jnp.sqrt(jnp.maximum(square - mean * mean, 0)),
+        "approx_kl": sums["kl_k3"] / tokens,
+        "effective_sample_size": mean * mean / jnp.where(square > 0, square, 1),
+    }
+
+
+def preference_sums(
+    chosen_scores: ArrayLike, rejected_scores: ArrayLike, *, where: ArrayLike | None = None
+) -> dict[str, jax.Array]:
+    """Sums over pairs of what tells how well the model ranks them.
+
+    ``pairs``, their number; ``correct``, how many have a margin ``chosen_scores - rejected_scores``
+    above 0; ``margin``; ``chosen`` and ``rejected``, the scores. No gradient passes.
+
+    Args:
+        chosen_scores: score, or implicit reward, of each pair's chosen answer; any shape.
+        rejected_scores: of the rejected answers; same shape.
+        where: same shape, boolean; which pairs count.
+
+    Returns:
+        Scalars by name. Those of two chunks of data, added, are those of both together.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    arrays = aligned(where, chosen_scores, rejected_scores=rejected_scores)
+    chosen, rejected = map(jax.lax.stop_gradient, arrays)
+    margin = chosen - rejected
+    per_pair = {
+        "pairs": jnp.ones_like(margin),
+        "correct": (margin > 0).astype(margin.dtype),
+        "margin": margin,
+        "chosen": chosen,
+        "rejected": rejected,
+    }
+    return {name: jnp.sum(keep(values, where)) for name, values in per_pair.items()}
+
+
+def preference_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What :func:`preference_sums`, added over all chunks, amount to.
+
+    Args:
+        sums: as returned there.
+
+    Returns:
+        ``pair_accuracy`` = correct / pairs, ``mean_margin``, ``mean_chosen`` and ``mean_rejected``,
+        in units of the scores. All are 0 for no pairs.
+    """
+    pairs = jnp.maximum(sums["pairs"], 1)
+    return {
+        "pair_accuracy": sums["correct"] / pairs,
+        "mean_margin": sums["margin"] / pairs,
+        "mean_chosen": sums["chosen"] / pairs,
+        "mean_rejected": sums["rejected"] / pairs,
+    }

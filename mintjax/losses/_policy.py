@@ -1,0 +1,201 @@
+"""Policy-gradient losses that trainers do not serve by name, per token and unreduced."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mintjax.losses._arrays import aligned, harmless_where_zero, keep
+from mintjax.losses._surrogates import clipped_surrogate
+
+
+def dual_clip_ppo(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike = 0.8,
+    clip_high_threshold: ArrayLike = 1.2,
+    dual_clip_threshold: ArrayLike = 3.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """PPO whose loss is bounded where the advantage is negative and the ratio large.
+
+    ``loss = -max(min(r * A, clip(r, low, high) * A), c * A)`` where ``A < 0``, and :func:`ppo`
+    elsewhere, with ``r = exp(target_logprobs - sampling_logprobs)``.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: ``A``; same shape, or a scalar.
+        clip_low_threshold: least ratio; a scalar, or one per token.
+        clip_high_threshold: greatest ratio; a scalar, or one per token.
+        dual_clip_threshold: ``c``, above ``clip_high_threshold``; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Ye et al. 2020, "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning",
+        section "Dual-clip PPO".
+    """
+    target_logprobs, sampling_logprobs, advantages, low, high, dual = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+        dual_clip_threshold=dual_clip_threshold,
+    )
+    log_ratio = target_logprobs - sampling_logprobs
+    bounded = (advantages < 0) & (jnp.exp(jax.lax.stop_gradient(log_ratio)) > dual)
+    surrogate = clipped_surrogate(jnp.where(bounded, 0, log_ratio), advantages, low, high)
+    floor = dual * advantages
+    raised = jnp.where(advantages < 0, jnp.maximum(surrogate, floor), surrogate)
+    return keep(-jnp.where(bounded, floor, raised), where)
+
+
+def truncated_importance_sampling(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    truncation_threshold: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """REINFORCE with an importance weight that is cut off above and carries no gradient.
+
+    ``loss = -sg(min(r, c)) * target_logprobs * advantages`` with
+    ``r = exp(target_logprobs - sampling_logprobs)`` and ``sg`` the stop-gradient. It corrects for a
+    sampler that is not quite the model in training (another engine, another precision, an older
+    step) at a variance that stays bounded.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        truncation_threshold: ``c``, the greatest importance weight; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in nats times advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Ionides 2008, "Truncated Importance Sampling", eq. 3; for language models Yao et al. 2025,
+        "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    """
+    target_logprobs, sampling_logprobs, advantages, threshold = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        truncation_threshold=truncation_threshold,
+    )
+    ratio = jnp.exp(jax.lax.stop_gradient(target_logprobs - sampling_logprobs))
+    coefficients = jnp.minimum(ratio, threshold) * advantages
+    return keep(-coefficients * harmless_where_zero(coefficients, target_logprobs), where)
+
+
+def gspo(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike = 0.9997,
+    clip_high_threshold: ArrayLike = 1.0004,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Group sequence policy optimisation: PPO whose ratio is that of the whole sequence.
+
+    ``s = exp(mean_t(sg(target_logprobs) - sampling_logprobs))`` over the unmasked tokens of the
+    last axis, ``r_t = s * exp(target_logprobs - sg(target_logprobs))``, and then :func:`ppo` of
+    ``r_t``: every token of a sequence is clipped, or none.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats: ``[..., T]``, the
+            last axis along one sequence.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or ``[..., 1]``, or a scalar.
+        clip_low_threshold: least sequence ratio; a scalar, or one per token. The defaults are the
+            paper's; ratios of sequences are far closer to 1 than those of tokens.
+        clip_high_threshold: greatest sequence ratio; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0, have gradient 0 and do not
+            count in the mean.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 5, 7, 13 and 14.
+    """
+    target, sampling = aligned(where, target_logprobs, sampling_logprobs=sampling_logprobs)
+    count = jnp.sum(keep(jnp.ones_like(target), where), axis=-1, keepdims=True)
+    log_ratio = jnp.sum(target - sampling, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    return gspo_token(
+        target_logprobs,
+        log_ratio,
+        advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+        where=where,
+    )
+
+
+def gspo_token(
+    target_logprobs: ArrayLike,
+    sequence_log_ratios: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike = 0.9997,
+    clip_high_threshold: ArrayLike = 1.0004,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """:func:`gspo` of tokens whose sequence's log-ratio is known, for sequences in any layout.
+
+    ``r_t = exp(sg(sequence_log_ratios) + target_logprobs - sg(target_logprobs))``,
+    ``loss = -min(r_t * A, clip(r_t, low, high) * A)``.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sequence_log_ratios: the mean of ``target_logprobs - sampling_logprobs`` over the token's
+            sequence; same shape, or one that differs from it by dimensions of 1. No gradient
+            passes through it.
+        advantages: ``A``; same shape, or a scalar.
+        clip_low_threshold: least sequence ratio; a scalar, or one per token.
+        clip_high_threshold: greatest sequence ratio; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 13 and 14.
+    """
+    target_logprobs, log_ratio, advantages, low, high = aligned(
+        where,
+        target_logprobs,
+        sequence_log_ratios=sequence_log_ratios,
+        advantages=advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+    )
+    # lp - sg(lp) is 0 with derivative 1; of an infinite logprob it would be NaN.
+    finite = jnp.where(jnp.isfinite(target_logprobs), target_logprobs, 0)
+    carrier = finite - jax.lax.stop_gradient(finite)
+    log_ratio = jax.lax.stop_gradient(log_ratio) + carrier
+    return keep(-clipped_surrogate(log_ratio, advantages, low, high), where)

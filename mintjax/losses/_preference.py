@@ -1,0 +1,301 @@
+"""Losses on sequence scores: pairs of a chosen and a rejected answer, or single labelled ones."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mintjax.losses._arrays import aligned, keep
+
+
+def bradley_terry(
+    chosen_scores: ArrayLike, rejected_scores: ArrayLike, *, where: ArrayLike | None = None
+) -> jax.Array:
+    """Negative log-likelihood that the chosen answer wins, under the Bradley-Terry model.
+
+    ``loss = -log sigmoid(chosen_scores - rejected_scores)``
+
+    Args:
+        chosen_scores: score of each pair's chosen answer, such as the sum of its tokens' logprobs,
+            in nats; any shape, such as ``[P]``.
+        rejected_scores: of the rejected answers; same shape.
+        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Bradley & Terry 1952, "Rank Analysis of Incomplete Block Designs"; as a training loss Ouyang
+        et al. 2022, "Training language models to follow instructions with human feedback", eq. 1.
+    """
+    chosen, rejected = aligned(where, chosen_scores, rejected_scores=rejected_scores)
+    return keep(-jax.nn.log_sigmoid(chosen - rejected), where)
+
+
+def dpo(
+    chosen_scores: ArrayLike,
+    rejected_scores: ArrayLike,
+    ref_chosen_scores: ArrayLike,
+    ref_rejected_scores: ArrayLike,
+    *,
+    beta: ArrayLike = 0.1,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Direct preference optimisation, conservative where labels may be wrong.
+
+    ``loss = -(1 - e) * log sigmoid(beta * m) - e * log sigmoid(-beta * m)`` with the margin
+    ``m = (chosen_scores - ref_chosen_scores) - (rejected_scores - ref_rejected_scores)`` and
+    ``e = label_smoothing``. Reference scores of 0 make it reference-free.
+
+    Args:
+        chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
+            in nats; any shape, such as ``[P]``.
+        rejected_scores: of the rejected answers; same shape.
+        ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
+        ref_rejected_scores: of the rejected answers; same shape, or a scalar.
+        beta: strength of the pull to the reference; a scalar, or one per pair.
+        label_smoothing: ``e``, the probability that a label is wrong, in [0, 1/2).
+        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Rafailov et al. 2023, "Direct Preference Optimization", eq. 7; label smoothing: Mitchell
+        2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3.
+    """
+    chosen, rejected, ref_chosen, ref_rejected, beta, smoothing = aligned(
+        where,
+        chosen_scores,
+        rejected_scores=rejected_scores,
+        ref_chosen_scores=ref_chosen_scores,
+        ref_rejected_scores=ref_rejected_scores,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
+    logits = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    right = jax.nn.log_sigmoid(logits)
+    wrong = jax.nn.log_sigmoid(-logits)
+    return keep(-((1 - smoothing) * right + smoothing * wrong), where)
+
+
+def ipo(
+    chosen_scores: ArrayLike,
+    rejected_scores: ArrayLike,
+    ref_chosen_scores: ArrayLike,
+    ref_rejected_scores: ArrayLike,
+    *,
+    beta: ArrayLike = 0.1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Identity preference optimisation: the margin is drawn to a target instead of to infinity.
+
+    ``loss = (m - 1 / (2 * beta))**2`` with
+    ``m = (chosen_scores - ref_chosen_scores) - (rejected_scores - ref_rejected_scores)``.
+
+    Args:
+        chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
+            in nats; any shape, such as ``[P]``.
+        rejected_scores: of the rejected answers; same shape.
+        ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
+        ref_rejected_scores: of the rejected answers; same shape, or a scalar.
+        beta: the paper's tau, above 0; a scalar, or one per pair.
+        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each pair, in nats squared; shape and dtype of ``chosen_scores``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
+        Preferences", eq. 17.
+    """
+    chosen, rejected, ref_chosen, ref_rejected, beta = aligned(
+        where,
+        chosen_scores,
+        rejected_scores=rejected_scores,
+        ref_chosen_scores=ref_chosen_scores,
+        ref_rejected_scores=ref_rejected_scores,
+        beta=beta,
+    )
+    if where is not None:  # masking left 0 in the place of beta
+        beta = jnp.where(beta == 0, 1, beta)
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return keep((margin - 1 / (2 * beta)) ** 2, where)
+
+
+def simpo(
+    chosen_scores: ArrayLike,
+    rejected_scores: ArrayLike,
+    chosen_lengths: ArrayLike,
+    rejected_lengths: ArrayLike,
+    *,
+    beta: ArrayLike = 2.0,
+    gamma: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Simple preference optimisation: no reference, scores per token, a margin to win by.
+
+    ``loss = -log sigmoid(beta * (chosen_scores / chosen_lengths - rejected_scores /
+    rejected_lengths) - gamma)``
+
+    Args:
+        chosen_scores: sum of the logprobs of each pair's chosen answer, in nats; any shape, such as
+            ``[P]``.
+        rejected_scores: of the rejected answers; same shape.
+        chosen_lengths: number of tokens in each sum; same shape. A length of 0 counts as 1.
+        rejected_lengths: of the rejected answers; same shape.
+        beta: scale of the reward; a scalar, or one per pair.
+        gamma: the margin, in units of the reward; a scalar, or one per pair.
+        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+        eq. 6.
+    """
+    chosen, rejected, chosen_lengths, rejected_lengths, beta, gamma = aligned(
+        where,
+        chosen_scores,
+        rejected_scores=rejected_scores,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        beta=beta,
+        gamma=gamma,
+    )
+    margin = _per_token(chosen, chosen_lengths) - _per_token(rejected, rejected_lengths)
+    return keep(-jax.nn.log_sigmoid(beta * margin - gamma), where)
+
+
+def orpo(
+    chosen_scores: ArrayLike,
+    rejected_scores: ArrayLike,
+    chosen_lengths: ArrayLike,
+    rejected_lengths: ArrayLike,
+    *,
+    odds_ratio_weight: ArrayLike = 0.1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Odds-ratio preference optimisation: likelihood of the chosen answer and its odds of winning.
+
+    ``loss = -c - odds_ratio_weight * log sigmoid(log odds(c) - log odds(d))`` where ``c`` and ``d``
+    are the mean logprobs of the chosen and the rejected answer, and
+    ``log odds(x) = x - log(1 - exp(x))``.
+
+    Args:
+        chosen_scores: sum of the logprobs of each pair's chosen answer, in nats; any shape, such as
+            ``[P]``.
+        rejected_scores: of the rejected answers; same shape.
+        chosen_lengths: number of tokens in each sum; same shape. A length of 0 counts as 1.
+        rejected_lengths: of the rejected answers; same shape.
+        odds_ratio_weight: the paper's lambda; a scalar, or one per pair.
+        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
+        eq. 6 and 7.
+    """
+    chosen, rejected, chosen_lengths, rejected_lengths, weight = aligned(
+        where,
+        chosen_scores,
+        rejected_scores=rejected_scores,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        odds_ratio_weight=odds_ratio_weight,
+    )
+    chosen, rejected = _per_token(chosen, chosen_lengths), _per_token(rejected, rejected_lengths)
+    log_odds = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
+    return keep(-chosen - weight * jax.nn.log_sigmoid(log_odds), where)
+
+
+def kto(
+    scores: ArrayLike,
+    ref_scores: ArrayLike,
+    desirable: ArrayLike,
+    kl: ArrayLike,
+    *,
+    beta: ArrayLike = 0.1,
+    desirable_weight: ArrayLike = 1.0,
+    undesirable_weight: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Kahneman-Tversky optimisation: single answers labelled good or bad, no pairs.
+
+    ``loss = w * (1 - sigmoid(sign * beta * (scores - ref_scores - z)))`` with ``z = max(kl, 0)``
+    held constant; ``sign`` is 1 and ``w`` is ``desirable_weight`` where the answer is desirable, -1
+    and ``undesirable_weight`` where it is not.
+
+    Args:
+        scores: sum of the logprobs of each answer under the model in training, in nats; any shape,
+            such as ``[B]``.
+        ref_scores: under the reference model; same shape, or a scalar.
+        desirable: whether the answer is a good one; same shape, boolean.
+        kl: an estimate of the divergence of the model from the reference, in nats: the point from
+            which gain and loss are felt. The paper takes the mean of ``scores - ref_scores`` over
+            answers paired with other questions' prompts. A scalar, or one per answer.
+        beta: aversion to risk; a scalar, or one per answer.
+        desirable_weight: the paper's lambda_D; a scalar, or one per answer.
+        undesirable_weight: the paper's lambda_U; a scalar, or one per answer.
+        where: same shape, boolean; answers that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each answer, between 0 and its weight; shape and dtype of ``scores``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 8.
+    """
+    scores, ref_scores, label, kl, beta, good_weight, bad_weight = aligned(
+        where,
+        scores,
+        ref_scores=ref_scores,
+        desirable=desirable,
+        kl=kl,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    gain = scores - ref_scores - jax.lax.stop_gradient(jnp.maximum(kl, 0))
+    sign = jnp.where(label != 0, 1, -1).astype(scores.dtype)
+    weight = jnp.where(label != 0, good_weight, bad_weight)
+    # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small.
+    return keep(weight * jax.nn.sigmoid(-sign * beta * gain), where)
+
+
+def _per_token(scores: jax.Array, lengths: jax.Array) -> jax.Array:
+    return scores / jnp.maximum(lengths, 1)
+
+
+def _log_complement(logprobs: jax.Array) -> jax.Array:
+    """``log(1 - exp(logprobs))``, by the branch that keeps the digits."""
+    # A probability that rounds to 1 stands for 1 - 1e-30: the odds are then large, and the loss and
+    # its gradient have their limits, where 1 would give inf - inf and 0 * inf.
+    excess = jax.lax.stop_gradient(jnp.maximum(logprobs + 1e-30, 0))
+    logprobs = logprobs - excess
+    near = logprobs > -0.6931472
+    close = jnp.log(-jnp.expm1(jnp.where(near, logprobs, -1)))
+    far = jnp.log1p(-jnp.exp(jnp.where(near, -1, logprobs)))
+    return jnp.where(near, close, far)
