@@ -1,0 +1,20 @@
+"""Settings that every test runs under."""
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile("thorough", deadline=None, max_examples=5000)
+settings.load_profile("default")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Run the test with 64-bit types."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,241 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mintjax
+from mintjax import Ragged
+from mintjax.ragged import RowAccessError
+
+# Few numbers of rows and tiles, so that few programs are compiled for many examples.
+lengths = st.sampled_from([1, 3, 4]).flatmap(
+    lambda rows: st.lists(st.integers(1, 256), min_size=rows, max_size=rows)
+)
+
+
+def rows_of(sizes, seed=0, trailing=()):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((n, *trailing)).astype(np.float32) for n in sizes]
+
+
+def assert_rows(ragged, expected, **tolerance):
+    assert len(ragged) == len(expected)
+    for got, want in zip(ragged, expected, strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, **{"rtol": 2e-5, "atol": 1e-5, **tolerance})
+
+
+REDUCTIONS = {
+    "sum": (lambda x: x.sum(), np.sum),
+    "mean": (lambda x: x.mean(), np.mean),
+    "var": (lambda x: x.var(), np.var),
+    "max": (lambda x: x.max(), np.max),
+    "min": (lambda x: x.min(), np.min),
+    "logsumexp": (lambda x: x.logsumexp(), lambda r: np.log(np.exp(r.astype(np.float64)).sum())),
+    "count": (lambda x: x.count(), np.size),
+    "dot": (lambda x: x.dot(x * 2 + 1), lambda r: (r * (2 * r + 1)).sum()),
+    "first": (lambda x: x.first(), lambda r: r[0]),
+    "last": (lambda x: x.last(), lambda r: r[-1]),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@given(sizes=lengths)
+def test_a_reduction_gives_each_row_what_numpy_gives_it(name, wrap, sizes):
+    reduce, oracle = REDUCTIONS[name]
+    rows = rows_of(sizes)
+    got = wrap(reduce)(Ragged.from_rows(rows))
+    np.testing.assert_allclose(got, [oracle(row) for row in rows], rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "var", "max", "min", "logsumexp", "count"])
+def test_a_reduction_takes_all_of_a_row_with_candidates(name):
+    rows = rows_of([3, 130, 1], trailing=(4,))
+    reduce, oracle = REDUCTIONS[name]
+    got = reduce(Ragged.from_rows(rows))
+    np.testing.assert_allclose(got, [oracle(row) for row in rows], rtol=1e-5)
+
+
+@given(sizes=lengths, seed=st.integers(0, 99))
+def test_where_is_the_same_as_leaving_numbers_out(sizes, seed):
+    rows = rows_of(sizes, seed)
+    keep = [row > -0.5 for row in rows_of(sizes, seed + 100)]
+    x, where = Ragged.from_rows(rows), Ragged.from_rows(keep)
+    kept = [row[k] for row, k in zip(rows, keep, strict=True)]
+    np.testing.assert_allclose(x.sum(where), [k.sum() for k in kept], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(x.count(where), [k.size for k in kept])
+    means = [k.mean() if k.size else 0 for k in kept]
+    np.testing.assert_allclose(x.mean(where), means, rtol=1e-5, atol=1e-6)
+    largest = [k.max() if k.size else -np.inf for k in kept]
+    np.testing.assert_array_equal(x.max(where), largest)
+    total = np.concatenate(kept).sum()
+    np.testing.assert_allclose(x.total(where), total, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25)
+@given(sizes=lengths)
+def test_arithmetic_is_numpys_row_by_row(sizes):
+    rows = rows_of(sizes)
+    x = Ragged.from_rows(rows)
+    per_row = np.arange(len(rows), dtype=np.float32) + 1
+    assert_rows(2 - x / 3 + x * x, [2 - r / 3 + r * r for r in rows])
+    assert_rows(per_row * x, [p * r for p, r in zip(per_row, rows, strict=True)])
+    assert_rows(jnp.asarray(per_row) - x, [p - r for p, r in zip(per_row, rows, strict=True)])
+    assert_rows(x - x.mean(), [r - r.mean() for r in rows])
+    assert_rows(jnp.float32(0.5) * x, [0.5 * r for r in rows])
+    assert_rows(1 / abs(x), [1 / abs(r) for r in rows], rtol=1e-4)
+    assert_rows((x**2).astype(jnp.int32), [(r**2).astype(np.int32) for r in rows])
+    assert_rows(
+        ((x > 0) & ~(x >= 1)) | (x == x.min()),
+        [((r > 0) & ~(r >= 1)) | (r == r.min()) for r in rows],
+    )
+    assert_rows(x.cumsum(), [np.cumsum(r) for r in rows], rtol=1e-4, atol=1e-4)
+    assert_rows(x.map(jnp.exp), [np.exp(r) for r in rows])
+
+
+@settings(max_examples=20)
+@given(sizes=lengths, start=st.integers(-5, 5), step=st.sampled_from([-2, -1, 1, 2, 3]))
+def test_a_slice_takes_those_rows(sizes, start, step):
+    rows = rows_of(sizes)
+    x = Ragged.from_rows(rows)
+    index = slice(start, None, step)
+    if not rows[index]:
+        with pytest.raises(ValueError, match="selects none"):
+            x[index]
+        return
+    assert_rows(x[index], rows[index], rtol=0, atol=0)
+    traced = jax.jit(lambda x: (x[index].sum(), x[index].max(), x[index]))(x)
+    np.testing.assert_allclose(traced[0], [r.sum() for r in rows[index]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(traced[1], [r.max() for r in rows[index]])
+    assert_rows(traced[2] + x[index], [r + r for r in rows[index]])
+
+
+def test_it_is_a_sequence_of_its_rows():
+    rows = rows_of([2, 5, 3])
+    x = Ragged.from_rows(rows)
+    a, b, c = x
+    assert (len(x), len(a), len(b), len(c)) == (3, 2, 5, 3)
+    np.testing.assert_array_equal(x[-1], rows[2])
+    with pytest.raises(IndexError):
+        x[3]
+    assert [len(r) for r in x[::2]] == [2, 3]
+
+
+def test_rows_and_packed_values_come_back_and_share_memory():
+    values = np.arange(10, dtype=np.float32)
+    x = Ragged.from_packed(values, [0, 4, 4, 10])
+    assert x[0].base is values
+    packed, offsets = (x + 0).to_packed()
+    np.testing.assert_array_equal(packed, values)
+    np.testing.assert_array_equal(offsets, [0, 4, 4, 10])
+    np.testing.assert_allclose(x.sum(), [6, 0, 39])
+    np.testing.assert_array_equal(x.max(), [3, -np.inf, 9])
+    np.testing.assert_array_equal(x.logsumexp()[1], -np.inf)
+    for offsets in ([0], [0, 4], [1, 10], [0, 6, 4, 10], [[0, 10]]):
+        with pytest.raises(ValueError, match="offsets"):
+            Ragged.from_packed(values, offsets)
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda x: jnp.mean(x), r"x\.mean\(\)"),
+        (lambda x: jnp.exp(x), r"x\.map\(fn\)"),
+        (lambda x: jnp.asarray(x), r"x\.total\(\)"),
+        (lambda x: np.asarray(x), r"x\.sum\(\)"),
+        (lambda x: x.map(lambda a: a.sum()), "one result per token"),
+        (lambda x: x * [1.0, 2.0], "another Ragged, a scalar"),
+    ],
+)
+def test_what_would_count_padding_is_a_type_error_that_names_the_method(misuse, message):
+    with pytest.raises(TypeError, match=message):
+        misuse(Ragged.from_rows(rows_of([2, 3])))
+
+
+def test_what_does_not_fit_says_where():
+    x = Ragged.from_rows(rows_of([2, 3]))
+    with pytest.raises(ValueError, match="row 1 has 3 tokens here and 4 there"):
+        x + Ragged.from_rows(rows_of([2, 4]))
+    with pytest.raises(ValueError, match="2 rows do not combine with 3"):
+        x + Ragged.from_rows(rows_of([2, 3, 4]))
+    with pytest.raises(ValueError, match=r"one value per row, shape \(2,\), not \(3,\)"):
+        x + np.ones(3, np.float32)
+    with pytest.raises(ValueError, match="row 1 has shape"):
+        Ragged.from_rows([np.ones(2), np.ones((2, 2))])
+    with pytest.raises(ValueError, match="row 1 is float32, row 0 is float64"):
+        Ragged.from_rows([np.ones(2), np.ones(2, np.float32)])
+    with pytest.raises(ValueError, match="at least one row"):
+        Ragged.from_rows([])
+
+
+def test_rows_cannot_be_taken_under_jit_and_the_error_names_the_way_out():
+    x = Ragged.from_rows(rows_of([2, 3]))
+    with pytest.raises(RowAccessError, match=r"x\.sum\(\)"):
+        jax.jit(lambda x: sum(row.sum() for row in x))(x)
+    assert isinstance(RowAccessError(), mintjax.errors.MintjaxError)
+
+
+@jax.jit
+@jax.grad
+def gradient_of_some_reductions(tiles, layout):
+    x = Ragged(tiles, layout)
+    return (x.logsumexp() * x.mean()).sum() + x.max().sum()
+
+
+@given(sizes=lengths)
+def test_gradients_reach_tokens_and_not_padding(sizes):
+    rows = rows_of(sizes)
+    x = Ragged.from_rows(rows)
+
+    def by_hand(row):
+        softmax = np.exp(row) / np.exp(row).sum()
+        logsumexp = np.log(np.exp(row).sum())
+        return softmax * row.mean() + logsumexp / row.size + (row == row.max())
+
+    got = Ragged(gradient_of_some_reductions(x.tiles, x.layout), x.layout)
+    expected = [by_hand(row) for row in rows]
+    assert_rows(got, expected, rtol=1e-4)
+    np.testing.assert_allclose(np.sum(got.tiles), sum(e.sum() for e in expected), rtol=1e-3)
+
+
+def test_padding_brings_no_nan_of_its_own():
+    x = Ragged.from_rows([np.full(3, 2.0, np.float32), np.full(200, 4.0, np.float32)])
+    with jax.debug_nans(True):
+        grads = jax.grad(lambda t: Ragged(t, x.layout).map(jnp.log).total())(x.tiles)
+    assert_rows(Ragged(grads, x.layout), [np.full(3, 0.5), np.full(200, 0.25)])
+
+
+def test_one_rows_nan_stays_in_that_row():
+    rows = rows_of([5, 400, 7])
+    rows[1][300] = np.nan
+    x = Ragged.from_rows(rows)
+    for reduce, _ in REDUCTIONS.values():
+        assert np.isfinite(np.asarray(reduce(x))[[0, 2]]).all()
+    assert np.isnan(x.sum()[1])
+    rows[1][300] = np.inf
+    assert Ragged.from_rows(rows).sum()[1] == np.inf
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_a_long_row_sum_is_as_accurate_as_a_pairwise_one(scale):
+    errors = []
+    for seed in range(20):
+        row = -scale * np.abs(rows_of([32768], seed)[0])
+        true = row.astype(np.float64).sum()
+        x = Ragged.from_rows([row, row[:100]])
+        errors.append((abs(float(x.sum()[0]) - true), abs(float(row.sum()) - true)))
+    ours, numpys = np.mean(errors, axis=0)
+    assert ours <= numpys
+
+
+def test_shapes_repeat_when_lengths_do_not():
+    rng = np.random.default_rng(0)
+    shapes = {Ragged.from_rows(rows_of(rng.integers(50, 2049, 64))).tiles.shape for _ in range(100)}
+    assert len(shapes) <= 4
+
+
+def test_repr_says_what_it_holds_and_not_the_numbers():
+    assert repr(Ragged.from_rows(rows_of([2, 3]))) == "Ragged(rows=2, lengths=[2 3], dtype=float32)"
