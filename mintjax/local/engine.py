@@ -1,0 +1,415 @@
+"""The trainer itself, without HTTP: models, their accumulated gradients, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import optax  # pyright: ignore[reportMissingTypeStubs]
+
+from mintjax.errors import DataError, NonFiniteError, NotFoundError
+from mintjax.local import builtin, checkpoints, model, optimizer, passes, sampling
+from mintjax.local.checkpoints import CheckpointPath, Description
+from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
+from mintjax.local.tokenizer import VOCAB_SIZE
+from mintjax.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
+
+MAX_RANK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One model in training. A step makes a new one, so that a step that fails changes nothing.
+
+    Args:
+        config: the base model.
+        lora_config: as the client asked.
+        lora: the adapters.
+        optimizer: optax's state.
+        gradient: accumulated by sum since the last optimizer step, in the layout of ``lora``.
+        num_datums: how many datums are in ``gradient``.
+    """
+
+    config: ModelConfig
+    lora_config: LoraConfig
+    lora: Weights
+    optimizer: Any
+    gradient: Weights
+    num_datums: int = 0
+
+
+class Engine:
+    """The embedded trainer as a Python object.
+
+    One thread at a time may use it; :func:`mintjax.local.trainer` and
+    :func:`mintjax.local.running_server` see to that.
+
+    Args:
+        normalise: divide each datum's loss by ``max(sum(weights), 1e-9)``, and the gradient by the
+            number of datums accumulated before the optimizer step, as SkyRL's JAX backend does.
+            Off, losses and gradients are sums.
+        directory: where checkpoints are kept; a temporary one, removed by :meth:`close`, if None.
+    """
+
+    def __init__(self, *, normalise: bool = False, directory: str | Path | None = None) -> None:
+        self.normalise = normalise
+        self._models: dict[str, Model] = {}
+        self._temporary = None
+        if directory is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mintjax-")
+            directory = self._temporary.name
+        self._directory = Path(directory)
+        self._sampler: tuple[str, ModelConfig, Weights] | None = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget every model, and remove the checkpoints if they were in a temporary directory."""
+        self._models.clear()
+        self._sampler = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The models in training, by id."""
+        return MappingProxyType(self._models)
+
+    def model(self, model_id: str) -> Model:
+        """One model.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        try:
+            return self._models[model_id]
+        except KeyError:
+            raise NotFoundError(404, f"model_id: there is no model {model_id!r}") from None
+
+    def gradient(self, model_id: str) -> Weights:
+        """The gradient that the next optimizer step would use, before clipping."""
+        state = self.model(model_id)
+        return optimizer.divided(state.gradient, self._divisor(state))
+
+    def create_model(self, base_model: str, lora_config: LoraConfig) -> str:
+        """Make a model with fresh adapters.
+
+        Returns:
+            Its id.
+
+        Raises:
+            NotFoundError: there is no such base model.
+            DataError: the adapters cannot be made so.
+        """
+        check_create(base_model, lora_config)
+        config = BASE_MODELS[base_model]
+        model_id = f"model-{uuid.uuid4().hex}"
+        lora = model.lora_weights(config, lora_config)
+        self._models[model_id] = _fresh(config, lora_config, lora, optimizer.init(lora))
+        return model_id
+
+    def unload_model(self, model_id: str) -> None:
+        """Forget a model; its checkpoints stay.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        self.model(model_id)
+        del self._models[model_id]
+
+    def check_pass(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> None:
+        """Check what :meth:`forward` and :meth:`forward_backward` would be given.
+
+        Raises:
+            NotFoundError: there is no such model.
+            DataError: naming the datum, the field, and what to do.
+        """
+        context = self.model(model_id).config.max_context_length
+        builtin.check_request(
+            data, loss_fn, loss_fn_config, vocab_size=VOCAB_SIZE, max_context_length=context
+        )
+
+    def forward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> ForwardBackwardOutput:
+        """The logprobs of the targets, and the loss; nothing is accumulated.
+
+        Raises:
+            NotFoundError, DataError: as :meth:`check_pass`.
+            NonFiniteError: the loss is not finite.
+        """
+        return self._pass(model_id, data, loss_fn, loss_fn_config, backward=False)
+
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> ForwardBackwardOutput:
+        """As :meth:`forward`, and add the loss's gradient to what has accumulated.
+
+        Raises:
+            NotFoundError, DataError: as :meth:`check_pass`.
+            NonFiniteError: the loss or its gradient is not finite; nothing was added.
+        """
+        return self._pass(model_id, data, loss_fn, loss_fn_config, backward=True)
+
+    def optim_step(self, model_id: str, params: AdamParams) -> OptimStepResponse:
+        """One AdamW step on the accumulated gradient, which is then zero again.
+
+        Without any accumulated gradient it is a step on a zero gradient, as in torch: momentum
+        and weight decay still move the weights.
+
+        Returns:
+            The gradient's norm before clipping, as ``"grad_norm"``.
+
+        Raises:
+            NotFoundError: there is no such model.
+            DataError: a hyperparameter is out of range.
+            NonFiniteError: the new weights would not be finite; nothing was changed.
+        """
+        optimizer.check_params(params)
+        state = self.model(model_id)
+        lora, moments, norm = optimizer.step(
+            state.lora, state.optimizer, state.gradient, self._divisor(state), params
+        )
+        if not passes.all_finite((lora, moments, norm)):
+            raise NonFiniteError(
+                "this optimizer step would make weights that are not finite; nothing was changed. "
+                "Lower learning_rate, raise eps, or set grad_clip_norm"
+            )
+        self._models[model_id] = _fresh(state.config, state.lora_config, lora, moments)
+        return OptimStepResponse(metrics={"grad_norm": float(norm)})
+
+    def save_weights(self, model_id: str, name: str | None = None) -> str:
+        """Write adapters and optimizer state; replaces a checkpoint of the same name.
+
+        Returns:
+            Its path, ``tinker://<model>/weights/<name>``.
+
+        Raises:
+            NotFoundError: there is no such model.
+            DataError: the name is none.
+        """
+        state = self.model(model_id)
+        path = CheckpointPath(model_id, "weights", _checked_name(name))
+        whole = {"lora": state.lora, "optimizer": state.optimizer}
+        checkpoints.save(self._directory, path, _describe(state), whole)
+        return str(path)
+
+    def save_weights_for_sampler(self, model_id: str, name: str | None = None) -> str:
+        """Write the adapters, to sample from; replaces a checkpoint of the same name.
+
+        Returns:
+            Its path, ``tinker://<model>/sampler_weights/<name>``.
+
+        Raises:
+            NotFoundError: there is no such model.
+            DataError: the name is none.
+        """
+        state = self.model(model_id)
+        path = CheckpointPath(model_id, "sampler_weights", _checked_name(name))
+        checkpoints.save(self._directory, path, _describe(state), {"lora": state.lora})
+        self._sampler = None  # it may hold the checkpoint that was replaced
+        return str(path)
+
+    def load_weights(self, model_id: str, path: str, *, with_optimizer: bool = False) -> None:
+        """Go on from a checkpoint; the accumulated gradient, of other weights, is dropped.
+
+        Args:
+            model_id: the model that takes it; it must have the checkpoint's base and adapters.
+            path: ``tinker://<model>/weights/<name>``.
+            with_optimizer: take the optimizer's state too; else that starts afresh.
+
+        Raises:
+            NotFoundError: there is no such model or checkpoint.
+            DataError: it is no training checkpoint, or one of a model of another shape.
+        """
+        state = self.model(model_id)
+        parsed = CheckpointPath.parse(path, field="path")
+        if parsed.kind != "weights":
+            raise DataError(
+                "a sampler checkpoint cannot be trained on; load one made by save_weights",
+                field="path",
+            )
+        saved = checkpoints.describe(self._directory, parsed)
+        if _shape(saved) != _shape(_describe(state)):
+            raise DataError(
+                f"{path} holds {_shape(saved)}, where this model is {_shape(_describe(state))}",
+                field="path",
+            )
+        like: dict[str, Any] = {"lora": state.lora}
+        if with_optimizer:
+            like["optimizer"] = state.optimizer
+        loaded = checkpoints.load(self._directory, parsed, like)
+        moments = loaded["optimizer"] if with_optimizer else optimizer.init(loaded["lora"])
+        self._models[model_id] = _fresh(state.config, state.lora_config, loaded["lora"], moments)
+
+    def describe_checkpoint(self, path: str, *, field: str) -> Description:
+        """What a checkpoint was made from.
+
+        Args:
+            path: of the checkpoint.
+            field: the request's name for it, for the error.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            DataError: it is no path.
+        """
+        return checkpoints.describe(self._directory, CheckpointPath.parse(path, field=field))
+
+    def sample(
+        self,
+        source: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        num_samples: int = 1,
+        prompt_logprobs: bool = False,
+    ) -> SampleResponse:
+        """Continue a prompt.
+
+        Args:
+            source: the path of a checkpoint, or the name of a base model.
+            prompt: token ids.
+            params: how to sample.
+            num_samples: how many continuations.
+            prompt_logprobs: also give the logprob of each token of the prompt.
+
+        Raises:
+            NotFoundError: there is no such checkpoint or base model.
+            DataError: the prompt or a parameter is out of range.
+        """
+        config, weights = self._sampler_weights(source)
+        sampling.check_request(config, prompt, params, num_samples)
+        return sampling.sample(
+            config,
+            weights,
+            prompt,
+            params,
+            num_samples=num_samples,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _pass(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        *,
+        backward: bool,
+    ) -> ForwardBackwardOutput:
+        self.check_pass(model_id, data, loss_fn, loss_fn_config)
+        state = self.model(model_id)
+        result = passes.run(
+            state.config,
+            state.lora,
+            data,
+            loss_fn,
+            loss_fn_config,
+            normalise=self.normalise,
+            backward=backward,
+        )
+        if result.gradient is not None:
+            self._models[model_id] = dataclasses.replace(
+                state,
+                gradient=passes.add(state.gradient, result.gradient),
+                num_datums=state.num_datums + len(data),
+            )
+        total = float(result.losses.sum(dtype="float64"))
+        return ForwardBackwardOutput(
+            loss_fn_outputs=[{"logprobs": TensorData(logprobs)} for logprobs in result.logprobs],
+            metrics={} if self.normalise else {"loss:sum": total},
+        )
+
+    def _divisor(self, state: Model) -> int:
+        return max(1, state.num_datums) if self.normalise else 1
+
+    def _sampler_weights(self, source: str) -> tuple[ModelConfig, Weights]:
+        if self._sampler is None or self._sampler[0] != source:
+            if source in BASE_MODELS:
+                config = BASE_MODELS[source]
+                weights = model.base_weights(config)
+            else:
+                path = CheckpointPath.parse(source, field="model_path")
+                description = checkpoints.describe(self._directory, path)
+                config = BASE_MODELS[description.base_model]
+                like = {"lora": model.lora_weights(config, description.lora_config)}
+                lora = checkpoints.load(self._directory, path, like)["lora"]
+                weights = model.adapt(model.base_weights(config), lora)
+            self._sampler = (source, config, weights)
+        return self._sampler[1:]
+
+
+def check_create(base_model: str, lora_config: LoraConfig) -> None:
+    """Check what :meth:`Engine.create_model` would be given.
+
+    Raises:
+        NotFoundError: there is no such base model.
+        DataError: the adapters cannot be made so.
+    """
+    if base_model not in BASE_MODELS:
+        raise NotFoundError(
+            404, f"base_model: {base_model!r} is none of {', '.join(sorted(BASE_MODELS))}"
+        )
+    if not 1 <= lora_config.rank <= MAX_RANK:
+        raise DataError(
+            f"rank {lora_config.rank} is not in 1 to {MAX_RANK}", field="lora_config.rank"
+        )
+    if not (lora_config.train_attn or lora_config.train_mlp or lora_config.train_unembed):
+        raise DataError(
+            "nothing to train; set one of train_attn, train_mlp and train_unembed",
+            field="lora_config",
+        )
+
+
+def _fresh(config: ModelConfig, lora_config: LoraConfig, lora: Weights, moments: Any) -> Model:
+    return Model(config, lora_config, lora, moments, optax.tree.zeros_like(lora))
+
+
+def _checked_name(name: str | None) -> str:
+    if name is None:
+        return f"unnamed-{uuid.uuid4().hex}"
+    checkpoints.check_name(name)
+    return name
+
+
+def _describe(state: Model) -> Description:
+    return Description(state.config.name, state.lora_config)
+
+
+def _shape(description: Description) -> str:
+    lora = description.lora_config
+    parts = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+    trained = "+".join(name for name, on in parts.items() if on)
+    return f"{description.base_model} with rank {lora.rank} on {trained}"
