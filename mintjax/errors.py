@@ -7,6 +7,7 @@ inside a user's objective is never wrapped: it arrives with its own type and tra
     ├── DataError (ValueError)            the data: which datum, which field, what to do
     ├── ObjectiveError (TypeError)        the objective returned something that is no loss
     ├── NonFiniteError (FloatingPointError)  a NaN or an infinity, caught before it is sent
+    ├── ConfigError (ValueError)          an argument or environment variable of the client
     ├── ClosedError                       the client was closed
     └── APIError                          the trainer, or the way to it
         ├── APIConnectionError (ConnectionError)
@@ -68,12 +69,21 @@ class NonFiniteError(MintjaxError, FloatingPointError):
         self.position = position
 
 
+class ConfigError(MintjaxError, ValueError):
+    """The client cannot be set up so: a base URL, a key or an option; the message says which."""
+
+
 class ClosedError(MintjaxError):
     """The client was closed, before the call or while it was under way."""
 
 
 class APIError(MintjaxError):
-    """The trainer, or the connection to it, did not do what was asked."""
+    """The trainer, or the connection to it, did not do what was asked.
+
+    ``may_have_been_applied`` is True where the request may have taken effect all the same.
+    """
+
+    may_have_been_applied: bool = False
 
 
 class APIConnectionError(APIError, ConnectionError):

@@ -1,0 +1,111 @@
+"""Results that are still to come."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+from mintjax.errors import APITimeoutError
+
+T = TypeVar("T")
+
+
+class APIFuture(Generic[T]):
+    """The result of a request, for threads and for asyncio alike.
+
+    ``future.result()`` blocks; ``await future`` works in any event loop. Both may be called any
+    number of times, from anywhere.
+    """
+
+    def __init__(
+        self,
+        future: concurrent.futures.Future[T],
+        blocks_loop: Callable[[], bool],
+        keep_alive: object = None,
+    ) -> None:
+        self._future = future
+        self._blocks_loop = blocks_loop
+        self._keep_alive = keep_alive  # a client that nobody else holds lives until its results
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the result.
+
+        Args:
+            timeout: seconds to wait at most; no limit if None.
+
+        Raises:
+            APITimeoutError: no result yet (a ``TimeoutError``). The request goes on; ask again.
+            concurrent.futures.CancelledError: it was cancelled.
+            RuntimeError: called in the client's own event loop, which would wait for itself.
+        """
+        if not self._future.done() and self._blocks_loop():
+            raise RuntimeError(
+                "result() in the client's own event loop would wait for itself for ever; "
+                "await the future, or wait in another thread"
+            )
+        try:
+            return self._future.result(timeout)
+        except TimeoutError:  # ours, or the request's own
+            return self._result_after(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """Wait for the result without blocking the running event loop; see :meth:`result`.
+
+        Cancelling the task that waits leaves the request running, as a timeout does.
+        """
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+
+        def wake(_: object) -> None:
+            with suppress(RuntimeError):  # that loop has been closed: nobody is waiting
+                loop.call_soon_threadsafe(done.set)
+
+        self._future.add_done_callback(wake)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), timeout)
+        return self._result_after(timeout)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result_async().__await__()
+
+    def done(self) -> bool:
+        """Whether there is a result or an error."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """Withdraw the request, if nothing that changes the model has been sent for it.
+
+        Returns:
+            True if it will take no effect; False if it is too late.
+        """
+        return self._future.cancel()
+
+    def cancelled(self) -> bool:
+        """Whether it was withdrawn."""
+        return self._future.cancelled()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait like :meth:`result`, and return the error, or None where there is none."""
+        try:
+            return self._future.exception(timeout)
+        except TimeoutError:
+            return self._future.exception(0) if self._future.done() else self._late(timeout)
+
+    def add_done_callback(self, callback: Callable[[APIFuture[T]], object]) -> None:
+        """Call ``callback(self)`` once it is done, in the client's thread; it must not block."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def _result_after(self, timeout: float | None) -> T:
+        return self._future.result(0) if self._future.done() else self._late(timeout)
+
+    def _late(self, timeout: float | None) -> Any:
+        raise APITimeoutError(
+            f"no result within {timeout} s; the request is still running, ask for it again"
+        )
+
+    def __repr__(self) -> str:
+        state = "cancelled" if self.cancelled() else "done" if self.done() else "pending"
+        return f"<APIFuture {state}>"

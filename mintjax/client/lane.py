@@ -1,0 +1,230 @@
+"""The order of one model's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from mintjax import wire
+from mintjax.client.background import Background, Carried, begin
+from mintjax.client.futures import APIFuture
+from mintjax.client.polling import Accepted, retrieve
+from mintjax.client.transport import Transport
+from mintjax.errors import AmbiguousRequestError, APIError, ClosedError
+
+T = TypeVar("T")
+
+Finish = Callable[[], Awaitable[T]]
+"""What is left to do once a request no longer holds its place in the line."""
+
+
+class Lane:
+    """Requests of one model take effect in the order in which they were submitted.
+
+    A request has its place in the line from the moment of its submission, and leaves it when the
+    trainer has accepted all that belongs to it; its result is waited for outside. A number is
+    given out only to a request that is being sent, and given back when the trainer refuses it.
+
+    Args:
+        background: where it runs.
+        transport: how requests travel.
+        model_id: the model.
+        pipelined: if False, a request stays in the line until its result has come.
+        keep_alive: held by every future, so that the client outlives its requests.
+    """
+
+    def __init__(
+        self,
+        background: Background,
+        transport: Transport,
+        model_id: str,
+        *,
+        pipelined: bool,
+        keep_alive: object,
+    ) -> None:
+        self.model_id = model_id
+        self._background = background
+        self._transport = transport
+        self._pipelined = pipelined
+        self._keep_alive = keep_alive
+        self._turn = asyncio.Lock()  # first come, first served
+        self._idle = asyncio.Event()
+        self._under_way = 0
+        self._next_seq = 1
+        self._doubt: str | None = None
+        self._closed = False
+        self._computing = threading.local()
+
+    def submit(
+        self, send: Callable[[concurrent.futures.Future[Any]], Awaitable[Finish[T]]]
+    ) -> APIFuture[T]:
+        """Take the next place in the line.
+
+        Args:
+            send: called when its turn comes, with the future, to send what is to be sent.
+
+        Raises:
+            ClosedError: the model was unloaded, or the client closed.
+            AmbiguousRequestError: what an earlier request has done to the model is unknown.
+            RuntimeError: called by an objective, whose own step would have to end first.
+        """
+        if getattr(self._computing, "active", False):
+            raise RuntimeError(
+                "an objective cannot submit requests to the model that is being trained with it: "
+                "they would wait for its own step to end"
+            )
+        if self._closed:
+            raise ClosedError(f"model {self.model_id} was unloaded; create a new training client")
+        self._raise_doubt()
+
+        async def run(future: concurrent.futures.Future[T]) -> T:
+            async with self._turn:
+                finish = await send(future)
+                if not self._pipelined:
+                    return await finish()
+                self._under_way += 1
+            try:
+                return await finish()
+            finally:
+                self._under_way -= 1
+                if not self._under_way:
+                    self._idle.set()
+
+        return APIFuture(
+            self._background.start(run), self._background.is_current_thread, self._keep_alive
+        )
+
+    def request(
+        self,
+        path: str,
+        message: Callable[[int], Any],
+        as_type: type[T],
+        *,
+        mutates: bool = False,
+    ) -> APIFuture[T]:
+        """Submit a request that needs only its number; ``message(seq_id)`` is what it says."""
+
+        async def send(future: concurrent.futures.Future[Any]) -> Finish[T]:
+            begin(future)
+            accepted = await self.post(path, message, mutates=mutates)
+            return lambda: self.result(accepted, as_type)
+
+        return self.submit(send)
+
+    async def post(
+        self, path: str, message: Callable[[int], Any], *, mutates: bool = False
+    ) -> Accepted:
+        """Send the next request of the model; its turn must have come.
+
+        Raises:
+            APIError: it was refused (its number is used for the next one), or it is not known
+                whether it was applied (nothing more can be sent).
+        """
+        self._raise_doubt()
+        seq_id = self._next_seq
+        body = wire.encode(message(seq_id))
+        key = self._transport.new_key()
+        try:
+            answer = await self._transport.call(
+                path, body, wire.UntypedFuture, mutates=mutates, key=key
+            )
+        except APIError as error:
+            if error.may_have_been_applied:
+                self.in_doubt(f"{path} (number {seq_id}) may or may not have been applied: {error}")
+            raise
+        self._next_seq = seq_id + 1
+        return Accepted(path, body, key, answer.request_id, self.model_id, mutates)
+
+    async def post_all(
+        self,
+        path: str,
+        messages: Sequence[Callable[[int], Any]],
+        as_type: type[T],
+        *,
+        mutates: bool = False,
+    ) -> Callable[[], Awaitable[list[T]]]:
+        """Send the parts of one request one after another; what is returned waits for them all.
+
+        A part that fails beside others that are applied leaves the model in doubt.
+        """
+        sent: list[Accepted] = []
+        done: list[T] = []
+        for message in messages:
+            try:
+                sent.append(await self.post(path, message, mutates=mutates))
+                if not self._pipelined:
+                    done.append(await self.result(sent[-1], as_type))
+            except APIError as error:
+                if mutates and len(sent) > 0 and len(messages) > 1:
+                    self._part_failed(path, error, f"part {len(sent)}", len(messages))
+                raise
+
+        async def finish() -> list[T]:
+            if not self._pipelined:
+                return done
+            results = await asyncio.gather(
+                *(self.result(accepted, as_type) for accepted in sent), return_exceptions=True
+            )
+            failed = [r for r in results if isinstance(r, BaseException)]
+            if failed and mutates and len(failed) < len(results):
+                self._part_failed(path, failed[0], f"{len(failed)} parts", len(results))
+            if failed:
+                raise failed[0]
+            return [r for r in results if not isinstance(r, BaseException)]
+
+        return finish
+
+    async def result(self, accepted: Accepted, as_type: type[T]) -> T:
+        """Wait for the result of an accepted request."""
+        return await retrieve(self._transport, accepted, as_type)
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Run a user's function in a worker thread, while holding the place in the line."""
+
+        def guarded() -> T | Carried:
+            self._computing.active = True
+            try:
+                return work()
+            except BaseException as error:
+                return Carried(error)
+            finally:
+                self._computing.active = False
+
+        outcome = await asyncio.to_thread(guarded)
+        if isinstance(outcome, Carried):
+            raise outcome
+        return outcome
+
+    async def idle(self) -> None:
+        """Wait until every request that has left the line has its result."""
+        while self._under_way:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def in_doubt(self, reason: str) -> None:
+        """Send nothing more: nobody knows what the model is now."""
+        self._doubt = self._doubt or reason
+
+    def close(self) -> None:
+        """Take no more submissions."""
+        self._closed = True
+
+    def _part_failed(self, path: str, error: BaseException, which: str, parts: int) -> None:
+        reason = (
+            f"{path} was sent in {parts} parts for its size, and {which} failed: the gradients of "
+            "the others are, or may be, accumulated in the trainer"
+        )
+        error.add_note(reason)
+        self.in_doubt(f"{reason} ({error})")
+
+    def _raise_doubt(self) -> None:
+        if self._doubt is not None:
+            error = AmbiguousRequestError(
+                f"nothing more can be sent to model {self.model_id}: {self._doubt}. Go on from the "
+                "last checkpoint, with create_training_client_from_state_with_optimizer"
+            )
+            error.may_have_been_applied = True
+            raise error

@@ -1,0 +1,128 @@
+"""Sampling from a model, trained or not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from mintjax import wire
+from mintjax.client.connection import Connection
+from mintjax.client.futures import APIFuture
+from mintjax.errors import APIResponseError, DataError
+from mintjax.types import ModelInput, SampleResponse, SamplingParams
+
+
+class SamplingClient:
+    """Samples from one set of weights, which stays as it was when this was made.
+
+    Made by :meth:`ServiceClient.create_sampling_client` and
+    :meth:`TrainingClient.save_weights_and_get_sampling_client`. Requests run side by side.
+    """
+
+    def __init__(self, connection: Connection, sampling_session_id: str) -> None:
+        self._connection = connection
+        self._sampling_session_id = sampling_session_id
+        self._numbers = itertools.count(1)
+
+    @classmethod
+    async def open(
+        cls, connection: Connection, *, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """Open a sampling session, within the client's loop, for saved weights or a base model."""
+        request = wire.CreateSamplingSessionRequest(
+            session_id=await connection.session(),
+            sampling_session_seq_id=next(connection.sampling_numbers),
+            base_model=base_model,
+            model_path=model_path,
+            type="create_sampling_session",
+        )
+        answer = await connection.transport.call(
+            "create_sampling_session", wire.encode(request), wire.CreateSamplingSessionResponse
+        )
+        return cls(connection, answer.sampling_session_id)
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+    ) -> APIFuture[SampleResponse]:
+        """Sample continuations of a prompt.
+
+        Args:
+            prompt: at least one token.
+            num_samples: how many continuations.
+            sampling_params: how to sample.
+            include_prompt_logprobs: return the prompt's own logprobs too.
+
+        Raises:
+            DataError: an argument that no trainer can use.
+        """
+        _check(prompt, num_samples, sampling_params)
+        message = wire.SampleRequest(
+            prompt=prompt,
+            sampling_params=sampling_params,
+            sampling_session_id=self._sampling_session_id,
+            seq_id=next(self._numbers),
+            num_samples=num_samples,
+            prompt_logprobs=include_prompt_logprobs,
+        )
+        return self._connection.start(
+            lambda: self._connection.accepted("asample", message, SampleResponse)
+        )
+
+    async def sample_async(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+    ) -> SampleResponse:
+        """:meth:`sample`, awaited."""
+        return await self.sample(prompt, num_samples, sampling_params, include_prompt_logprobs)
+
+    def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
+        """The logprob of each token of a prompt after those before it, in nats; the first is None.
+
+        Raises:
+            DataError: the prompt has no token.
+        """
+        _check(prompt, 1, SamplingParams())
+        message = wire.SampleRequest(
+            prompt=prompt,
+            sampling_params=SamplingParams(max_tokens=1),
+            sampling_session_id=self._sampling_session_id,
+            seq_id=next(self._numbers),
+            prompt_logprobs=True,
+        )
+
+        async def run() -> list[float | None]:
+            answer = await self._connection.accepted("asample", message, SampleResponse)
+            logprobs = answer.prompt_logprobs
+            if logprobs is None or len(logprobs) != prompt.length:
+                raise APIResponseError(
+                    f"the trainer returned {0 if logprobs is None else len(logprobs)} prompt "
+                    f"logprobs for {prompt.length} tokens"
+                )
+            return logprobs
+
+        return self._connection.start(run)
+
+    async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
+        """:meth:`compute_logprobs`, awaited."""
+        return await self.compute_logprobs(prompt)
+
+
+def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:
+    tokens = prompt.to_ints()
+    if not tokens or min(tokens) < 0:
+        raise DataError("it needs at least one token, and none below 0", field="prompt")
+    if num_samples < 1:
+        raise DataError(f"{num_samples}; ask for at least one", field="num_samples")
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise DataError(f"{params.temperature}; it must be finite and >= 0", field="temperature")
+    if not 0 < params.top_p <= 1:
+        raise DataError(f"{params.top_p}; it must be in (0, 1]", field="top_p")
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise DataError(f"{params.max_tokens}; it must be at least 1", field="max_tokens")

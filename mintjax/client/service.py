@@ -1,0 +1,279 @@
+"""The way to a trainer, and to the models on it."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import httpx
+import msgspec
+
+from mintjax import wire
+from mintjax.client.connection import Connection
+from mintjax.client.futures import APIFuture
+from mintjax.client.sampling import SamplingClient
+from mintjax.client.settings import RetryPolicy, from_environment, resolve
+from mintjax.client.training import TrainingClient
+from mintjax.errors import APIStatusError, ConfigError, DataError
+from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
+
+
+class _WeightsInfo(msgspec.Struct):
+    base_model: str
+    lora_rank: int | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+
+
+class _WeightsInfoRequest(msgspec.Struct):
+    tinker_path: str
+
+
+class ServiceClient:
+    """A session with a trainer; makes training and sampling clients.
+
+    It starts one thread, which does everything that goes over the network; the session is opened
+    by the first call that needs it. Use it from any number of threads and event loops. As a context
+    manager, it closes the session's thread when the block ends.
+
+    Args:
+        base_url: the trainer's address; ``MINT_BASE_URL``, else ``TINKER_BASE_URL``, else MinT's.
+        api_key: ``MINT_API_KEY``, else ``TINKER_API_KEY``. A trainer on this machine may need none.
+        timeout: seconds for the answer to one request; results may take longer.
+        retry_policy: how patiently to send requests again and to ask for results.
+        pipelined: send requests before those in front of them have their results; False for a
+            trainer that does not keep the order of ``seq_id``.
+        max_response_bytes: refuse larger answers.
+        user_metadata: sent with the session.
+        allow_insecure_http: allow ``http://`` to another machine, where anyone on the way can read
+            the key.
+        transport: in place of the network, such as ``httpx.ASGITransport(app)``.
+
+    Raises:
+        ConfigError: no usable address or key.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        retry_policy: RetryPolicy | None = None,
+        pipelined: bool = True,
+        max_response_bytes: int = 1 << 30,
+        user_metadata: dict[str, str] | None = None,
+        allow_insecure_http: bool = False,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        if not timeout > 0:
+            raise ConfigError(f"timeout must be above 0 seconds, not {timeout}")
+        url, key = resolve(base_url, api_key, allow_insecure_http=allow_insecure_http)
+        self._connection = Connection(
+            url,
+            key,
+            retry_policy or RetryPolicy(),
+            timeout=timeout,
+            max_response_bytes=max_response_bytes,
+            transport=transport,
+            user_metadata=user_metadata,
+            pipelined=pipelined,
+        )
+
+    @property
+    def base_url(self) -> str:
+        """The trainer's address."""
+        return self._connection.transport.address
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+    ) -> TrainingClient:
+        """Make a model with fresh low-rank adapters.
+
+        Args:
+            base_model: name of the base model; ``TINKER_BASE_MODEL`` if None.
+            rank: of the adapters, at least 1.
+            seed: of their initial values; the trainer chooses one if None.
+            train_mlp: adapt the feed-forward layers.
+            train_attn: adapt the attention projections.
+            train_unembed: adapt the output projection.
+            user_metadata: sent with the model.
+
+        Raises:
+            DataError: an argument that no trainer can use.
+            APIError: the trainer cannot be reached, or refuses.
+        """
+        config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return self._create(base_model, config, user_metadata).result()
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+    ) -> TrainingClient:
+        """:meth:`create_lora_training_client`, awaited."""
+        config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return await self._create(base_model, config, user_metadata)
+
+    def create_training_client_from_state(
+        self, path: str, user_metadata: dict[str, str] | None = None
+    ) -> TrainingClient:
+        """Make a model with the weights of a path that ``save_state`` gave, and a fresh optimizer.
+
+        Args:
+            path: ``tinker://<model>/weights/<name>``.
+            user_metadata: sent with the model.
+
+        Raises:
+            APIError: the trainer cannot be reached, or knows no such path.
+        """
+        return self._create_from_state(path, user_metadata, optimizer=False).result()
+
+    async def create_training_client_from_state_async(
+        self, path: str, user_metadata: dict[str, str] | None = None
+    ) -> TrainingClient:
+        """:meth:`create_training_client_from_state`, awaited."""
+        return await self._create_from_state(path, user_metadata, optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, user_metadata: dict[str, str] | None = None
+    ) -> TrainingClient:
+        """:meth:`create_training_client_from_state` with the optimizer's state, to train on."""
+        return self._create_from_state(path, user_metadata, optimizer=True).result()
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self, path: str, user_metadata: dict[str, str] | None = None
+    ) -> TrainingClient:
+        """:meth:`create_training_client_from_state_with_optimizer`, awaited."""
+        return await self._create_from_state(path, user_metadata, optimizer=True)
+
+    def create_sampling_client(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """Make a client that samples from saved weights, or from a base model.
+
+        Args:
+            model_path: a path that ``save_weights_for_sampler`` gave.
+            base_model: name of a base model, if there is no path.
+
+        Raises:
+            DataError: neither was given.
+        """
+        return self._sampling(model_path, base_model).result()
+
+    async def create_sampling_client_async(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """:meth:`create_sampling_client`, awaited."""
+        return await self._sampling(model_path, base_model)
+
+    def get_server_capabilities(self) -> ServerCapabilities:
+        """Which base models the trainer offers."""
+        return self._capabilities().result()
+
+    async def get_server_capabilities_async(self) -> ServerCapabilities:
+        """:meth:`get_server_capabilities`, awaited."""
+        return await self._capabilities()
+
+    def close(self) -> None:
+        """End the thread, and every future that is still open with ClosedError; within a second."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ServiceClient({self.base_url!r})"
+
+    def _create(
+        self, base_model: str | None, config: LoraConfig, user_metadata: dict[str, str] | None
+    ) -> APIFuture[TrainingClient]:
+        base_model = base_model or from_environment("base_model")
+        if not base_model:
+            raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
+        if config.rank < 1:
+            raise DataError(f"{config.rank}; it must be at least 1", field="rank")
+        if not (config.train_mlp or config.train_attn or config.train_unembed):
+            raise DataError("nothing is left to train; let at least one of the three be True")
+        return self._connection.start(lambda: self._made(base_model, config, user_metadata))
+
+    async def _made(
+        self, base_model: str, config: LoraConfig, user_metadata: dict[str, str] | None
+    ) -> TrainingClient:
+        request = wire.CreateModelRequest(
+            session_id=await self._connection.session(),
+            model_seq_id=next(self._connection.model_numbers),
+            base_model=base_model,
+            lora_config=config,
+            user_metadata=user_metadata,
+        )
+        made = await self._connection.accepted("create_model", request, wire.CreateModelResponse)
+        return TrainingClient(self._connection, made.model_id)
+
+    def _create_from_state(
+        self, path: str, user_metadata: dict[str, str] | None, *, optimizer: bool
+    ) -> APIFuture[TrainingClient]:
+        async def run() -> TrainingClient:
+            info = await self._weights_info(path)
+            config = LoraConfig(
+                info.lora_rank or 32,
+                train_unembed=info.train_unembed is not False,
+                train_mlp=info.train_mlp is not False,
+                train_attn=info.train_attn is not False,
+            )
+            client = await self._made(info.base_model, config, user_metadata)
+            await (client.load_state_with_optimizer if optimizer else client.load_state)(path)
+            return client
+
+        return self._connection.start(run)
+
+    async def _weights_info(self, path: str) -> _WeightsInfo:
+        await self._connection.session()
+        call = self._connection.transport.call
+        try:
+            return await call("weights_info", wire.encode(_WeightsInfoRequest(path)), _WeightsInfo)
+        except APIStatusError as error:
+            model_id = path.removeprefix("tinker://").partition("/")[0]
+            if error.status_code not in (404, 405) or model_id == path:
+                raise
+        # A trainer without that endpoint may still hold the model that the checkpoint is of.
+        request = wire.ModelRequest(model_id, "get_info")
+        info = await call("get_info", wire.encode(request), GetInfoResponse)
+        return _WeightsInfo(info.model_data.model_name, info.lora_rank)
+
+    def _sampling(
+        self, model_path: str | None, base_model: str | None
+    ) -> APIFuture[SamplingClient]:
+        if model_path is None and base_model is None:
+            raise DataError("pass model_path, or base_model", field="model_path")
+        connection = self._connection
+        return connection.start(
+            lambda: SamplingClient.open(connection, model_path=model_path, base_model=base_model)
+        )
+
+    def _capabilities(self) -> APIFuture[ServerCapabilities]:
+        transport = self._connection.transport
+        return self._connection.start(
+            lambda: transport.call("get_server_capabilities", b"", ServerCapabilities, method="GET")
+        )

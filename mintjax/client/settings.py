@@ -1,0 +1,161 @@
+"""Where the trainer is, who asks, and how patiently."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import ipaddress
+import os
+import random
+import time
+from collections.abc import Generator
+
+import httpx
+import msgspec
+
+from mintjax.errors import ConfigError
+
+DEFAULT_BASE_URL = "https://mint.macaron.xin"
+_VARIABLES = {"base_url": "BASE_URL", "api_key": "API_KEY", "base_model": "BASE_MODEL"}
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How long to keep trying; all times in seconds.
+
+    Args:
+        first_delay: before the first retry; doubled for each one after it, times a random factor
+            between a half and one.
+        longest_delay: the doubling stops here.
+        deadline: for one request in all; for a result, since the trainer last answered.
+        first_contact: in place of the deadline, while the trainer has never been reached.
+        poll_timeout: how long one question for a result is held open.
+        silence: how long a result may be waited for on connections that open and never answer.
+        bad_answers: how many answers that are garbage, or a proxy's, to bear with.
+        heartbeat: between two signs of life of the session.
+        repeat_unanswered: send ``forward_backward`` and ``optim_step`` again when they may have
+            been applied already: right where the trainer knows a repeated request by its number or
+            key. If False, AmbiguousRequestError is raised instead.
+    """
+
+    first_delay: float = 0.5
+    longest_delay: float = 30.0
+    deadline: float = 300.0
+    first_contact: float = 10.0
+    poll_timeout: float = 45.0
+    silence: float = 1800.0
+    bad_answers: int = 3
+    heartbeat: float = 10.0
+    repeat_unanswered: bool = True
+
+
+class Patience:
+    """Exponential delays with jitter, within a deadline."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
+        self.started = time.monotonic()
+        self.attempts = 1
+        self._delays = 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, or since the last :meth:`renew`."""
+        return time.monotonic() - self.started
+
+    def renew(self) -> None:
+        """The trainer has answered: begin anew."""
+        self.started, self._delays = time.monotonic(), 0
+
+    async def wait(self, deadline: float, retry_after: float | None = None) -> bool:
+        """Sleep until the next attempt is due, or return False where there is no time for it."""
+        delay = self._policy.first_delay * 2 ** min(self._delays, 60)
+        delay = min(delay, self._policy.longest_delay) * random.uniform(0.5, 1.0)
+        delay = max(delay, retry_after or 0.0)
+        if self.seconds + delay > deadline:
+            return False
+        self._delays += 1
+        self.attempts += 1
+        await asyncio.sleep(delay)
+        return True
+
+
+def retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds to wait, from a ``Retry-After`` header: a number, or a date."""
+    given = headers.get("retry-after", "").strip()
+    if given.replace(".", "", 1).isdecimal():
+        return float(given)
+    try:
+        when = email.utils.parsedate_to_datetime(given).timestamp()
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, when - time.time())
+
+
+class ApiKey(httpx.Auth):
+    """Adds the key to each request as it leaves, so that nothing else has to hold it."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if self._key:
+            request.headers["X-API-Key"] = self._key
+        yield request
+
+    def redact(self, text: str) -> str:
+        """The text without the key, should a trainer quote it."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def __repr__(self) -> str:
+        return "ApiKey(***)"
+
+
+def from_environment(name: str) -> str | None:
+    """``MINT_<NAME>``, else ``TINKER_<NAME>``, else None; empty values count as absent."""
+    variable = _VARIABLES[name]
+    return os.environ.get(f"MINT_{variable}") or os.environ.get(f"TINKER_{variable}") or None
+
+
+def resolve(
+    base_url: str | None, api_key: str | None, *, allow_insecure_http: bool
+) -> tuple[httpx.URL, ApiKey]:
+    """The trainer's address and the key; arguments win over the environment.
+
+    Raises:
+        ConfigError: no such address, no key where one is needed, a key that would travel in clear
+            text, or a Tinker key that would go to MinT.
+    """
+    chosen = base_url or from_environment("base_url")
+    key = (api_key or from_environment("api_key") or "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError("the API key holds characters that no HTTP header can carry")
+    try:
+        url = httpx.URL((chosen or DEFAULT_BASE_URL).strip())
+    except httpx.InvalidURL:
+        raise ConfigError("base_url is no URL; it looks like https://trainer.example.com") from None
+    if url.scheme not in ("https", "http") or not url.host:
+        raise ConfigError("base_url must begin with https:// (or http://) and name a host")
+    if url.userinfo or url.query or url.fragment:
+        raise ConfigError("base_url must hold no user, password, query or fragment")
+    local = _is_loopback(url.host)
+    if url.scheme == "http" and not local and not allow_insecure_http:
+        raise ConfigError(
+            f"http://{url.host} would carry the API key and the data in clear text; use https, or "
+            "pass allow_insecure_http=True where the network is trusted"
+        )
+    if chosen is None and key.startswith("tml-"):
+        raise ConfigError(
+            f"a Tinker key (tml-...) would go to {DEFAULT_BASE_URL}; pass base_url, or set "
+            "TINKER_BASE_URL"
+        )
+    if not key and not local:
+        raise ConfigError("no API key: pass api_key, or set MINT_API_KEY or TINKER_API_KEY")
+    path = url.path.rstrip("/")
+    return url.copy_with(path=path or "/"), ApiKey(key)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

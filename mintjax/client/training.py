@@ -1,0 +1,391 @@
+"""Training one model."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Self
+
+import msgspec
+
+from mintjax import wire
+from mintjax.batch import Batch, check_data
+from mintjax.client import custom
+from mintjax.client.background import Withdrawn, begin
+from mintjax.client.connection import Connection
+from mintjax.client.futures import APIFuture
+from mintjax.client.lane import Finish, Lane
+from mintjax.client.passes import Chunk, chunks, combined, messages
+from mintjax.client.sampling import SamplingClient
+from mintjax.errors import APIResponseError, DataError, MintjaxError
+from mintjax.gradients import Objective, value_and_logprob_grads
+from mintjax.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SaveWeightsResponse,
+)
+
+_SECONDS_TO_UNLOAD = 30.0
+
+
+class TrainingClient:
+    """Trains one model.
+
+    Made by :meth:`ServiceClient.create_lora_training_client`. Every method returns at once, and
+    what was submitted takes effect in the order of submission, so that ``forward_backward``,
+    ``optim_step`` and the next ``forward_backward`` can all be under way together. Data are read
+    when a method is called; changing them later changes nothing.
+
+    As a context manager, it unloads the model when the block ends; what was not saved is gone.
+
+    The methods ending in ``_async`` are those of the official SDK: awaited, they submit, and
+    return the same future.
+
+    Attributes:
+        model_id: the trainer's name of the model.
+    """
+
+    def __init__(self, connection: Connection, model_id: str) -> None:
+        self.model_id = model_id
+        self._connection = connection
+        self._lane = Lane(
+            connection.background,
+            connection.transport,
+            model_id,
+            pipelined=connection.pipelined,
+            keep_alive=connection,
+        )
+
+    def forward(
+        self,
+        data: Sequence[Datum] | Batch,
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Compute the logprobs of the targets, and the loss; the model stays as it is.
+
+        Args:
+            data: at least one datum, each with ``target_tokens`` and what the loss reads.
+            loss_fn: a loss that the trainer serves.
+            loss_fn_config: its hyperparameters, such as ``clip_low_threshold``.
+
+        Returns:
+            One output per datum, in order, and the trainer's metrics.
+
+        Raises:
+            DataError: the data cannot be used; nothing was sent.
+        """
+        return self._pass(data, loss_fn, loss_fn_config, backward=False)
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum] | Batch,
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Add the gradient of a loss that the trainer serves to what is accumulated there.
+
+        Args, returns and raises are those of :meth:`forward`.
+        """
+        return self._pass(data, loss_fn, loss_fn_config, backward=True)
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum] | Batch, objective: Objective
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Add the gradient of an objective, computed here, to what is accumulated in the trainer.
+
+        A forward pass, ``jax.value_and_grad`` of the objective with respect to its logprobs in a
+        worker thread, and a backward pass; the step keeps its place in the line meanwhile. Only
+        ``target_tokens`` and ``weights`` travel; the objective sees every input.
+
+        Args:
+            data: at least one datum, each with ``target_tokens``.
+            objective: ``(data, logprobs) -> (scalar loss, dict of scalar metrics)``, a pure
+                function that JAX can trace; ``logprobs`` holds one array per datum.
+
+        Returns:
+            The backward pass's output; its metrics are the trainer's, overlaid by the objective's,
+            ``"loss"`` among them.
+
+        Raises:
+            DataError: the data cannot be used; nothing was sent.
+
+        What the objective raises reaches the caller from the future, as it is; then there is no
+        backward pass, no number is lost, and the next submission goes on.
+        """
+        data = list(data)
+        batch = check_data(data, custom.SENT)
+        forward = chunks(custom.forward_data(data), self._connection.limits)
+
+        async def send(future: concurrent.futures.Future[Any]) -> Finish[ForwardBackwardOutput]:
+            if future.cancelled():
+                raise Withdrawn
+            output = await (await self._post(forward, custom.LOSS_FN, None, backward=False))()
+
+            def work() -> tuple[dict[str, float], list[Chunk]]:
+                result = value_and_logprob_grads(objective, batch, output.logprobs)
+                carrier = custom.backward_data(data, result.grads)
+                return result.metrics, chunks(carrier, self._connection.limits)
+
+            metrics, backward = await self._lane.compute(work)
+            begin(future)
+            finish = await self._post(backward, custom.LOSS_FN, None, backward=True)
+
+            async def merged() -> ForwardBackwardOutput:
+                result = await finish()
+                result.metrics = {**result.metrics, **metrics}
+                return result
+
+            return merged
+
+        return self._lane.submit(send)
+
+    def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+        """Update the weights with the accumulated gradient, and forget it.
+
+        Args:
+            adam_params: the hyperparameters of this step.
+
+        Raises:
+            DataError: one of them is not finite; nothing was sent.
+        """
+        params = {k: float(v) for k, v in msgspec.structs.asdict(adam_params).items()}
+        for name, value in params.items():
+            if not math.isfinite(value):
+                raise DataError(f"{value} is not finite; nothing was sent", field=name)
+        return self._lane.request(
+            "optim_step",
+            lambda seq_id: wire.OptimStepRequest(AdamParams(**params), self.model_id, seq_id),
+            OptimStepResponse,
+            mutates=True,
+        )
+
+    def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
+        """Save weights and optimizer state under a name, to train on from."""
+        return self._lane.request(
+            "save_weights",
+            lambda seq_id: wire.SaveWeightsRequest(self.model_id, name, seq_id, "save_weights"),
+            SaveWeightsResponse,
+        )
+
+    def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """Load the weights of a path that :meth:`save_state` gave; the optimizer starts afresh."""
+        return self._load(path, optimizer=False)
+
+    def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """Load weights and optimizer state of a path that :meth:`save_state` gave."""
+        return self._load(path, optimizer=True)
+
+    def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
+        """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`."""
+        return self._lane.request(
+            "save_weights_for_sampler",
+            lambda seq_id: self._sampler_request(seq_id, name),
+            SaveWeightsResponse,
+        )
+
+    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+        """A sampling client for the weights as they are once all that was submitted is done.
+
+        Args:
+            name: keep the weights under this name; for this client only if None.
+        """
+        return self._sampling_client(name).result()
+
+    async def save_weights_and_get_sampling_client_async(
+        self, name: str | None = None
+    ) -> SamplingClient:
+        """:meth:`save_weights_and_get_sampling_client`, awaited."""
+        return await self._sampling_client(name)
+
+    def create_sampling_client(self, model_path: str) -> SamplingClient:
+        """A sampling client for saved weights."""
+        return self._connection.start(
+            lambda: SamplingClient.open(self._connection, model_path=model_path)
+        ).result()
+
+    async def create_sampling_client_async(self, model_path: str) -> SamplingClient:
+        """:meth:`create_sampling_client`, awaited."""
+        return await self._connection.start(
+            lambda: SamplingClient.open(self._connection, model_path=model_path)
+        )
+
+    def get_info(self) -> GetInfoResponse:
+        """What the trainer says of the model: base model, tokenizer, rank."""
+        return self._info().result()
+
+    async def get_info_async(self) -> GetInfoResponse:
+        """:meth:`get_info`, awaited."""
+        return await self._info()
+
+    def unload(self) -> APIFuture[None]:
+        """Free the model once all submitted before is done; what was not saved is gone."""
+
+        async def send(future: concurrent.futures.Future[Any]) -> Finish[None]:
+            begin(future)
+            await self._lane.idle()
+            request = wire.ModelRequest(self.model_id, "unload_model")
+            await self._connection.accepted("unload_model", request, dict)
+
+            async def nothing() -> None:
+                return None
+
+            return nothing
+
+        future = self._lane.submit(send)
+        self._lane.close()
+        return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(MintjaxError):  # a trainer may have no such endpoint, or the client be closed
+            future = self.unload()
+            if kind is None:
+                future.result(_SECONDS_TO_UNLOAD)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(MintjaxError):
+            future = self.unload()
+            if kind is None:
+                await future.result_async(_SECONDS_TO_UNLOAD)
+
+    def __repr__(self) -> str:
+        return f"TrainingClient({self.model_id!r})"
+
+    async def forward_async(
+        self,
+        data: Sequence[Datum] | Batch,
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Submit :meth:`forward`."""
+        return self.forward(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_async(
+        self,
+        data: Sequence[Datum] | Batch,
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Submit :meth:`forward_backward`."""
+        return self.forward_backward(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_custom_async(
+        self, data: Sequence[Datum] | Batch, objective: Objective
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Submit :meth:`forward_backward_custom`."""
+        return self.forward_backward_custom(data, objective)
+
+    async def optim_step_async(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+        """Submit :meth:`optim_step`."""
+        return self.optim_step(adam_params)
+
+    async def save_state_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
+        """Submit :meth:`save_state`."""
+        return self.save_state(name)
+
+    async def load_state_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """Submit :meth:`load_state`."""
+        return self.load_state(path)
+
+    async def load_state_with_optimizer_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """Submit :meth:`load_state_with_optimizer`."""
+        return self.load_state_with_optimizer(path)
+
+    async def save_weights_for_sampler_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
+        """Submit :meth:`save_weights_for_sampler`."""
+        return self.save_weights_for_sampler(name)
+
+    def _pass(
+        self,
+        data: Sequence[Datum] | Batch,
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        *,
+        backward: bool,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        for name, value in (loss_fn_config or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DataError(f"{value} is not finite; nothing was sent", field=name)
+        data = list(data)
+        check_data(data)
+        parts = chunks(data, self._connection.limits)
+
+        async def send(future: concurrent.futures.Future[Any]) -> Finish[ForwardBackwardOutput]:
+            begin(future)
+            return await self._post(parts, loss_fn, loss_fn_config, backward=backward)
+
+        return self._lane.submit(send)
+
+    async def _post(
+        self,
+        parts: Sequence[Chunk],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        *,
+        backward: bool,
+    ) -> Finish[ForwardBackwardOutput]:
+        finish = await self._lane.post_all(
+            "forward_backward" if backward else "forward",
+            messages(parts, self.model_id, loss_fn, loss_fn_config, backward=backward),
+            ForwardBackwardOutput,
+            mutates=backward,
+        )
+
+        async def whole() -> ForwardBackwardOutput:
+            return combined(parts, await finish())
+
+        return whole
+
+    def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
+        return self._lane.request(
+            "load_weights",
+            lambda seq_id: wire.LoadWeightsRequest(
+                self.model_id, path, seq_id, optimizer, "load_weights"
+            ),
+            LoadWeightsResponse,
+        )
+
+    def _sampler_request(self, seq_id: int, name: str | None) -> wire.SaveWeightsForSamplerRequest:
+        number = None if name is not None else next(self._connection.sampling_numbers)
+        return wire.SaveWeightsForSamplerRequest(
+            self.model_id, name, number, seq_id, "save_weights_for_sampler"
+        )
+
+    def _sampling_client(self, name: str | None) -> APIFuture[SamplingClient]:
+        async def send(future: concurrent.futures.Future[Any]) -> Finish[SamplingClient]:
+            begin(future)
+            accepted = await self._lane.post(
+                "save_weights_for_sampler", lambda seq_id: self._sampler_request(seq_id, name)
+            )
+
+            async def opened() -> SamplingClient:
+                saved = await self._lane.result(accepted, wire.SaveWeightsForSamplerResponse)
+                if saved.sampling_session_id is not None:
+                    return SamplingClient(self._connection, saved.sampling_session_id)
+                if saved.path is None:
+                    raise APIResponseError(
+                        "the answer to save_weights_for_sampler holds neither a path nor a "
+                        "sampling_session_id"
+                    )
+                return await SamplingClient.open(self._connection, model_path=saved.path)
+
+            return opened
+
+        return self._lane.submit(send)
+
+    def _info(self) -> APIFuture[GetInfoResponse]:
+        body = wire.encode(wire.ModelRequest(self.model_id, "get_info"))
+        transport = self._connection.transport
+        return self._connection.start(lambda: transport.call("get_info", body, GetInfoResponse))

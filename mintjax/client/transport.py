@@ -1,0 +1,328 @@
+"""One request and its answer: retries, deadlines, and what each status means."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import httpx
+import msgspec
+
+from mintjax import wire
+from mintjax.client.settings import ApiKey, Patience, RetryPolicy, retry_after
+from mintjax.errors import (
+    AmbiguousRequestError,
+    APIConnectionError,
+    APIError,
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    BillingError,
+    DataError,
+    InternalServerError,
+    NotFoundError,
+    RateLimitError,
+)
+
+T = TypeVar("T")
+
+logger = logging.getLogger("mintjax.client")
+
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_JUDGED_ON_ITS_MERITS = (400, 404, 413, 422)
+
+
+class Reply(msgspec.Struct):
+    """An HTTP answer, read to its end."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is one of success."""
+        return 200 <= self.status < 300
+
+    @property
+    def is_bare_400(self) -> bool:
+        """Whether this is a proxy's 400, which says nothing, and not the trainer's."""
+        return self.status == 400 and not detail(self.body)
+
+
+class NoReply(Exception):
+    """There was none.
+
+    Args:
+        error: what to raise if there is to be no further attempt.
+        sent: whether the request may have reached the trainer.
+    """
+
+    def __init__(self, error: APIError, *, sent: bool) -> None:
+        super().__init__()
+        self.error = error
+        self.sent = sent
+
+
+class TooLarge(APIError):
+    """An answer beyond the limit; asking again would not help."""
+
+
+class Transport:
+    """Sends requests to one trainer, and knows when to send them again.
+
+    Args:
+        url: the trainer's base URL.
+        key: the API key.
+        policy: how patiently.
+        timeout: seconds without an answer after which an attempt has failed.
+        max_response_bytes: no answer may be larger.
+        user_agent: what the client calls itself.
+        transport: in place of the network.
+    """
+
+    def __init__(
+        self,
+        url: httpx.URL,
+        key: ApiKey,
+        policy: RetryPolicy,
+        *,
+        timeout: float,
+        max_response_bytes: int,
+        user_agent: str,
+        transport: httpx.AsyncBaseTransport | None,
+    ) -> None:
+        self.policy = policy
+        self.address = str(url).rstrip("/")
+        self._key = key
+        self._timeout = timeout
+        self._max_response_bytes = max_response_bytes
+        self._reached = False
+        self._http = httpx.AsyncClient(
+            base_url=f"{self.address}/api/v1/",
+            auth=key,
+            headers={"User-Agent": user_agent, "Content-Type": "application/json"},
+            follow_redirects=False,
+            transport=transport,
+            trust_env=url.scheme == "https",  # a proxy must not read what goes in clear text
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def call(
+        self,
+        path: str,
+        body: bytes,
+        as_type: type[T],
+        *,
+        method: str = "POST",
+        mutates: bool = False,
+        key: str | None = None,
+    ) -> T:
+        """Send a request until it is answered, and decode the answer.
+
+        Args:
+            path: below ``/api/v1/``.
+            body: its JSON.
+            as_type: what the answer is.
+            mutates: it changes the model, so that twice is not once.
+            key: idempotency key of a request that has been sent before.
+
+        Raises:
+            APIError: the trainer refused, or the deadline has passed; ``may_have_been_applied``
+                says whether the request may have taken effect.
+        """
+        headers = {"X-Idempotency-Key": key or self.new_key()}
+        patience = Patience(self.policy)
+        in_doubt, bad_answers = False, 0
+        while True:
+            wait: float | None = None
+            deadline = self.policy.deadline
+            try:
+                reply = await self.exchange(path, body, headers, self._timeout, method=method)
+            except NoReply as none:
+                error, unclear, again = none.error, none.sent, True
+                if not self._reached:
+                    deadline = min(deadline, self.policy.first_contact)
+            else:
+                if reply.ok:
+                    try:
+                        return self.decode(path, reply.body, as_type)
+                    except APIResponseError as garbled:
+                        error = garbled
+                else:
+                    error = self.refusal(reply)
+                unclear, again, wait = _verdict(reply)
+                if reply.ok or reply.is_bare_400:
+                    bad_answers += 1
+                    again = bad_answers <= self.policy.bad_answers
+                elif reply.status in _JUDGED_ON_ITS_MERITS:
+                    in_doubt = False  # a trainer that had applied it would have said so
+            in_doubt |= unclear
+            again &= not (in_doubt and mutates and not self.policy.repeat_unanswered)
+            if not again or not await patience.wait(deadline, wait):
+                raise self._final(error, path, patience, in_doubt, mutates)
+            logger.info(
+                "%s: attempt %d after %.1f s: %s", path, patience.attempts, patience.seconds, error
+            )
+
+    async def sign_of_life(self, path: str, body: bytes) -> bool:
+        """One attempt, of which only the success matters."""
+        try:
+            return (await self.exchange(path, body, {}, self._timeout)).ok
+        except (NoReply, APIError):
+            return False
+
+    @staticmethod
+    def new_key() -> str:
+        """An idempotency key."""
+        return uuid.uuid4().hex
+
+    async def exchange(
+        self,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        timeout: float,
+        *,
+        method: str = "POST",
+    ) -> Reply:
+        """One attempt.
+
+        Raises:
+            NoReply: no complete answer came.
+        """
+        limits = httpx.Timeout(timeout, connect=min(timeout, 15.0))
+        failure: tuple[type[Exception], str]
+        try:
+            async with self._http.stream(
+                method, path, content=body or None, headers=dict(headers), timeout=limits
+            ) as response:
+                content = await self._read(response)
+            self._reached = True
+            return Reply(response.status_code, response.headers, content)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as caught:
+            failure = (type(caught), str(caught) or type(caught).__name__)
+        # Outside the handler: httpx's exceptions hold the request, and with it the key.
+        kind, words = failure
+        words = self.redact(words)
+        if issubclass(kind, httpx.TimeoutException):
+            error = APITimeoutError(f"{self.address}: no answer to {path} ({kind.__name__})")
+        else:
+            error = APIConnectionError(f"{self.address}: no answer to {path} ({words})")
+        raise NoReply(error, sent=not issubclass(kind, _UNSENT))
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        content = bytearray()
+        async for part in response.aiter_bytes():
+            content += part
+            self.check_size(len(content))
+        return bytes(content)
+
+    def check_size(self, size: int) -> None:
+        """Refuse an answer beyond the limit.
+
+        Raises:
+            TooLarge: it is.
+        """
+        if size > self._max_response_bytes:
+            error = TooLarge(
+                f"an answer of {size:,} bytes or more is beyond the limit of "
+                f"{self._max_response_bytes:,}; pass max_response_bytes to allow it"
+            )
+            error.may_have_been_applied = True
+            raise error
+
+    def redact(self, text: str) -> str:
+        """The text without the API key."""
+        return self._key.redact(text)
+
+    def decode(self, path: str, body: bytes, as_type: type[T]) -> T:
+        """Decode an answer.
+
+        Raises:
+            APIResponseError: it is not of that type; the message says at which field.
+        """
+        try:
+            return wire.decode(body, as_type)
+        except DataError as error:
+            words = self.redact(str(error))
+        raise APIResponseError(f"{self.address}: the answer to {path} is {words}")
+
+    def refusal(self, reply: Reply) -> APIError:
+        """The typed error of a status other than success, with the trainer's own words."""
+        words = self.redact(detail(reply.body)) or "no detail given"
+        status = reply.status
+        if status < 400:
+            return APIResponseError(
+                f"{self.address} answered with HTTP {status}, which is not followed: the API key "
+                "goes to no other address. Is base_url the trainer's own?"
+            )
+        if status == 402:
+            return BillingError(402, f"billing is paused for this account: {words}")
+        if status in (401, 403):
+            return AuthenticationError(status, f"{words} (is the API key the one for this server?)")
+        kinds: dict[int, type[APIStatusError]] = {404: NotFoundError, 429: RateLimitError}
+        default = BadRequestError if status < 500 else InternalServerError
+        return kinds.get(status, default)(status, words)
+
+    def _final(
+        self, error: APIError, path: str, patience: Patience, in_doubt: bool, mutates: bool
+    ) -> APIError:
+        tried = f"{patience.attempts} attempts in {patience.seconds:.1f} s"
+        if in_doubt and mutates and not isinstance(error, APIStatusError):
+            error = AmbiguousRequestError(
+                f"{path} was sent and not answered ({tried}; last: {error}). It may or may not "
+                "have been applied: compare a forward pass with what you expect, or go on from a "
+                "checkpoint with create_training_client_from_state"
+            )
+        elif isinstance(error, APIConnectionError):
+            error = type(error)(f"{error}; {tried}")
+        elif patience.attempts > 1:
+            error.add_note(tried)
+        error.may_have_been_applied = in_doubt
+        return error
+
+
+def _verdict(reply: Reply) -> tuple[bool, bool, float | None]:
+    """Of a reply that is not the result: may it have been applied? retry? not before?"""
+    status = reply.status
+    wait = retry_after(reply.headers)
+    if status == 429:
+        return False, True, wait
+    if status in (408, 409) or status >= 500:
+        return True, True, wait
+    if reply.ok:  # and yet not to be decoded
+        return True, True, None
+    return False, reply.is_bare_400, None
+
+
+def detail(body: bytes) -> str:
+    """The words in which a trainer refuses, or nothing."""
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
+    if not isinstance(answer, dict):
+        return ""
+    answer = cast("dict[str, Any]", answer)
+    words = answer.get("detail") or answer.get("error") or answer.get("message") or ""
+    if isinstance(words, list):  # FastAPI's own validation errors
+        words = "; ".join(_validation_error(item) for item in cast("list[Any]", words))
+    return str(words)[:2000]
+
+
+def _validation_error(item: Any) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    error = cast("dict[str, Any]", item)
+    location = error.get("loc")
+    where = ".".join(map(str, cast("list[Any]", location))) if isinstance(location, list) else ""
+    return f"{where}: {error.get('msg', error)}" if where else str(error.get("msg", error))
