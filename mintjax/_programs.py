@@ -174,8 +174,10 @@ class Program:
             RowAccessError: the objective takes rows one by one.
         """
         layout = batch.layout
-        if self._row_multiple is not None:
-            layout = _tiles.layout_of(batch.lengths, _padded(len(rows), self._row_multiple))
+        multiple = self._row_multiple
+        # A number of rows that does not divide is shown as it is, for the objective to name it.
+        if multiple is not None and len(rows) % multiple == 0:
+            layout = _tiles.layout_of(batch.lengths, _padded(len(rows), multiple))
         key = (batch.names, rows[0].shape[1:], rows[0].dtype)
         plan = self._plans.get(key)
         if plan is None:
