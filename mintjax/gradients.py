@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
+from mintjax import _numpy_eval
 from mintjax._programs import (
     Objective,
     Stats,
@@ -115,8 +116,11 @@ def _row_by_row(
     def value(rows: Sequence[Any]) -> tuple[Any, Summary]:
         return evaluate(objective, batch, Ragged.from_rows(rows))
 
-    gradient: Any = jax.jit(jax.value_and_grad(value, has_aux=True))
-    (_, summary), grads = gradient(list(rows))
+    rows = [row.astype(jax.dtypes.canonicalize_dtype(row.dtype), copy=False) for row in rows]
+    gradient: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
+    closed, shape = gradient(rows)
+    tree = cast("Any", jax.tree_util.tree_structure(shape))
+    (_, summary), grads = tree.unflatten(_numpy_eval.evaluate(closed, rows))
     return summary, [np.array(grad) for grad in grads]
 
 

@@ -1,0 +1,283 @@
+"""Evaluate a jaxpr with NumPy: for programs too short-lived to be worth compiling.
+
+XLA compiles for shapes, and a loop over rows has new shapes every step: to compile it takes
+seconds, to run it once in NumPy milliseconds. What has no rule here is run by JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+Array: TypeAlias = Any  # np.ndarray
+Rule: TypeAlias = Callable[..., Any]
+
+
+def evaluate(closed: ClosedJaxpr, arguments: Sequence[Array]) -> list[npt.NDArray[Any]]:
+    """The outputs of a closed jaxpr for NumPy arguments, as NumPy arrays."""
+    with np.errstate(all="ignore"):
+        return _run(closed.jaxpr, closed.consts, arguments)
+
+
+def _run(jaxpr: Any, consts: Sequence[Array], arguments: Sequence[Array]) -> list[Array]:
+    values: dict[Any, Array] = {}
+    values.update(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Array:
+        if isinstance(atom, Literal):
+            return np.asarray(atom.val, cast("Any", atom).aval.dtype)
+        return values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        outputs = _apply(jaxpr, equation, inputs)
+        for variable, value in zip(equation.outvars, outputs, strict=True):
+            values[variable] = value
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
+    name, parameters = equation.primitive.name, equation.params
+    inner = parameters.get("jaxpr") or parameters.get("call_jaxpr")
+    if name in _CALLS and inner is not None:
+        if hasattr(inner, "consts"):
+            return _run(inner.jaxpr, inner.consts, inputs)
+        return _run(inner, (), inputs)
+    rule = _RULES.get(name)
+    if rule is None:
+        return _by_jax(jaxpr, equation, inputs)
+    result = rule(*inputs, *(parameters[key] for key in _READ.get(name, ())))
+    results = result if equation.primitive.multiple_results else [result]
+    return [
+        np.asarray(value, variable.aval.dtype)
+        for value, variable in zip(results, equation.outvars, strict=True)
+    ]
+
+
+def _by_jax(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
+    named = {
+        variable: value
+        for variable, value in zip(equation.invars, inputs, strict=True)
+        if not isinstance(variable, Literal)
+    }
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=list(named),
+        outvars=equation.outvars,
+        eqns=[equation],
+        effects=equation.effects,
+    )
+    run = cast("Rule", jaxpr_as_fun(ClosedJaxpr(alone, ())))
+    results: list[Any] = run(*named.values())
+    return [np.asarray(result) for result in results]
+
+
+def _broadcast_in_dim(
+    x: Array, shape: tuple[int, ...], broadcast_dimensions: tuple[int, ...]
+) -> Array:
+    kept = [1] * len(shape)
+    for size, axis in zip(x.shape, broadcast_dimensions, strict=True):
+        kept[axis] = size
+    return np.broadcast_to(x.reshape(kept), shape)
+
+
+def _select_n(which: Array, *cases: Array) -> Array:
+    chosen: Array = cases[0]
+    for i, case in enumerate(cases[1:], start=1):
+        chosen = cast("Array", np.where(which == i, case, chosen))
+    return chosen
+
+
+def _slice(
+    x: Array,
+    start_indices: tuple[int, ...],
+    limit_indices: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+) -> Array:
+    steps = strides or (1,) * x.ndim
+    return x[tuple(map(slice, start_indices, limit_indices, steps))]
+
+
+def _split(x: Array, sizes: tuple[int, ...], axis: int) -> list[Array]:
+    return np.split(x, np.cumsum(sizes)[:-1], axis)
+
+
+def _pad(x: Array, fill: Array, padding_config: tuple[tuple[int, int, int], ...]) -> Array:
+    shape = [
+        low + high + size + max(size - 1, 0) * between
+        for size, (low, high, between) in zip(x.shape, padding_config, strict=True)
+    ]
+    room = [
+        size + max(low, 0) + max(high, 0) - (low + high) if min(low, high) < 0 else size
+        for size, (low, high, _) in zip(shape, padding_config, strict=True)
+    ]
+    out = np.full(room, fill, x.dtype)
+    place = tuple(
+        slice(max(low, 0), max(low, 0) + size + max(size - 1, 0) * between, between + 1)
+        for size, (low, _, between) in zip(x.shape, padding_config, strict=True)
+    )
+    out[place] = x
+    cut = tuple(
+        slice(max(-low, 0), max(-low, 0) + size)
+        for size, (low, _, _) in zip(shape, padding_config, strict=True)
+    )
+    return out[cut]
+
+
+def _dot_general(a: Array, b: Array, dimension_numbers: Any) -> Array:
+    (ca, cb), (ba, bb) = dimension_numbers
+    letters = iter(range(a.ndim + b.ndim))
+    la: list[Any] = [next(letters) for _ in range(a.ndim)]
+    lb: list[Any] = [next(letters) for _ in range(b.ndim)]
+    for i, j in [*zip(ca, cb, strict=True), *zip(ba, bb, strict=True)]:
+        lb[j] = la[i]
+    if a.ndim == b.ndim == 1 and ca:
+        return np.dot(a, b)
+    free_a = [la[i] for i in range(a.ndim) if i not in (*ca, *ba)]
+    free_b = [lb[j] for j in range(b.ndim) if j not in (*cb, *bb)]
+    return np.einsum(a, la, b, lb, [*(la[i] for i in ba), *free_a, *free_b])
+
+
+def _integer_pow(x: Array, y: int) -> Array:
+    return x**y if y >= 0 else 1 / x**-y
+
+
+def _cumulative(accumulate: Rule) -> Rule:
+    def rule(x: Array, axis: int, reverse: bool) -> Array:
+        if reverse:
+            return np.flip(accumulate(np.flip(x, axis), axis=axis), axis)
+        return accumulate(x, axis=axis)
+
+    return rule
+
+
+def _first_axis(find: Rule) -> Rule:
+    def rule(x: Array, axes: tuple[int, ...]) -> Array:
+        return find(x, axes[0])
+
+    return rule
+
+
+def _concatenate(*pieces_and_axis: Any) -> Array:
+    *pieces, axis = pieces_and_axis
+    return np.concatenate(pieces, axis)
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _clamp(low: Array, x: Array, high: Array) -> Array:
+    return np.minimum(np.maximum(x, low), high)
+
+
+def _div(a: Array, b: Array) -> Array:
+    return a / b if a.dtype.kind == "f" else np.trunc(a / b)
+
+
+def _logistic(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def _rsqrt(x: Array) -> Array:
+    return 1 / np.sqrt(x)
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> Array:
+    return np.broadcast_to(np.indices(shape, sparse=True)[axis], shape)
+
+
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "checkpoint"})
+
+_RULES: dict[str, Rule] = {
+    "abs": np.abs,
+    "add": np.add,
+    "add_any": np.add,
+    "and": np.bitwise_and,
+    "argmax": _first_axis(np.argmax),
+    "argmin": _first_axis(np.argmin),
+    "broadcast_in_dim": _broadcast_in_dim,
+    "ceil": np.ceil,
+    "clamp": _clamp,
+    "concatenate": _concatenate,
+    "convert_element_type": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "cos": np.cos,
+    "cumlogsumexp": _cumulative(np.logaddexp.accumulate),
+    "cummax": _cumulative(np.maximum.accumulate),
+    "cummin": _cumulative(np.minimum.accumulate),
+    "cumprod": _cumulative(np.cumprod),
+    "cumsum": _cumulative(np.cumsum),
+    "div": _div,
+    "dot_general": _dot_general,
+    "eq": np.equal,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "integer_pow": _integer_pow,
+    "is_finite": np.isfinite,
+    "iota": _iota,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": _logistic,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.invert,
+    "or": np.bitwise_or,
+    "pad": _pad,
+    "pow": np.power,
+    "reduce_and": np.all,
+    "reduce_max": np.max,
+    "reduce_min": np.min,
+    "reduce_or": np.any,
+    "reduce_prod": np.prod,
+    "reduce_sum": np.sum,
+    "reshape": np.reshape,
+    "rsqrt": _rsqrt,
+    "select_n": _select_n,
+    "sign": np.sign,
+    "sin": np.sin,
+    "slice": _slice,
+    "split": _split,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "squeeze": np.squeeze,
+    "stop_gradient": _same,
+    "sub": np.subtract,
+    "tanh": np.tanh,
+    "transpose": np.transpose,
+    "xor": np.bitwise_xor,
+}
+
+# Which of an equation's parameters a rule reads; the others choose among equal results.
+_READ: dict[str, tuple[str, ...]] = {
+    "argmax": ("axes",),
+    "argmin": ("axes",),
+    "broadcast_in_dim": ("shape", "broadcast_dimensions"),
+    "concatenate": ("dimension",),
+    "dot_general": ("dimension_numbers",),
+    "integer_pow": ("y",),
+    "iota": ("shape", "dimension"),
+    "pad": ("padding_config",),
+    "reshape": ("new_sizes",),
+    "slice": ("start_indices", "limit_indices", "strides"),
+    "split": ("sizes", "axis"),
+    "squeeze": ("dimensions",),
+    "transpose": ("permutation",),
+    **{name: ("axes",) for name in _RULES if name.startswith("reduce_")},
+    **{name: ("axis", "reverse") for name in _RULES if name.startswith("cum")},
+}
