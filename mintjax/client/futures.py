@@ -46,10 +46,9 @@ class APIFuture(Generic[T]):
                 "result() in the client's own event loop would wait for itself for ever; "
                 "await the future, or wait in another thread"
             )
-        try:
+        with suppress(TimeoutError):  # ours, or the request's own
             return self._future.result(timeout)
-        except TimeoutError:  # ours, or the request's own
-            return self._result_after(timeout)
+        return self._result_after(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Wait for the result without blocking the running event loop; see :meth:`result`.
@@ -89,10 +88,9 @@ class APIFuture(Generic[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait like :meth:`result`, and return the error, or None where there is none."""
-        try:
+        with suppress(TimeoutError):
             return self._future.exception(timeout)
-        except TimeoutError:
-            return self._future.exception(0) if self._future.done() else self._late(timeout)
+        return self._late(timeout)
 
     def add_done_callback(self, callback: Callable[[APIFuture[T]], object]) -> None:
         """Call ``callback(self)`` once it is done, in the client's thread; it must not block."""

@@ -111,7 +111,7 @@ class _Wait:
             self.quick_answers = 0
         elif self.quick_answers < 12:
             self.quick_answers += 1
-        await asyncio.sleep(min(0.25, 0.0005 * 2**self.quick_answers) if self.quick_answers else 0)
+        await asyncio.sleep(min(0.1, 0.0005 * 2**self.quick_answers) if self.quick_answers else 0)
 
 
 async def retrieve(transport: Transport, accepted: Accepted, as_type: type[T]) -> T:

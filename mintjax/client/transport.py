@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("mintjax.client")
 
+_SLOWEST_UPLOAD = 20_000  # bytes per second
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _JUDGED_ON_ITS_MERITS = (400, 404, 413, 422)
 
@@ -202,10 +204,12 @@ class Transport:
         limits = httpx.Timeout(timeout, connect=min(timeout, 15.0))
         failure: tuple[type[Exception], str]
         try:
-            async with self._http.stream(
-                method, path, content=body or None, headers=dict(headers), timeout=limits
-            ) as response:
-                content = await self._read(response)
+            async with asyncio.timeout(timeout + len(body) / _SLOWEST_UPLOAD) as answering:
+                async with self._http.stream(
+                    method, path, content=body or None, headers=dict(headers), timeout=limits
+                ) as response:
+                    answering.reschedule(None)  # httpx watches the rest, part by part
+                    content = await self._read(response)
             self._reached = True
             return Reply(response.status_code, response.headers, content)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as caught:
@@ -213,7 +217,7 @@ class Transport:
         # Outside the handler: httpx's exceptions hold the request, and with it the key.
         kind, words = failure
         words = self.redact(words)
-        if issubclass(kind, httpx.TimeoutException):
+        if issubclass(kind, (httpx.TimeoutException, TimeoutError)):
             error = APITimeoutError(f"{self.address}: no answer to {path} ({kind.__name__})")
         else:
             error = APIConnectionError(f"{self.address}: no answer to {path} ({words})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,9 +50,12 @@ class Lose:
 
 @dataclass
 class Hold:
-    """Act, and answer once the event is set."""
+    """Act, and answer once :meth:`release` was called, from any thread."""
 
-    event: asyncio.Event = field(default_factory=asyncio.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def release(self) -> None:
+        self.released.set()
 
 
 @dataclass
@@ -91,7 +95,8 @@ class Trainer:
         path = scope["path"].removeprefix("/api/v1/")
         headers = {k.decode().lower(): v.decode() for k, v in scope["headers"]}
         body = json.loads(raw, parse_constant=_refuse_constant) if raw else {}
-        fault = self.faults[path].pop(0) if self.faults[path] else None
+        queue = self.faults[path] or self.faults[f"{path}/{body.get('request_id')}"]
+        fault = queue.pop(0) if queue else None
         if isinstance(fault, Lose) and fault.when == "unsent":
             raise httpx.ConnectError("refused by the test")
         self.requests.append((path, body, headers))
@@ -103,7 +108,7 @@ class Trainer:
         if isinstance(fault, Lose):
             raise httpx.ReadError("broken by the test")
         if isinstance(fault, Hold):
-            await fault.event.wait()
+            await asyncio.to_thread(fault.released.wait, 10)
         if isinstance(fault, Answer):
             answer = fault
         content = (
@@ -174,7 +179,7 @@ class Trainer:
 
     def run(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "create_model":
-            model = f"model-{len(self.models)}"
+            model = f"model-{body['model_seq_id']}"
             self.models[model] = []
             return {"model_id": model}
         if path == "asample":

@@ -1,0 +1,340 @@
+"""Futures, threads, event loops, and the end of a client."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+from conftest import ADDRESS
+from data import DATA
+from double import Hold
+
+from mintjax.client import ServiceClient
+from mintjax.errors import APITimeoutError, ClosedError, RequestFailedError
+from mintjax.types import AdamParams, ModelInput, SamplingParams
+
+ADAM = AdamParams()
+
+
+@pytest.fixture
+def held(trainer):
+    """The first result is held back."""
+    hold = Hold()
+    trainer.faults["retrieve_future/request-1"] = [hold]
+    yield hold
+    hold.release()
+
+
+def test_a_timeout_leaves_the_request_running(client, held):
+    future = client.forward(DATA)
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="still running"):
+            future.result(0.01)
+    with pytest.raises(APITimeoutError):
+        future.exception(0.01)
+    assert not future.done()
+    held.release()
+    assert future.result(5) is future.result()
+    assert future.exception() is None
+    assert repr(future) == "<APIFuture done>"
+
+
+def test_awaiting_with_a_timeout_leaves_the_request_running(client, held):
+    future = client.forward(DATA)
+
+    async def wait():
+        with pytest.raises(TimeoutError, match="still running"):
+            await future.result_async(0.01)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(future, 0.01)
+        task = asyncio.ensure_future(future.result_async())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        held.release()
+        return await future
+
+    assert len(asyncio.run(wait()).loss_fn_outputs) == 2
+
+
+def test_a_loop_that_ends_first_hurts_nobody(client, held):
+    future = client.forward(DATA)
+
+    async def glance():
+        with pytest.raises(TimeoutError):
+            await future.result_async(0.001)
+
+    asyncio.run(glance())
+    held.release()
+    assert len(future.result(5).loss_fn_outputs) == 2
+
+
+def test_an_error_reaches_every_waiter(client, trainer):
+    trainer.output = lambda *_: {"error": "no", "category": "server"}
+    future = client.forward(DATA)
+
+    async def wait():
+        await future
+
+    for _ in range(2):
+        with pytest.raises(RequestFailedError):
+            asyncio.run(wait())
+        with pytest.raises(RequestFailedError):
+            future.result(5)
+    assert isinstance(future.exception(), RequestFailedError)
+
+
+def test_a_cancelled_future_says_so(client, trainer):
+    hold = Hold()
+    trainer.faults["forward"] = [hold]
+    first, second = client.forward(DATA), client.forward(DATA)
+    assert second.cancel()
+    hold.release()
+
+    async def wait():
+        await second
+
+    with pytest.raises(concurrent.futures.CancelledError):
+        second.result()
+    with pytest.raises(concurrent.futures.CancelledError):
+        asyncio.run(wait())
+    assert repr(second) == "<APIFuture cancelled>"
+    first.result(5)
+
+
+def test_waiting_in_the_clients_own_loop_is_refused(client, held):
+    future = client.forward(DATA)
+    caught = concurrent.futures.Future()
+
+    def callback(done):
+        try:
+            future.result()
+        except RuntimeError as error:
+            caught.set_result(str(error))
+
+    other = client.optim_step(ADAM)
+    other.add_done_callback(callback)
+    assert "wait for itself" in caught.result(5)
+
+
+def test_closing_ends_every_future_at_once(connect, trainer):
+    service = connect()
+    clients = [service.create_lora_training_client("tiny") for _ in range(3)]
+    hold = Hold()
+    trainer.faults["retrieve_future"] = [hold] * 1000
+    futures = [c.forward_backward(DATA) for c in clients for _ in range(20)]
+    futures += [c.optim_step(ADAM) for c in clients]
+    errors = []
+
+    def other():
+        try:
+            service.create_lora_training_client("tiny")
+        except ClosedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    started = time.monotonic()
+    service.close()
+    for future in futures:
+        with pytest.raises(ClosedError):
+            future.result(1)
+    assert time.monotonic() - started < 1
+    thread.join(5)
+    assert len(errors) == 1
+    hold.release()
+    assert not service._connection.background._thread.is_alive()
+    service.close()
+    for late in (lambda: clients[0].forward(DATA), service.get_server_capabilities):
+        with pytest.raises(ClosedError):
+            late()
+
+
+def test_closing_while_a_loss_is_computed(connect):
+    service = connect()
+    client = service.create_lora_training_client("tiny")
+    entered, leave = threading.Event(), threading.Event()
+
+    def objective(data, logprobs):
+        entered.set()
+        leave.wait(10)
+        return logprobs.sum().sum(), {}
+
+    step = client.forward_backward_custom(DATA, objective)
+    assert entered.wait(10)
+    started = time.monotonic()
+    service.close()
+    with pytest.raises(ClosedError):
+        step.result(1)
+    assert time.monotonic() - started < 1
+    leave.set()
+
+
+def test_closing_from_the_clients_own_thread(connect):
+    service = connect()
+    client = service.create_lora_training_client("tiny")
+    client.forward(DATA).add_done_callback(lambda _: service.close())
+    service._connection.background._thread.join(5)
+    with pytest.raises(ClosedError):
+        client.forward(DATA)
+
+
+def test_a_forgotten_client_ends_its_thread(connect, trainer):
+    import httpx
+
+    service = ServiceClient(ADDRESS, transport=httpx.ASGITransport(trainer))
+    client = service.create_lora_training_client("tiny")
+    thread, gone = service._connection.background._thread, weakref.ref(service._connection)
+    del service
+    future = client.forward(DATA)  # what it made keeps the connection
+    del client
+    assert len(future.result(5).loss_fn_outputs) == 2
+    del future
+    for _ in range(50):
+        gc.collect()
+        thread.join(0.1)
+        if not thread.is_alive():
+            break
+    assert gone() is None
+    assert not thread.is_alive()
+
+
+def run_script(script):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env={**os.environ, "MINT_API_KEY": "", "TINKER_API_KEY": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_open_client_does_not_keep_the_interpreter_from_ending():
+    done = run_script(
+        "import mintjax.client as c\n"
+        "s = c.ServiceClient('http://127.0.0.1:9')\n"
+        "f = s._connection.start(lambda: s._connection.session())\n"
+        "print('end')"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_importing_starts_nothing():
+    done = run_script(
+        "import threading, mintjax.client, mintjax.client.service\n"
+        "print(threading.active_count())\n"
+        "import sys\n"
+        "print([m for m in ('starlette', 'uvicorn', 'typer') if m in sys.modules])"
+    )
+    assert done.stdout == "1\n[]\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
+def test_a_forked_process_is_told_to_make_its_own():
+    done = run_script(
+        "import os, warnings\n"
+        "import mintjax.client as c\n"
+        "s = c.ServiceClient('http://127.0.0.1:9')\n"
+        "warnings.simplefilter('ignore')\n"
+        "if os.fork():\n"
+        "    os.wait()\n"
+        "else:\n"
+        "    try: s.get_server_capabilities()\n"
+        "    except c.service.ConfigError.__mro__[1] as e: print(e)\n"
+    )
+    assert "os.fork()" in done.stdout, done.stderr
+
+
+def test_threads_and_tasks_share_a_client(service, trainer):
+    clients = [service.create_lora_training_client("tiny") for _ in range(4)]
+
+    def thread(k):
+        client = clients[k % 4]
+        outputs = [client.forward(DATA[k % 2 : k % 2 + 1]) for _ in range(5)]
+        client.forward_backward(DATA).result(20)
+        return [output.result(20).logprobs[0].shape for output in outputs]
+
+    async def task(k):
+        return (await clients[k % 4].optim_step(ADAM)).metrics
+
+    async def tasks():
+        return await asyncio.gather(*(task(k) for k in range(16)))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        shapes = list(pool.map(thread, range(16)))
+    assert asyncio.run(tasks()) == [None] * 16
+    assert shapes == [[(3,)] * 5 if k % 2 == 0 else [(2,)] * 5 for k in range(16)]
+    for ops in trainer.models.values():
+        assert [op[0] for op in ops].count("optim_step") == 4
+
+
+def test_sampling(service):
+    sampler = service.create_sampling_client(base_model="tiny")
+    params = SamplingParams(max_tokens=2)
+    answers = [sampler.sample(ModelInput.from_ints([1, 2]), 3, params, True) for _ in range(10)]
+    assert all(len(a.result(5).sequences) == 3 for a in answers)
+    assert answers[0].result().prompt_logprobs == [None, -0.5]
+    assert sampler.compute_logprobs(ModelInput.from_ints([1, 2, 3])).result(5) == [None, -0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_samples", "params", "field"),
+    [
+        ([], 1, {}, "prompt"),
+        ([1], 0, {}, "num_samples"),
+        ([1], 1, {"temperature": float("nan")}, "temperature"),
+        ([1], 1, {"top_p": 0.0}, "top_p"),
+        ([1], 1, {"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_what_cannot_be_sampled(service, prompt, num_samples, params, field):
+    sampler = service.create_sampling_client(base_model="tiny")
+    with pytest.raises(ValueError, match=field):
+        sampler.sample(ModelInput.from_ints(prompt), num_samples, SamplingParams(**params))
+
+
+def test_a_sampling_client_needs_a_model(service):
+    with pytest.raises(ValueError, match="model_path"):
+        service.create_sampling_client()
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_a_training_client_from_a_checkpoint(service, trainer, optimizer):
+    make = (
+        service.create_training_client_from_state_with_optimizer
+        if optimizer
+        else service.create_training_client_from_state
+    )
+    client = make("tinker://model-0/weights/a")
+    assert trainer.bodies("create_model")[0]["lora_config"]["rank"] == 4
+    (load,) = trainer.bodies("load_weights")
+    assert (load["model_id"], load["optimizer"]) == (client.model_id, optimizer)
+
+
+def test_a_trainer_without_weights_info(service, trainer):
+    from double import Answer
+
+    trainer.refuse = lambda path, body: Answer(404) if path == "weights_info" else None
+    service.create_training_client_from_state("tinker://model-7/weights/a")
+    assert trainer.bodies("get_info")[0]["model_id"] == "model-7"
+    assert trainer.bodies("create_model")[0]["lora_config"]["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rank": 0}, "rank"), ({"train_mlp": 0, "train_attn": 0, "train_unembed": 0}, "train")],
+)
+def test_what_cannot_be_trained(service, trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        service.create_lora_training_client("tiny", **options)
+    assert trainer.requests == []

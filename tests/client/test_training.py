@@ -1,0 +1,409 @@
+"""Training through the client: what is sent, in which order, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data import DATA, datum
+from double import Answer, Hold, Trainer, logprob
+
+from mintjax.client import ServiceClient, TrainingClient
+from mintjax.errors import (
+    APIResponseError,
+    ClosedError,
+    DataError,
+    NonFiniteError,
+    ObjectiveError,
+    RequestFailedError,
+)
+from mintjax.types import AdamParams, Datum, ModelInput, TensorData
+
+ADAM = AdamParams(learning_rate=1e-3)
+
+
+def sum_of_squares(data, logprobs):
+    scores = (logprobs * data["weights"]).sum()
+    return (scores**2).sum(), {"score": scores.mean()}
+
+
+def seqs(trainer: Trainer) -> list[int]:
+    return [body["seq_id"] for _, body, _ in trainer.requests if "seq_id" in body]
+
+
+def test_a_built_in_loss_goes_by_name(client, trainer):
+    config = {"clip_low_threshold": 0.9}
+    output = client.forward_backward(DATA, "ppo", config).result(5)
+    (body,) = trainer.bodies("forward_backward")
+    assert body["model_id"] == "model-0"
+    assert body["forward_backward_input"]["loss_fn"] == "ppo"
+    assert body["forward_backward_input"]["loss_fn_config"] == config
+    assert [row.shape for row in output.logprobs] == [(3,), (2,)]
+    assert output.logprobs[0][0] == logprob(1, 2)
+    assert output.metrics["plain"] == 1.0
+
+
+def test_everything_submitted_at_once_takes_effect_in_order(client, trainer):
+    futures = []
+    for _ in range(5):
+        futures += [
+            client.forward(DATA),
+            client.forward_backward(DATA),
+            client.forward_backward_custom(DATA, sum_of_squares),
+            client.optim_step(ADAM),
+            client.save_state("s"),
+        ]
+    for future in futures:
+        future.result(30)
+    assert seqs(trainer) == list(range(1, 31))
+    once = ["forward_backward", "forward_backward", "optim_step", "save_weights"]
+    assert [op[0] for op in trainer.models["model-0"]] == once * 5
+
+
+def test_the_next_request_is_sent_before_the_first_has_its_result(client, trainer):
+    held = Hold()
+    trainer.faults["retrieve_future/request-1"] = [held]
+    first = client.forward_backward(DATA)
+    client.optim_step(ADAM).result(5)
+    assert not first.done()
+    held.release()
+    assert len(first.result(5).loss_fn_outputs) == 2
+
+
+def test_unpipelined_requests_wait_for_the_result_of_the_one_before(connect, trainer):
+    client = connect(pipelined=False).create_lora_training_client("tiny")
+    before = len(trainer.requests)
+    for future in [client.forward_backward(DATA), client.optim_step(ADAM)]:
+        future.result(5)
+    assert trainer.paths()[before:] == [
+        "forward_backward",
+        "retrieve_future",
+        "optim_step",
+        "retrieve_future",
+    ]
+
+
+def test_a_custom_step_sends_targets_and_weights_only(client, trainer):
+    extra = [
+        Datum(d.model_input, {**d.loss_fn_inputs, "advantages": [1.0] * d.model_input.length})
+        for d in DATA
+    ]
+
+    def objective(data, logprobs):
+        return (logprobs * data["advantages"]).sum().sum(), {}
+
+    output = client.forward_backward_custom(extra, objective).result(30)
+    for path in ("forward", "forward_backward"):
+        (body,) = trainer.bodies(path)
+        given = body[f"{path}_input"]
+        assert given["loss_fn"] == "cross_entropy"
+        assert {n for d in given["data"] for n in d["loss_fn_inputs"]} == {
+            "target_tokens",
+            "weights",
+        }
+    assert trainer.models["model-0"] == [
+        ("forward_backward", "cross_entropy", [[-1.0, -1.0, -1.0], [-1.0, -1.0]])
+    ]
+    assert output.metrics["loss"] == pytest.approx(
+        sum(logprob(1, 2) for _ in "a")
+        + logprob(2, 3)
+        + logprob(3, 4)
+        + logprob(1, 2)
+        + logprob(2, 3)
+    )
+
+
+def test_a_custom_step_carries_the_gradient(client, trainer):
+    output = client.forward_backward_custom(DATA, sum_of_squares).result(30)
+    rows = [
+        np.array([logprob(1, 2), logprob(2, 3), logprob(3, 4)]),
+        np.array([logprob(1, 2), logprob(2, 3)]),
+    ]
+    weights = [np.array([0.0, 1, 1]), np.array([0.0, 1])]
+    scores = [float(row @ w) for row, w in zip(rows, weights, strict=True)]
+    ((_, _, sent),) = trainer.models["model-0"]
+    for got, w, score in zip(sent, weights, scores, strict=True):
+        np.testing.assert_allclose(got, -2 * score * w, rtol=1e-6)
+    assert output.metrics["loss"] == pytest.approx(sum(s**2 for s in scores))
+    assert output.metrics["score"] == pytest.approx(np.mean(scores))
+    assert {"loss:sum", "plain"} <= output.metrics.keys()
+    assert all(type(v) is float for v in output.metrics.values())
+
+
+def test_the_objectives_metrics_win_over_the_trainers(client):
+    def objective(data, logprobs):
+        return logprobs.sum().sum(), {"plain": jnp.float32(7)}
+
+    assert client.forward_backward_custom(DATA, objective).result(30).metrics["plain"] == 7.0
+
+
+def test_missing_weights_are_ones_in_the_forward_pass(client, trainer):
+    bare = [Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3]})]
+    client.forward_backward_custom(bare, lambda data, lps: (lps.sum().sum(), {})).result(30)
+    (body,) = trainer.bodies("forward")
+    assert body["forward_input"]["data"][0]["loss_fn_inputs"]["weights"]["data"] == [1.0, 1.0]
+
+
+def test_a_custom_step_holds_its_place_while_its_loss_is_computed(client, trainer):
+    entered, leave = threading.Event(), threading.Event()
+
+    def objective(data, logprobs):
+        entered.set()
+        assert leave.wait(10)
+        return logprobs.sum().sum(), {}
+
+    step = client.forward_backward_custom(DATA, objective)
+    after = client.optim_step(ADAM)
+    assert entered.wait(10)
+    assert trainer.models["model-0"] == []
+    leave.set()
+    step.result(30), after.result(5)
+    assert [op[0] for op in trainer.models["model-0"]] == ["forward_backward", "optim_step"]
+
+
+class Mine(Exception):
+    pass
+
+
+TO_RAISE: list[type[BaseException]] = []
+
+
+def objective(data, logprobs):
+    raise TO_RAISE[-1]("as it is")
+
+
+@pytest.mark.parametrize("error", [Mine, StopIteration, KeyboardInterrupt, SystemExit])
+def test_an_objective_that_raises_costs_nothing(client, trainer, error):
+    TO_RAISE.append(error)
+    step = client.forward_backward_custom(DATA, objective)
+    after = client.optim_step(ADAM)
+    with pytest.raises(error, match="as it is") as caught:
+        step.result(30)
+    assert "objective" in [entry.name for entry in caught.traceback]
+    after.result(5)
+    assert [op[0] for op in trainer.models["model-0"]] == ["optim_step"]
+    assert seqs(trainer) == [1, 2]
+
+
+def test_an_objective_that_is_no_loss_is_refused(client, trainer):
+    with pytest.raises(ObjectiveError):
+        client.forward_backward_custom(DATA, lambda data, lps: (lps.sum(), {})).result(30)
+    assert trainer.models["model-0"] == []
+
+
+def test_an_objective_cannot_wait_for_its_own_model(client):
+    def objective(data, logprobs):
+        client.forward(DATA).result()
+        return logprobs.sum().sum(), {}
+
+    with pytest.raises(RuntimeError, match="cannot submit"):
+        client.forward_backward_custom(DATA, objective).result(30)
+    assert client.optim_step(ADAM).result(5).metrics is None
+
+
+def test_a_gradient_beyond_float32_does_not_travel(client, trainer):
+    def objective(data, logprobs):
+        return ((logprobs * 1e30).sum() * 1e30).sum(), {}
+
+    with pytest.raises(NonFiniteError) as caught:
+        client.forward_backward_custom(DATA, objective).result(30)
+    assert (caught.value.datum, caught.value.position) == (0, 0)
+    assert trainer.models["model-0"] == []
+    client.optim_step(ADAM).result(5)
+    assert seqs(trainer) == [1, 2]
+
+
+BAD = {
+    "empty": ([], "at least one"),
+    "no tokens": ([Datum(ModelInput.from_ints([]), {"target_tokens": []})], "datum 0"),
+    "unequal": ([DATA[0], datum([1, 2], [2, 3, 4])], "datum 1, field 'target_tokens'"),
+    "missing": ([Datum(ModelInput.from_ints([1]), {})], "target_tokens"),
+    "negative": ([datum([1, 2], [2, -3])], "datum 0, field 'target_tokens'"),
+    "nan": ([datum([1, 2], [2, 3], [0.0, float("nan")])], "datum 0, field 'weights'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("how", ["forward", "forward_backward", "custom"])
+def test_bad_data_raise_at_the_call_and_nothing_is_sent(client, trainer, case, how):
+    data, message = BAD[case]
+    before = len(trainer.requests)
+    submit = {
+        "custom": lambda: client.forward_backward_custom(data, sum_of_squares),
+        "forward": lambda: client.forward(data),
+        "forward_backward": lambda: client.forward_backward(data),
+    }
+    with pytest.raises(DataError, match=message):
+        submit[how]()
+    assert len(trainer.requests) == before
+    client.optim_step(ADAM).result(5)
+    assert seqs(trainer) == [1]
+
+
+def test_hyperparameters_must_be_finite_numbers(client, trainer):
+    with pytest.raises(DataError, match="learning_rate"):
+        client.optim_step(AdamParams(learning_rate=float("nan")))
+    with pytest.raises(DataError, match="beta"):
+        client.forward_backward(DATA, "dro", {"beta": float("inf")})
+    client.optim_step(AdamParams(learning_rate=jnp.float32(0.5))).result(5)  # as optax gives it
+    assert trainer.bodies("optim_step")[0]["adam_params"]["learning_rate"] == 0.5
+
+
+def test_data_are_read_at_the_call_and_never_changed(client, trainer):
+    weights = np.array([0.0, 1.0], np.float32)
+    held = Hold()
+    trainer.faults["optim_step"] = [held]
+    first = client.optim_step(ADAM)
+    step = client.forward_backward([datum([1, 2], [2, 3], weights)])
+    weights[:] = 9.0
+    held.release()
+    first.result(5), step.result(5)
+    assert trainer.models["model-0"][1] == ("forward_backward", "cross_entropy", [[0.0, 1.0]])
+    np.testing.assert_array_equal(weights, [9.0, 9.0])
+
+
+def test_a_cancelled_request_costs_no_number(client, trainer):
+    held = Hold()
+    trainer.faults["forward"] = [held]
+    first = client.forward(DATA)
+    doomed = [client.optim_step(ADAM), client.forward_backward_custom(DATA, sum_of_squares)]
+    last = client.save_state("s")
+    assert [future.cancel() for future in doomed] == [True, True]
+    held.release()
+    first.result(5), last.result(5)
+    assert not first.cancel()
+    assert all(future.cancelled() and future.done() for future in doomed)
+    assert [op[0] for op in trainer.models["model-0"]] == ["save_weights"]
+    assert seqs(trainer) == [1, 2]
+
+
+def test_a_custom_step_can_be_cancelled_until_its_backward_pass(client, trainer):
+    entered, leave = threading.Event(), threading.Event()
+
+    def objective(data, logprobs):
+        entered.set()
+        assert leave.wait(10)
+        return logprobs.sum().sum(), {}
+
+    step = client.forward_backward_custom(DATA, objective)
+    assert entered.wait(10)
+    assert step.cancel()
+    leave.set()
+    client.optim_step(ADAM).result(5)
+    assert [op[0] for op in trainer.models["model-0"]] == ["optim_step"]
+
+
+def test_a_refused_request_gives_its_number_back(client, trainer):
+    trainer.refuse = lambda path, body: (
+        Answer(422, {"detail": [{"loc": ["body", "adam_params"], "msg": "too bold"}]})
+        if path == "optim_step"
+        else None
+    )
+    with pytest.raises(Exception, match=r"body.adam_params: too bold"):
+        client.optim_step(ADAM).result(5)
+    client.forward_backward(DATA).result(5)
+    assert seqs(trainer) == [1, 1]
+
+
+def test_a_request_that_fails_when_it_runs(client, trainer):
+    trainer.output = lambda path, body, result: {"error": "no memory", "category": "server"}
+    with pytest.raises(RequestFailedError, match="no memory") as caught:
+        client.forward_backward(DATA).result(5)
+    assert caught.value.category == "server"
+    client.optim_step(ADAM).result(5)
+    assert seqs(trainer) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["loss_fn_outputs"].pop(), "1 outputs for 2 datums"),
+        (lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[1.0], shape=[1]), "datum 1"),
+        (lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[None, 1.0]), "loss_fn_outputs"),
+        (lambda r: r.pop("loss_fn_outputs"), "loss_fn_outputs"),
+    ],
+)
+def test_an_answer_that_does_not_fit_the_data(client, trainer, change, message):
+    def output(path, body, result):
+        change(result)
+        return result
+
+    trainer.output = output
+    with pytest.raises(APIResponseError, match=message):
+        client.forward(DATA).result(5)
+
+
+def test_logprobs_without_a_shape_get_that_of_the_targets(client, trainer):
+    def output(path, body, result):
+        result["loss_fn_outputs"] = [
+            {"logprobs": {"data": [-1.0] * 4, "dtype": "float32"}},
+        ]
+        return result
+
+    trainer.output = output
+    trainer.models["model-0"] = []
+    wide = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": TensorData([[1, 2], [3, 4]])})
+    trainer.run = lambda path, body: output(path, body, {"metrics": {}, "loss_fn_output_type": "x"})
+    assert client.forward([wide]).result(5).logprobs[0].shape == (2, 2)
+
+
+def test_state_and_sampling(client, service, trainer):
+    path = client.save_state("a").result(5).path
+    client.load_state(path).result(5)
+    client.load_state_with_optimizer(path).result(5)
+    assert [body["optimizer"] for body in trainer.bodies("load_weights")] == [False, True]
+    saved = client.save_weights_for_sampler("b").result(5)
+    assert trainer.bodies("save_weights_for_sampler")[0]["path"] == "b"
+    assert service.create_sampling_client(model_path=saved.path) is not None
+    client.save_weights_and_get_sampling_client()
+    body = trainer.bodies("save_weights_for_sampler")[1]
+    assert "path" not in body
+    assert "sampling_session_seq_id" in body
+    assert client.get_info().model_data.model_name == "tiny"
+
+
+def test_unload_waits_for_all_that_was_submitted(client, trainer):
+    held = Hold()
+    trainer.faults["retrieve_future/request-1"] = [held]
+    first = client.forward(DATA)
+    done = client.unload()
+    with pytest.raises(ClosedError, match="unloaded"):
+        client.forward(DATA)
+    assert not done.done()
+    held.release()
+    assert done.result(5) is None
+    assert first.done()
+    assert trainer.models == {}
+
+
+def test_a_training_client_unloads_at_the_end_of_its_block(service, trainer):
+    with service.create_lora_training_client("tiny") as client:
+        client.optim_step(ADAM)
+    assert trainer.models == {}
+    trainer.refuse = lambda path, body: Answer(404, {}) if path == "unload_model" else None
+    with service.create_lora_training_client("tiny"):
+        pass
+    assert list(trainer.models) == ["model-1"]
+
+
+async def in_a_loop(service: ServiceClient) -> TrainingClient:
+    async with service:
+        client = await service.create_lora_training_client_async("tiny")
+        async with client:
+            step = await client.forward_backward_custom_async(DATA, sum_of_squares)
+            update = await client.optim_step_async(ADAM)
+            done = await asyncio.gather(step.result_async(30), update)
+            assert done[0].metrics["loss"] > 0
+            sampler = await client.save_weights_and_get_sampling_client_async()
+            assert (await sampler.compute_logprobs_async(ModelInput.from_ints([1])))[0] is None
+            assert (await client.get_info_async()).model_id == client.model_id
+    return client
+
+
+def test_asyncio_users_are_served(connect):
+    client = asyncio.run(in_a_loop(connect()))
+    with pytest.raises(ClosedError):
+        client.forward(DATA)
