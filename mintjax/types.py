@@ -363,7 +363,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int = -1
     top_p: float = 1.0
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | Sequence[str | int] | None = None
 
 
 class SampledSequence(msgspec.Struct, kw_only=True):

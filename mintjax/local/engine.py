@@ -110,16 +110,11 @@ class Engine:
         return optimizer.divided(state.gradient, self._divisor(state))
 
     def create_model(self, base_model: str, lora_config: LoraConfig) -> str:
-        """Make a model with fresh adapters.
+        """Make a model with fresh adapters, from what :func:`check_create` let pass.
 
         Returns:
             Its id.
-
-        Raises:
-            NotFoundError: there is no such base model.
-            DataError: the adapters cannot be made so.
         """
-        check_create(base_model, lora_config)
         config = BASE_MODELS[base_model]
         model_id = f"model-{uuid.uuid4().hex}"
         lora = model.lora_weights(config, lora_config)
@@ -162,8 +157,10 @@ class Engine:
     ) -> ForwardBackwardOutput:
         """The logprobs of the targets, and the loss; nothing is accumulated.
 
+        The arguments are those that :meth:`check_pass` let pass.
+
         Raises:
-            NotFoundError, DataError: as :meth:`check_pass`.
+            NotFoundError: there is no such model.
             NonFiniteError: the loss is not finite.
         """
         return self._pass(model_id, data, loss_fn, loss_fn_config, backward=False)
@@ -178,7 +175,7 @@ class Engine:
         """As :meth:`forward`, and add the loss's gradient to what has accumulated.
 
         Raises:
-            NotFoundError, DataError: as :meth:`check_pass`.
+            NotFoundError: there is no such model.
             NonFiniteError: the loss or its gradient is not finite; nothing was added.
         """
         return self._pass(model_id, data, loss_fn, loss_fn_config, backward=True)
@@ -189,15 +186,17 @@ class Engine:
         Without any accumulated gradient it is a step on a zero gradient, as in torch: momentum
         and weight decay still move the weights.
 
+        Args:
+            model_id: which model.
+            params: those that :func:`mintjax.local.optimizer.check_params` let pass.
+
         Returns:
             The gradient's norm before clipping, as ``"grad_norm"``.
 
         Raises:
             NotFoundError: there is no such model.
-            DataError: a hyperparameter is out of range.
             NonFiniteError: the new weights would not be finite; nothing was changed.
         """
-        optimizer.check_params(params)
         state = self.model(model_id)
         lora, moments, norm = optimizer.step(
             state.lora, state.optimizer, state.gradient, self._divisor(state), params
@@ -300,17 +299,16 @@ class Engine:
 
         Args:
             source: the path of a checkpoint, or the name of a base model.
-            prompt: token ids.
+            prompt: token ids; they and the rest are what
+                :func:`mintjax.local.sampling.check_request` let pass.
             params: how to sample.
             num_samples: how many continuations.
             prompt_logprobs: also give the logprob of each token of the prompt.
 
         Raises:
-            NotFoundError: there is no such checkpoint or base model.
-            DataError: the prompt or a parameter is out of range.
+            NotFoundError: there is no such checkpoint.
         """
         config, weights = self._sampler_weights(source)
-        sampling.check_request(config, prompt, params, num_samples)
         return sampling.sample(
             config,
             weights,
@@ -329,7 +327,6 @@ class Engine:
         *,
         backward: bool,
     ) -> ForwardBackwardOutput:
-        self.check_pass(model_id, data, loss_fn, loss_fn_config)
         state = self.model(model_id)
         result = passes.run(
             state.config,

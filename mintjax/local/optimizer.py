@@ -63,8 +63,8 @@ def step(
         "weight_decay": params.weight_decay,
     }
     clip = params.grad_clip_norm or math.inf
-    new = _step(lora, state, gradient, divisor, clip, hyperparameters)
-    return cast(tuple[Weights, Any, Array], new)
+    arguments = (lora, state, gradient, divisor, clip, hyperparameters)
+    return cast(tuple[Weights, Any, Array], _step(*arguments))
 
 
 def divided(tree: Weights, divisor: Array | float) -> Weights:

@@ -62,7 +62,7 @@ def check_request(
     for field, (value, fits, allowed) in ranges.items():
         if not fits:
             raise DataError(f"{value} is not in {allowed}", field=field)
-    if isinstance(params.stop, list) and not all(
+    if not isinstance(params.stop, str | None) and not all(
         isinstance(stop, str) or 0 <= stop < VOCAB_SIZE for stop in params.stop
     ):
         raise DataError(
@@ -185,7 +185,7 @@ def _draw(
     return int(order[min(drawn, int(np.flatnonzero(p)[-1]))])
 
 
-def _stops(tokens: list[int], stop: str | list[str] | list[int] | None) -> bool:
+def _stops(tokens: list[int], stop: str | Sequence[str | int] | None) -> bool:
     if tokens[-1] == END:
         return True
     for one in [stop] if isinstance(stop, str) else stop or []:

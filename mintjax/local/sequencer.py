@@ -142,12 +142,16 @@ class Sequencer:
         with self._lock:
             request = self._requests.get(request_id)
             if request is not None:
-                if request_id in self._unretrieved:
-                    self._retrieved[request_id] = self._unretrieved.pop(request_id)
                 return request.result
             if self._took_effect(request_id):
                 raise ForgottenError(request_id)
         raise UnknownRequestError(request_id)
+
+    def retrieved(self, request_id: str) -> None:
+        """Say that a result was given out, so that it may be forgotten before the others."""
+        with self._lock:
+            if request_id in self._unretrieved:
+                self._retrieved[request_id] = self._unretrieved.pop(request_id)
 
     def waits_for(self, request_id: str) -> int | None:
         """The number that this request's line is waiting for, if that holds it up."""

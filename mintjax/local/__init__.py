@@ -1,0 +1,16 @@
+"""The embedded trainer: a small transformer with LoRA that speaks the protocol, for one machine."""
+
+try:
+    from mintjax.local.engine import Engine as Engine
+    from mintjax.local.server import running_server as running_server
+    from mintjax.local.server import serve as serve
+    from mintjax.local.server import trainer as trainer
+except ModuleNotFoundError as error:
+    if error.name not in ("safetensors", "starlette", "uvicorn"):
+        raise
+    raise ImportError(
+        f'the embedded trainer needs {error.name}: pip install "mintjax[local]"', name=error.name
+    ) from error
+
+from mintjax.local import tokenizer as tokenizer
+from mintjax.local.model import BASE_MODELS as BASE_MODELS

@@ -1,0 +1,254 @@
+"""What each request of the protocol does: check it, then answer, or say what to run in its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mintjax import wire
+from mintjax.errors import DataError
+from mintjax.local import optimizer, sampling
+from mintjax.local.access import Access
+from mintjax.local.checkpoints import CheckpointPath, check_name
+from mintjax.local.engine import Engine, check_create
+from mintjax.local.model import BASE_MODELS
+from mintjax.local.sequencer import Sequencer
+from mintjax.local.sessions import Sessions
+from mintjax.local.tokenizer import TOKENIZER_ID
+from mintjax.types import (
+    GetInfoResponse,
+    LoadWeightsResponse,
+    LoraConfig,
+    ModelData,
+    SaveWeightsResponse,
+    ServerCapabilities,
+    SupportedModel,
+)
+
+Answer = msgspec.Struct | dict[str, Any]
+Run = Callable[[], Answer]
+"""Runs in the trainer's thread, when the request's turn has come."""
+
+
+class WeightsInfoRequest(msgspec.Struct):
+    """``POST weights_info``."""
+
+    tinker_path: str
+
+
+class Endpoints:
+    """The requests of the protocol, one method each, without HTTP.
+
+    A method that returns a :data:`Run` has checked its request; it raises ``DataError`` or
+    ``NotFoundError`` instead if the request cannot be run.
+
+    Args:
+        engine: the trainer.
+        sequencer: what brings its requests into order.
+        access: gives out tokens.
+    """
+
+    def __init__(self, engine: Engine, sequencer: Sequencer, access: Access) -> None:
+        self.engine = engine
+        self._sequencer = sequencer
+        self._access = access
+        self._sessions = Sessions()
+
+    def client_config(self) -> Answer:
+        """``client/config``: the flags, one of which asks that keys be exchanged for tokens."""
+        return {"pjwt_auth_enabled": True, **msgspec.to_builtins(wire.ClientConfigResponse())}
+
+    def auth_token(self) -> Answer:
+        """``auth/token``."""
+        return {"jwt": self._access.token()}
+
+    def telemetry(self) -> Answer:
+        """``telemetry``: thanked for, and forgotten."""
+        return {"status": "accepted"}
+
+    def healthz(self) -> Answer:
+        """``healthz``."""
+        return {"status": "ok"}
+
+    def get_server_capabilities(self) -> Answer:
+        """``get_server_capabilities``."""
+        return ServerCapabilities(
+            supported_models=[
+                SupportedModel(model_name=config.name, max_context_length=config.max_context_length)
+                for config in BASE_MODELS.values()
+            ]
+        )
+
+    def create_session(self, request: wire.CreateSessionRequest) -> Answer:
+        """``create_session``."""
+        return wire.CreateSessionResponse(self._sessions.open())
+
+    def session_heartbeat(self, request: wire.SessionHeartbeatRequest) -> Answer:
+        """``session_heartbeat``."""
+        self._sessions.get(request.session_id)
+        return {"type": "session_heartbeat"}
+
+    def get_session(self, session_id: str) -> Answer:
+        """``GET sessions/<id>``."""
+        session = self._sessions.get(session_id)
+        return {
+            "training_run_ids": session.model_ids,
+            "sampler_ids": session.sampling_session_ids,
+        }
+
+    def get_sampler(self, sampler_id: str) -> Answer:
+        """``GET samplers/<id>``."""
+        source = self._sessions.source(sampler_id)
+        return {
+            "sampler_id": sampler_id,
+            "base_model": self._base_model(source),
+            "model_path": None if source in BASE_MODELS else source,
+        }
+
+    def get_info(self, request: wire.ModelRequest) -> Answer:
+        """``get_info``."""
+        model = self.engine.model(request.model_id)
+        return GetInfoResponse(
+            model_id=request.model_id,
+            model_data=ModelData(
+                model_name=model.config.name, arch="transformer", tokenizer_id=TOKENIZER_ID
+            ),
+            lora_rank=model.lora_config.rank,
+        )
+
+    def weights_info(self, request: WeightsInfoRequest) -> Answer:
+        """``weights_info``: what it takes to make a model that can load a checkpoint."""
+        made_from = self.engine.describe_checkpoint(request.tinker_path, field="tinker_path")
+        lora = made_from.lora_config
+        return {
+            "base_model": made_from.base_model,
+            "is_lora": True,
+            "lora_rank": lora.rank,
+            "train_unembed": lora.train_unembed,
+            "train_mlp": lora.train_mlp,
+            "train_attn": lora.train_attn,
+        }
+
+    def create_sampling_session(self, request: wire.CreateSamplingSessionRequest) -> Answer:
+        """``create_sampling_session``: from a checkpoint, else from a base model."""
+        session = self._sessions.get(request.session_id)
+        source = request.model_path or request.base_model
+        if source is None:
+            raise DataError("pass model_path, or base_model", field="model_path")
+        if request.model_path is not None:
+            self.engine.describe_checkpoint(request.model_path, field="model_path")
+        else:
+            check_create(source, LoraConfig(1))
+        opened = self._sessions.open_sampling(session, source)
+        return wire.CreateSamplingSessionResponse(opened)
+
+    def create_model(self, request: wire.CreateModelRequest) -> Run:
+        """``create_model``."""
+        session = self._sessions.get(request.session_id)
+        lora_config = request.lora_config or LoraConfig(32)
+        check_create(request.base_model, lora_config)
+
+        def run() -> Answer:
+            model_id = self.engine.create_model(request.base_model, lora_config)
+            session.model_ids.append(model_id)
+            return wire.CreateModelResponse(model_id)
+
+        return run
+
+    def unload_model(self, request: wire.ModelRequest) -> Run:
+        """``unload_model``: after what was submitted before it."""
+        self.engine.model(request.model_id)
+
+        def run() -> Answer:
+            self.engine.unload_model(request.model_id)
+            self._sequencer.drop(request.model_id)
+            return {"model_id": request.model_id, "type": "unload_model"}
+
+        return run
+
+    def forward(self, request: wire.ForwardRequest) -> Run:
+        """``forward``."""
+        given = request.forward_input
+        arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
+        self.engine.check_pass(*arguments)
+        return lambda: self.engine.forward(*arguments)
+
+    def forward_backward(self, request: wire.ForwardBackwardRequest) -> Run:
+        """``forward_backward``."""
+        given = request.forward_backward_input
+        arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
+        self.engine.check_pass(*arguments)
+        return lambda: self.engine.forward_backward(*arguments)
+
+    def optim_step(self, request: wire.OptimStepRequest) -> Run:
+        """``optim_step``."""
+        self.engine.model(request.model_id)
+        optimizer.check_params(request.adam_params)
+        return lambda: self.engine.optim_step(request.model_id, request.adam_params)
+
+    def save_weights(self, request: wire.SaveWeightsRequest) -> Run:
+        """``save_weights``."""
+        self.engine.model(request.model_id)
+        if request.path is not None:
+            check_name(request.path)
+        return lambda: SaveWeightsResponse(
+            path=self.engine.save_weights(request.model_id, request.path)
+        )
+
+    def load_weights(self, request: wire.LoadWeightsRequest) -> Run:
+        """``load_weights``. Whether there is such a checkpoint is only known in its turn."""
+        self.engine.model(request.model_id)
+        CheckpointPath.parse(request.path, field="path")
+
+        def run() -> Answer:
+            self.engine.load_weights(
+                request.model_id, request.path, with_optimizer=request.optimizer
+            )
+            return LoadWeightsResponse(path=request.path)
+
+        return run
+
+    def save_weights_for_sampler(self, request: wire.SaveWeightsForSamplerRequest) -> Run:
+        """``save_weights_for_sampler``: under a name, or for a sampling session that it opens."""
+        self.engine.model(request.model_id)
+        if request.path is not None:
+            check_name(request.path)
+
+        def run() -> Answer:
+            path = self.engine.save_weights_for_sampler(request.model_id, request.path)
+            if request.path is not None:
+                return wire.SaveWeightsForSamplerResponse(path=path)
+            session = self._sessions.of_model(request.model_id)
+            opened = self._sessions.open_sampling(session, path)
+            return wire.SaveWeightsForSamplerResponse(sampling_session_id=opened)
+
+        return run
+
+    def asample(self, request: wire.SampleRequest) -> Run:
+        """``asample``."""
+        if request.sampling_session_id is None:
+            raise DataError(
+                "make one first, with create_sampling_session", field="sampling_session_id"
+            )
+        source = self._sessions.source(request.sampling_session_id)
+        prompt = request.prompt.to_ints()
+        sampling.check_request(
+            BASE_MODELS[self._base_model(source)],
+            prompt,
+            request.sampling_params,
+            request.num_samples,
+        )
+        return lambda: self.engine.sample(
+            source,
+            prompt,
+            request.sampling_params,
+            num_samples=request.num_samples,
+            prompt_logprobs=bool(request.prompt_logprobs),
+        )
+
+    def _base_model(self, source: str) -> str:
+        if source in BASE_MODELS:
+            return source
+        return self.engine.describe_checkpoint(source, field="model_path").base_model

@@ -1,0 +1,133 @@
+"""Where the embedded trainer runs: on a socket, or inside this process without one."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import httpx
+import uvicorn
+
+from mintjax.client import ServiceClient
+from mintjax.local.app import application
+from mintjax.local.engine import Engine
+
+
+@contextmanager
+def trainer(
+    engine: Engine | None = None, *, api_key: str | None = None
+) -> Generator[ServiceClient]:
+    """The embedded trainer inside this process, without a socket.
+
+    Args:
+        engine: the trainer; a new one, closed with the block, if None. Pass one to choose its
+            options, or to look at its models and gradients.
+        api_key: as ``running_server`` has it; the client gets it.
+
+    Yields:
+        A client of it.
+    """
+    with _engine(engine) as engine, application(engine, api_key=api_key) as app:
+        transport = httpx.ASGITransport(app)
+        with ServiceClient(
+            "http://localhost", api_key or "tml-local", transport=transport
+        ) as service:
+            yield service
+
+
+@contextmanager
+def running_server(
+    engine: Engine | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | None = None,
+) -> Generator[str]:
+    """The embedded trainer on a socket, in a thread of this process.
+
+    Args:
+        engine: the trainer; a new one, closed with the block, if None.
+        host: the address to listen on.
+        port: 0 takes a free one.
+        api_key: required of every request if given.
+
+    Yields:
+        The base URL.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    with (
+        _listening(host, port) as listener,
+        _engine(engine) as engine,
+        ExitStack() as stack,
+    ):
+        server = _server(stack.enter_context(application(engine, api_key=api_key)))
+        thread = threading.Thread(
+            target=server.run, kwargs={"sockets": [listener]}, name="mintjax-server", daemon=True
+        )
+        thread.start()
+        try:
+            yield _url(listener)
+        finally:
+            stack.close()  # ends the waiting for results, which would hold the server up
+            server.should_exit = True
+            thread.join()
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    engine: Engine | None = None,
+    api_key: str | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Run the embedded trainer on a socket until it is interrupted.
+
+    Args:
+        host: the address to listen on.
+        port: 0 takes a free one.
+        engine: the trainer; a new one if None.
+        api_key: required of every request if given.
+        announce: called with the base URL once connections are taken.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    with (
+        _listening(host, port) as listener,
+        _engine(engine) as engine,
+        application(engine, api_key=api_key) as app,
+    ):
+        announce(_url(listener))
+        _server(app).run(sockets=[listener])
+
+
+def _engine(engine: Engine | None) -> Engine | nullcontext[Engine]:
+    return Engine() if engine is None else nullcontext(engine)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    # It listens before the server runs, so that no client comes too early.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _server(app: object) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,  # pyright: ignore[reportArgumentType]
+        lifespan="off",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
