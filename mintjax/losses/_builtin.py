@@ -150,7 +150,7 @@ def cispo(
         clip_high_threshold=clip_high_threshold,
     )
     ratio = jnp.exp(jax.lax.stop_gradient(target_logprobs - sampling_logprobs))
-    coefficients = torch_clip(ratio, low, high) * advantages
+    coefficients = harmless_where_zero(advantages, torch_clip(ratio, low, high)) * advantages
     return keep(-coefficients * harmless_where_zero(coefficients, target_logprobs), where)
 
 

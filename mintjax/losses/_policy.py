@@ -101,7 +101,8 @@ def truncated_importance_sampling(
         truncation_threshold=truncation_threshold,
     )
     ratio = jnp.exp(jax.lax.stop_gradient(target_logprobs - sampling_logprobs))
-    coefficients = jnp.minimum(ratio, threshold) * advantages
+    weights = harmless_where_zero(advantages, jnp.minimum(ratio, threshold))
+    coefficients = weights * advantages
     return keep(-coefficients * harmless_where_zero(coefficients, target_logprobs), where)
 
 

@@ -282,7 +282,16 @@ def kto(
     sign = jnp.where(label != 0, 1, -1).astype(scores.dtype)
     weight = jnp.where(label != 0, good_weight, bad_weight)
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small.
-    return keep(weight * jax.nn.sigmoid(-sign * beta * gain), where)
+    return keep(weight * _sigmoid(-sign * beta * gain), where)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    """The logistic function, whose derivative keeps its digits at both ends.
+
+    That of ``jax.nn.sigmoid`` is ``s * (1 - s)``, which is 0 in float32 from x = 17 on.
+    """
+    shrinking = jnp.exp(jnp.where(x < 0, x, -x))
+    return jnp.where(x < 0, shrinking, 1) / (1 + shrinking)
 
 
 def _per_token(scores: jax.Array, lengths: jax.Array) -> jax.Array:
