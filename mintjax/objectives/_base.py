@@ -81,7 +81,7 @@ class LossObjective:
 _T = TypeVar("_T", bound=type[LossObjective])
 
 
-def static(default: Any) -> Any:
+def static(*, default: Any) -> Any:
     """A field that is part of an objective's structure: another value is another program."""
     return dataclasses.field(default=default, metadata={"static": True})
 

@@ -92,7 +92,7 @@ class importance_sampling(PolicyObjective):
         aggregation: how tokens' losses become one; trainers sum.
     """
 
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:
@@ -118,7 +118,7 @@ class ppo(PolicyObjective):
 
     clip_low_threshold: float = 0.8
     clip_high_threshold: float = 1.2
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def bounds(self) -> dict[str, Any]:
         """The thresholds."""
@@ -151,7 +151,7 @@ class cispo(PolicyObjective):
 
     clip_low_threshold: float = 0.8
     clip_high_threshold: float = 1.2
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def bounds(self) -> dict[str, Any]:
         """The thresholds."""
@@ -182,7 +182,7 @@ class dro(PolicyObjective):
     """
 
     beta: float = 0.05
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:

@@ -59,8 +59,8 @@ class distillation_forward_kl(CandidateObjective):
         aggregation: how positions' losses become one.
     """
 
-    renormalise: bool = static(False)
-    aggregation: Aggregation = static("sum")
+    renormalise: bool = static(default=False)
+    aggregation: Aggregation = static(default="sum")
     reads: ClassVar[str] = "teacher_logprobs"
 
     def position_losses(self, target: Array, given: Array, where: Array) -> Array:
@@ -79,8 +79,8 @@ class distillation_reverse_kl(CandidateObjective):
         aggregation: how positions' losses become one.
     """
 
-    renormalise: bool = static(False)
-    aggregation: Aggregation = static("sum")
+    renormalise: bool = static(default=False)
+    aggregation: Aggregation = static(default="sum")
     reads: ClassVar[str] = "teacher_logprobs"
 
     def position_losses(self, target: Array, given: Array, where: Array) -> Array:
@@ -99,8 +99,8 @@ class brier_score(CandidateObjective):
         aggregation: how positions' scores become one.
     """
 
-    renormalise: bool = static(False)
-    aggregation: Aggregation = static("sum")
+    renormalise: bool = static(default=False)
+    aggregation: Aggregation = static(default="sum")
     reads: ClassVar[str] = "outcomes"
 
     def position_losses(self, target: Array, given: Array, where: Array) -> Array:

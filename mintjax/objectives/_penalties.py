@@ -47,7 +47,7 @@ class kl_k1(PenaltyObjective):
         aggregation: how tokens' penalties become one.
     """
 
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def token_losses(self, target: Array, reference: Array, where: Array) -> Array:
         """``lp - ref``."""
@@ -62,7 +62,7 @@ class kl_k2(PenaltyObjective):
         aggregation: how tokens' penalties become one.
     """
 
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def token_losses(self, target: Array, reference: Array, where: Array) -> Array:
         """``(lp - ref)**2 / 2``."""
@@ -77,7 +77,7 @@ class kl_k3(PenaltyObjective):
         aggregation: how tokens' penalties become one.
     """
 
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def token_losses(self, target: Array, reference: Array, where: Array) -> Array:
         """``exp(d) - 1 - d``, ``d = ref - lp``."""
@@ -92,7 +92,7 @@ class l2_to_reference(PenaltyObjective):
         aggregation: how tokens' penalties become one.
     """
 
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def token_losses(self, target: Array, reference: Array, where: Array) -> Array:
         """``(lp - ref)**2``."""
@@ -109,7 +109,7 @@ class sampled_entropy(PenaltyObjective):
         aggregation: how tokens' estimates become one.
     """
 
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
     needs_reference: ClassVar[bool] = False
 
     def token_losses(self, target: Array, reference: Array, where: Array) -> Array:

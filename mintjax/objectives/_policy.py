@@ -28,7 +28,7 @@ class dual_clip_ppo(PolicyObjective):
     clip_low_threshold: float = 0.8
     clip_high_threshold: float = 1.2
     dual_clip_threshold: float = 3.0
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def bounds(self) -> dict[str, Any]:
         """The thresholds that PPO has too."""
@@ -61,7 +61,7 @@ class truncated_importance_sampling(PolicyObjective):
     """
 
     truncation_threshold: float = 2.0
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def bounds(self) -> dict[str, Any]:
         """The threshold, for the metrics."""
@@ -94,7 +94,7 @@ class gspo(PolicyObjective):
 
     clip_low_threshold: float = 0.9997
     clip_high_threshold: float = 1.0004
-    aggregation: Aggregation = static("sum")
+    aggregation: Aggregation = static(default="sum")
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
         """The loss, and its metrics."""

@@ -111,7 +111,7 @@ class dpo(_ReferencePairs):
 
     beta: float = 0.1
     label_smoothing: float = 0.0
-    reference_free: bool = static(False)
+    reference_free: bool = static(default=False)
 
     def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
         """``-log sigmoid(beta * margin)``, smoothed."""
