@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Generator
+import functools
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from mintjax.errors import APITimeoutError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -107,3 +109,33 @@ class APIFuture(Generic[T]):
     def __repr__(self) -> str:
         state = "cancelled" if self.cancelled() else "done" if self.done() else "pending"
         return f"<APIFuture {state}>"
+
+
+def submitted(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The method as a coroutine function, which the official SDK's users await."""
+
+    @functools.wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return method(*args, **kwargs)
+
+    return call
+
+
+def finished(method: Callable[P, APIFuture[T]]) -> Callable[P, T]:
+    """The method, returning when the result is there."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return method(*args, **kwargs).result()
+
+    return call
+
+
+def awaited(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The method as a coroutine function that returns the result."""
+
+    @functools.wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await method(*args, **kwargs)
+
+    return call

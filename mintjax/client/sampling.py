@@ -7,7 +7,7 @@ import math
 
 from mintjax import wire
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture
+from mintjax.client.futures import APIFuture, awaited
 from mintjax.errors import APIResponseError, DataError
 from mintjax.types import ModelInput, SampleResponse, SamplingParams
 
@@ -26,7 +26,7 @@ class SamplingClient:
 
     @classmethod
     async def open(
-        cls, connection: Connection, *, model_path: str | None = None, base_model: str | None = None
+        cls, connection: Connection, model_path: str | None = None, base_model: str | None = None
     ) -> SamplingClient:
         """Open a sampling session, within the client's loop, for saved weights or a base model."""
         request = wire.CreateSamplingSessionRequest(
@@ -72,15 +72,7 @@ class SamplingClient:
             lambda: self._connection.accepted("asample", message, SampleResponse)
         )
 
-    async def sample_async(
-        self,
-        prompt: ModelInput,
-        num_samples: int,
-        sampling_params: SamplingParams,
-        include_prompt_logprobs: bool = False,
-    ) -> SampleResponse:
-        """:meth:`sample`, awaited."""
-        return await self.sample(prompt, num_samples, sampling_params, include_prompt_logprobs)
+    sample_async = awaited(sample)
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """The logprob of each token of a prompt after those before it, in nats; the first is None.
@@ -109,9 +101,7 @@ class SamplingClient:
 
         return self._connection.start(run)
 
-    async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
-        """:meth:`compute_logprobs`, awaited."""
-        return await self.compute_logprobs(prompt)
+    compute_logprobs_async = awaited(compute_logprobs)
 
 
 def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:

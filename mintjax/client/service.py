@@ -9,7 +9,7 @@ import msgspec
 
 from mintjax import wire
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture
+from mintjax.client.futures import APIFuture, awaited, finished
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import RetryPolicy, from_environment, resolve
 from mintjax.client.training import TrainingClient
@@ -85,7 +85,7 @@ class ServiceClient:
         """The trainer's address."""
         return self._connection.transport.address
 
-    def create_lora_training_client(
+    def _create_lora_training_client(
         self,
         base_model: str | None = None,
         rank: int = 32,
@@ -94,7 +94,7 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: dict[str, str] | None = None,
-    ) -> TrainingClient:
+    ) -> APIFuture[TrainingClient]:
         """Make a model with fresh low-rank adapters.
 
         Args:
@@ -110,26 +110,22 @@ class ServiceClient:
             DataError: an argument that no trainer can use.
             APIError: the trainer cannot be reached, or refuses.
         """
+        base_model = base_model or from_environment("base_model")
+        if not base_model:
+            raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
+        if rank < 1:
+            raise DataError(f"{rank}; it must be at least 1", field="rank")
+        if not (train_mlp or train_attn or train_unembed):
+            raise DataError("nothing is left to train; let at least one of the three be True")
         config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        return self._create(base_model, config, user_metadata).result()
+        return self._connection.start(lambda: self._made(base_model, config, user_metadata))
 
-    async def create_lora_training_client_async(
-        self,
-        base_model: str | None = None,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
-        user_metadata: dict[str, str] | None = None,
-    ) -> TrainingClient:
-        """:meth:`create_lora_training_client`, awaited."""
-        config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        return await self._create(base_model, config, user_metadata)
+    create_lora_training_client = finished(_create_lora_training_client)
+    create_lora_training_client_async = awaited(_create_lora_training_client)
 
-    def create_training_client_from_state(
+    def _create_training_client_from_state(
         self, path: str, user_metadata: dict[str, str] | None = None
-    ) -> TrainingClient:
+    ) -> APIFuture[TrainingClient]:
         """Make a model with the weights of a path that ``save_state`` gave, and a fresh optimizer.
 
         Args:
@@ -139,29 +135,27 @@ class ServiceClient:
         Raises:
             APIError: the trainer cannot be reached, or knows no such path.
         """
-        return self._create_from_state(path, user_metadata, optimizer=False).result()
+        return self._connection.start(lambda: self._from_state(path, user_metadata, False))
 
-    async def create_training_client_from_state_async(
-        self, path: str, user_metadata: dict[str, str] | None = None
-    ) -> TrainingClient:
-        """:meth:`create_training_client_from_state`, awaited."""
-        return await self._create_from_state(path, user_metadata, optimizer=False)
+    create_training_client_from_state = finished(_create_training_client_from_state)
+    create_training_client_from_state_async = awaited(_create_training_client_from_state)
 
-    def create_training_client_from_state_with_optimizer(
+    def _create_training_client_from_state_with_optimizer(
         self, path: str, user_metadata: dict[str, str] | None = None
-    ) -> TrainingClient:
+    ) -> APIFuture[TrainingClient]:
         """:meth:`create_training_client_from_state` with the optimizer's state, to train on."""
-        return self._create_from_state(path, user_metadata, optimizer=True).result()
+        return self._connection.start(lambda: self._from_state(path, user_metadata, True))
 
-    async def create_training_client_from_state_with_optimizer_async(
-        self, path: str, user_metadata: dict[str, str] | None = None
-    ) -> TrainingClient:
-        """:meth:`create_training_client_from_state_with_optimizer`, awaited."""
-        return await self._create_from_state(path, user_metadata, optimizer=True)
+    create_training_client_from_state_with_optimizer = finished(
+        _create_training_client_from_state_with_optimizer
+    )
+    create_training_client_from_state_with_optimizer_async = awaited(
+        _create_training_client_from_state_with_optimizer
+    )
 
-    def create_sampling_client(
+    def _create_sampling_client(
         self, model_path: str | None = None, base_model: str | None = None
-    ) -> SamplingClient:
+    ) -> APIFuture[SamplingClient]:
         """Make a client that samples from saved weights, or from a base model.
 
         Args:
@@ -171,21 +165,22 @@ class ServiceClient:
         Raises:
             DataError: neither was given.
         """
-        return self._sampling(model_path, base_model).result()
+        if model_path is None and base_model is None:
+            raise DataError("pass model_path, or base_model", field="model_path")
+        connection = self._connection
+        return connection.start(lambda: SamplingClient.open(connection, model_path, base_model))
 
-    async def create_sampling_client_async(
-        self, model_path: str | None = None, base_model: str | None = None
-    ) -> SamplingClient:
-        """:meth:`create_sampling_client`, awaited."""
-        return await self._sampling(model_path, base_model)
+    create_sampling_client = finished(_create_sampling_client)
+    create_sampling_client_async = awaited(_create_sampling_client)
 
-    def get_server_capabilities(self) -> ServerCapabilities:
+    def _get_server_capabilities(self) -> APIFuture[ServerCapabilities]:
         """Which base models the trainer offers."""
-        return self._capabilities().result()
+        call = self._connection.transport.call
+        path = "get_server_capabilities"
+        return self._connection.start(lambda: call(path, b"", ServerCapabilities, method="GET"))
 
-    async def get_server_capabilities_async(self) -> ServerCapabilities:
-        """:meth:`get_server_capabilities`, awaited."""
-        return await self._capabilities()
+    get_server_capabilities = finished(_get_server_capabilities)
+    get_server_capabilities_async = awaited(_get_server_capabilities)
 
     def close(self) -> None:
         """End the thread, and every future that is still open with ClosedError; within a second."""
@@ -206,18 +201,6 @@ class ServiceClient:
     def __repr__(self) -> str:
         return f"ServiceClient({self.base_url!r})"
 
-    def _create(
-        self, base_model: str | None, config: LoraConfig, user_metadata: dict[str, str] | None
-    ) -> APIFuture[TrainingClient]:
-        base_model = base_model or from_environment("base_model")
-        if not base_model:
-            raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
-        if config.rank < 1:
-            raise DataError(f"{config.rank}; it must be at least 1", field="rank")
-        if not (config.train_mlp or config.train_attn or config.train_unembed):
-            raise DataError("nothing is left to train; let at least one of the three be True")
-        return self._connection.start(lambda: self._made(base_model, config, user_metadata))
-
     async def _made(
         self, base_model: str, config: LoraConfig, user_metadata: dict[str, str] | None
     ) -> TrainingClient:
@@ -231,22 +214,19 @@ class ServiceClient:
         made = await self._connection.accepted("create_model", request, wire.CreateModelResponse)
         return TrainingClient(self._connection, made.model_id)
 
-    def _create_from_state(
-        self, path: str, user_metadata: dict[str, str] | None, *, optimizer: bool
-    ) -> APIFuture[TrainingClient]:
-        async def run() -> TrainingClient:
-            info = await self._weights_info(path)
-            config = LoraConfig(
-                info.lora_rank or 32,
-                train_unembed=info.train_unembed is not False,
-                train_mlp=info.train_mlp is not False,
-                train_attn=info.train_attn is not False,
-            )
-            client = await self._made(info.base_model, config, user_metadata)
-            await (client.load_state_with_optimizer if optimizer else client.load_state)(path)
-            return client
-
-        return self._connection.start(run)
+    async def _from_state(
+        self, path: str, user_metadata: dict[str, str] | None, optimizer: bool
+    ) -> TrainingClient:
+        info = await self._weights_info(path)
+        config = LoraConfig(
+            info.lora_rank or 32,
+            train_unembed=info.train_unembed is not False,
+            train_mlp=info.train_mlp is not False,
+            train_attn=info.train_attn is not False,
+        )
+        client = await self._made(info.base_model, config, user_metadata)
+        await (client.load_state_with_optimizer if optimizer else client.load_state)(path)
+        return client
 
     async def _weights_info(self, path: str) -> _WeightsInfo:
         await self._connection.session()
@@ -261,19 +241,3 @@ class ServiceClient:
         request = wire.ModelRequest(model_id, "get_info")
         info = await call("get_info", wire.encode(request), GetInfoResponse)
         return _WeightsInfo(info.model_data.model_name, info.lora_rank)
-
-    def _sampling(
-        self, model_path: str | None, base_model: str | None
-    ) -> APIFuture[SamplingClient]:
-        if model_path is None and base_model is None:
-            raise DataError("pass model_path, or base_model", field="model_path")
-        connection = self._connection
-        return connection.start(
-            lambda: SamplingClient.open(connection, model_path=model_path, base_model=base_model)
-        )
-
-    def _capabilities(self) -> APIFuture[ServerCapabilities]:
-        transport = self._connection.transport
-        return self._connection.start(
-            lambda: transport.call("get_server_capabilities", b"", ServerCapabilities, method="GET")
-        )

@@ -15,7 +15,7 @@ from mintjax.batch import Batch, check_data
 from mintjax.client import custom
 from mintjax.client.background import Withdrawn, begin
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture
+from mintjax.client.futures import APIFuture, awaited, finished, submitted
 from mintjax.client.lane import Finish, Lane
 from mintjax.client.passes import Chunk, chunks, combined, messages
 from mintjax.client.sampling import SamplingClient
@@ -190,39 +190,54 @@ class TrainingClient:
             SaveWeightsResponse,
         )
 
-    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+    def _save_weights_and_get_sampling_client(
+        self, name: str | None = None
+    ) -> APIFuture[SamplingClient]:
         """A sampling client for the weights as they are once all that was submitted is done.
 
         Args:
             name: keep the weights under this name; for this client only if None.
         """
-        return self._sampling_client(name).result()
 
-    async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None
-    ) -> SamplingClient:
-        """:meth:`save_weights_and_get_sampling_client`, awaited."""
-        return await self._sampling_client(name)
+        async def send(future: concurrent.futures.Future[Any]) -> Finish[SamplingClient]:
+            begin(future)
+            accepted = await self._lane.post(
+                "save_weights_for_sampler", lambda seq_id: self._sampler_request(seq_id, name)
+            )
 
-    def create_sampling_client(self, model_path: str) -> SamplingClient:
+            async def opened() -> SamplingClient:
+                saved = await self._lane.result(accepted, wire.SaveWeightsForSamplerResponse)
+                if saved.sampling_session_id is not None:
+                    return SamplingClient(self._connection, saved.sampling_session_id)
+                if saved.path is None:
+                    raise APIResponseError(
+                        "the answer to save_weights_for_sampler holds neither a path nor a "
+                        "sampling_session_id"
+                    )
+                return await SamplingClient.open(self._connection, saved.path)
+
+            return opened
+
+        return self._lane.submit(send)
+
+    save_weights_and_get_sampling_client = finished(_save_weights_and_get_sampling_client)
+    save_weights_and_get_sampling_client_async = awaited(_save_weights_and_get_sampling_client)
+
+    def _create_sampling_client(self, model_path: str) -> APIFuture[SamplingClient]:
         """A sampling client for saved weights."""
-        return self._connection.start(
-            lambda: SamplingClient.open(self._connection, model_path=model_path)
-        ).result()
+        return self._connection.start(lambda: SamplingClient.open(self._connection, model_path))
 
-    async def create_sampling_client_async(self, model_path: str) -> SamplingClient:
-        """:meth:`create_sampling_client`, awaited."""
-        return await self._connection.start(
-            lambda: SamplingClient.open(self._connection, model_path=model_path)
-        )
+    create_sampling_client = finished(_create_sampling_client)
+    create_sampling_client_async = awaited(_create_sampling_client)
 
-    def get_info(self) -> GetInfoResponse:
+    def _get_info(self) -> APIFuture[GetInfoResponse]:
         """What the trainer says of the model: base model, tokenizer, rank."""
-        return self._info().result()
+        body = wire.encode(wire.ModelRequest(self.model_id, "get_info"))
+        transport = self._connection.transport
+        return self._connection.start(lambda: transport.call("get_info", body, GetInfoResponse))
 
-    async def get_info_async(self) -> GetInfoResponse:
-        """:meth:`get_info`, awaited."""
-        return await self._info()
+    get_info = finished(_get_info)
+    get_info_async = awaited(_get_info)
 
     def unload(self) -> APIFuture[None]:
         """Free the model once all submitted before is done; what was not saved is gone."""
@@ -263,49 +278,14 @@ class TrainingClient:
     def __repr__(self) -> str:
         return f"TrainingClient({self.model_id!r})"
 
-    async def forward_async(
-        self,
-        data: Sequence[Datum] | Batch,
-        loss_fn: str = "cross_entropy",
-        loss_fn_config: Mapping[str, float] | None = None,
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Submit :meth:`forward`."""
-        return self.forward(data, loss_fn, loss_fn_config)
-
-    async def forward_backward_async(
-        self,
-        data: Sequence[Datum] | Batch,
-        loss_fn: str = "cross_entropy",
-        loss_fn_config: Mapping[str, float] | None = None,
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Submit :meth:`forward_backward`."""
-        return self.forward_backward(data, loss_fn, loss_fn_config)
-
-    async def forward_backward_custom_async(
-        self, data: Sequence[Datum] | Batch, objective: Objective
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Submit :meth:`forward_backward_custom`."""
-        return self.forward_backward_custom(data, objective)
-
-    async def optim_step_async(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
-        """Submit :meth:`optim_step`."""
-        return self.optim_step(adam_params)
-
-    async def save_state_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """Submit :meth:`save_state`."""
-        return self.save_state(name)
-
-    async def load_state_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Submit :meth:`load_state`."""
-        return self.load_state(path)
-
-    async def load_state_with_optimizer_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Submit :meth:`load_state_with_optimizer`."""
-        return self.load_state_with_optimizer(path)
-
-    async def save_weights_for_sampler_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """Submit :meth:`save_weights_for_sampler`."""
-        return self.save_weights_for_sampler(name)
+    forward_async = submitted(forward)
+    forward_backward_async = submitted(forward_backward)
+    forward_backward_custom_async = submitted(forward_backward_custom)
+    optim_step_async = submitted(optim_step)
+    save_state_async = submitted(save_state)
+    load_state_async = submitted(load_state)
+    load_state_with_optimizer_async = submitted(load_state_with_optimizer)
+    save_weights_for_sampler_async = submitted(save_weights_for_sampler)
 
     def _pass(
         self,
@@ -362,30 +342,3 @@ class TrainingClient:
         return wire.SaveWeightsForSamplerRequest(
             self.model_id, name, number, seq_id, "save_weights_for_sampler"
         )
-
-    def _sampling_client(self, name: str | None) -> APIFuture[SamplingClient]:
-        async def send(future: concurrent.futures.Future[Any]) -> Finish[SamplingClient]:
-            begin(future)
-            accepted = await self._lane.post(
-                "save_weights_for_sampler", lambda seq_id: self._sampler_request(seq_id, name)
-            )
-
-            async def opened() -> SamplingClient:
-                saved = await self._lane.result(accepted, wire.SaveWeightsForSamplerResponse)
-                if saved.sampling_session_id is not None:
-                    return SamplingClient(self._connection, saved.sampling_session_id)
-                if saved.path is None:
-                    raise APIResponseError(
-                        "the answer to save_weights_for_sampler holds neither a path nor a "
-                        "sampling_session_id"
-                    )
-                return await SamplingClient.open(self._connection, model_path=saved.path)
-
-            return opened
-
-        return self._lane.submit(send)
-
-    def _info(self) -> APIFuture[GetInfoResponse]:
-        body = wire.encode(wire.ModelRequest(self.model_id, "get_info"))
-        transport = self._connection.transport
-        return self._connection.start(lambda: transport.call("get_info", body, GetInfoResponse))

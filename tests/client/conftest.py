@@ -7,21 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
-from double import Trainer
 
-from mintjax.client import RetryPolicy, ServiceClient, TrainingClient
+from mintjax.client import ServiceClient, TrainingClient
 
-QUICK = RetryPolicy(
-    first_delay=0.001,
-    longest_delay=0.004,
-    deadline=0.25,
-    first_contact=0.05,
-    poll_timeout=1.0,
-    silence=0.5,
-    heartbeat=30.0,
-)
-ADDRESS = "http://127.0.0.1:9"
-KEY = "sk-this-is-the-secret"
+from .double import ADDRESS, KEY, QUICK, Trainer
 
 
 @pytest.fixture

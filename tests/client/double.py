@@ -16,6 +16,20 @@ from typing import Any
 
 import httpx
 
+from mintjax.client import RetryPolicy
+
+QUICK = RetryPolicy(
+    first_delay=0.001,
+    longest_delay=0.004,
+    deadline=0.25,
+    first_contact=0.05,
+    poll_timeout=1.0,
+    silence=0.5,
+    heartbeat=30.0,
+)
+ADDRESS = "http://127.0.0.1:9"
+KEY = "sk-this-is-the-secret"
+
 ASYNCHRONOUS = {
     "forward",
     "forward_backward",

@@ -13,13 +13,13 @@ import time
 import weakref
 
 import pytest
-from conftest import ADDRESS
-from data import DATA
-from double import Hold
 
 from mintjax.client import ServiceClient
 from mintjax.errors import APITimeoutError, ClosedError, RequestFailedError
 from mintjax.types import AdamParams, ModelInput, SamplingParams
+
+from .data import DATA
+from .double import ADDRESS, Hold
 
 ADAM = AdamParams()
 
@@ -322,7 +322,7 @@ def test_a_training_client_from_a_checkpoint(service, trainer, optimizer):
 
 
 def test_a_trainer_without_weights_info(service, trainer):
-    from double import Answer
+    from .double import Answer
 
     trainer.refuse = lambda path, body: Answer(404) if path == "weights_info" else None
     service.create_training_client_from_state("tinker://model-7/weights/a")

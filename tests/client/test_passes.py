@@ -6,8 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from data import DATA, datum
-from double import Answer, logprob
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +18,9 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.types import AdamParams
+
+from .data import DATA, datum
+from .double import Answer, logprob
 
 MANY = [datum([i % 50, 1], [2, i % 7], [1.0, float(i)]) for i in range(23)]
 

@@ -9,14 +9,14 @@ import traceback
 
 import httpx
 import pytest
-from conftest import ADDRESS, KEY, QUICK
-from data import DATA
-from double import Answer, Lose
 
 from mintjax.client import ServiceClient
 from mintjax.client.settings import DEFAULT_BASE_URL, resolve
 from mintjax.errors import ConfigError, DataError, MintjaxError
 from mintjax.types import AdamParams
+
+from .data import DATA
+from .double import ADDRESS, KEY, QUICK, Answer, Lose
 
 
 @pytest.fixture(autouse=True)

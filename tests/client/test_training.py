@@ -8,8 +8,6 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data import DATA, datum
-from double import Answer, Hold, Trainer, logprob
 
 from mintjax.client import ServiceClient, TrainingClient
 from mintjax.errors import (
@@ -21,6 +19,9 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.types import AdamParams, Datum, ModelInput, TensorData
+
+from .data import DATA, datum
+from .double import Answer, Hold, Trainer, logprob
 
 ADAM = AdamParams(learning_rate=1e-3)
 

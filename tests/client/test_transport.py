@@ -10,9 +10,6 @@ import time
 import httpx
 import msgspec
 import pytest
-from conftest import ADDRESS, QUICK
-from data import DATA
-from double import Answer, Hold, Lose
 
 from mintjax.client import RetryPolicy
 from mintjax.client.settings import Patience, retry_after
@@ -31,6 +28,9 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.types import AdamParams
+
+from .data import DATA
+from .double import ADDRESS, QUICK, Answer, Hold, Lose
 
 ADAM = AdamParams()
 
