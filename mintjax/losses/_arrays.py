@@ -32,7 +32,9 @@ def aligned(
         ValueError: a shape does not fit; the message names the argument.
     """
     first = _array(target_logprobs)
-    dtype = first.dtype if jnp.issubdtype(first.dtype, jnp.floating) else jnp.result_type(0.0)
+    dtype = jax.dtypes.canonicalize_dtype(first.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = jnp.result_type(0.0)
     columns = [first, *map(_array, others.values())]
     for name, column in zip(others, columns[1:], strict=True):
         _check_shape(column, first.shape, name)

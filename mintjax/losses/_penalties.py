@@ -151,7 +151,8 @@ def exp_beyond_linear(x: jax.Array) -> jax.Array:
     small = jnp.abs(x) < 0.5
     near = jnp.where(small, x, 0)
     series = jnp.ones_like(x)
-    for n in range(16, 2, -1):  # x**2 / 2 * (1 + x/3 * (1 + x/4 * (...))); exact in float64
+    # x**2 / 2 * (1 + x/3 * (1 + x/4 * (...))), with as many terms as the dtype can tell.
+    for n in range(10 if x.dtype.itemsize <= 4 else 17, 2, -1):
         series = 1 + near / n * series
     # Where x is -inf, exp(x) - 1 - x is inf; where it is inf, inf - inf would be NaN.
     far = jnp.where(small, 1, x)

@@ -107,8 +107,8 @@ def test_per_token_losses_agree_with_torch(name):
     value, slope = value_and_slope(PER_TOKEN[name], T)
     expected, expected_slope = GOLDEN[f"{name}_value"], GOLDEN[f"{name}_grad_target"]
     if name in ORACLES:  # where torch has NaN even in float64, the limit
-        sane = [np.where(MASK, x, 0) for x in (T, Q, A)]
-        limit, limit_slope = (np.where(MASK, x, 0) for x in ORACLES[name](*sane, LOW, HIGH))
+        t, q, a = (np.where(MASK, x, 0) for x in (T, Q, A))
+        limit, limit_slope = (np.where(MASK, x, 0) for x in ORACLES[name](t, q, a, LOW, HIGH))
         expected = np.where(np.isnan(expected), limit, expected)
         expected_slope = np.where(np.isnan(expected_slope), limit_slope, expected_slope)
     scale = 0.0

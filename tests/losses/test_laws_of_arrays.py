@@ -1,0 +1,194 @@
+"""What every loss owes to arrays: shapes, dtypes, masks, transformations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from mintjax import losses
+
+GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e38, -1e38], np.float32)
+
+
+def value_and_grads(case: cases.Case, inputs: list[Any], **options: Any) -> list[np.ndarray]:
+    """The unreduced loss, and the gradient of its sum."""
+    wrt = tuple(range(case.differentiable))
+
+    def both(*args: Any) -> Any:
+        value, pull = jax.vjp(
+            lambda *first: case.loss(*first, *args[len(wrt) :], **options), *[args[i] for i in wrt]
+        )
+        return value, *pull(jnp.ones_like(value))
+
+    # Eagerly, jax_debug_nans sees every step; compiled, a case costs one program and not fifty.
+    run = both if jax.config.jax_debug_nans else jax.jit(both)
+    return [np.asarray(x) for x in run(*inputs)]
+
+
+def poisoned(arrays: list[Any], where: np.ndarray) -> list[Any]:
+    """The arrays, with every kind of number that must not matter where the mask is False."""
+    rng = np.random.default_rng(1)
+    return [
+        np.where(where, a, GARBAGE[rng.integers(0, GARBAGE.size, a.shape)]).astype(a.dtype)
+        for a in arrays
+    ]
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_what_is_masked_is_inert(name):
+    case = cases.ALL[name]
+    inputs = cases.arrays(case, (6, 4))
+    where = np.random.default_rng(2).random((6, 4)) < 0.6
+    where[2] = False
+    with jax.debug_nans(True):
+        value, *grads = value_and_grads(case, poisoned(inputs, where), where=where)
+    clean, *clean_grads = value_and_grads(case, inputs, where=where)  # and eager as compiled
+    np.testing.assert_allclose(value, clean, rtol=1e-6, atol=1e-6)
+    for grad, expected in zip(grads, clean_grads, strict=True):
+        np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-6)
+        assert (grad[~where] == 0).all()
+    if name in cases.ELEMENTWISE:
+        assert (value[~where] == 0).all()
+
+
+@pytest.mark.parametrize("name", cases.ELEMENTWISE)
+def test_masked_is_the_same_as_removed(name):
+    case = cases.ELEMENTWISE[name]
+    inputs = cases.arrays(case, (40,))
+    where = np.random.default_rng(3).random(40) < 0.5
+    masked = value_and_grads(case, inputs, where=where)
+    removed = value_and_grads(case, [a[where] for a in inputs])
+    for a, b in zip(masked, removed, strict=True):
+        np.testing.assert_array_equal(a[where], b)
+
+
+@pytest.mark.parametrize("name", cases.ELEMENTWISE)
+def test_shapes_do_not_matter(name):
+    case = cases.ELEMENTWISE[name]
+    inputs = cases.arrays(case, (24,))
+    flat = value_and_grads(case, inputs)
+    shaped = value_and_grads(case, [a.reshape(2, 3, 4) for a in inputs])
+    for a, b in zip(flat, shaped, strict=True):
+        assert b.shape == (2, 3, 4)
+        np.testing.assert_array_equal(a, b.reshape(-1))
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_vmap_agrees(name):
+    case = cases.ALL[name]
+    inputs = cases.arrays(case, (6, 4))
+    batched = jax.jit(lambda *args: (case.loss(*args), jax.vmap(case.loss)(*args)))(*inputs)
+    np.testing.assert_allclose(*batched, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_the_result_has_the_dtype_of_the_first_input(name, x64):
+    case = cases.ALL[name]
+    first, *others = cases.arrays(case, (3, 4), dtype=np.float64)
+    for dtype in ("float32", "float64", "bfloat16"):
+        value = jax.eval_shape(case.loss, jnp.asarray(first, dtype), *others)
+        assert value.dtype == dtype
+
+
+@pytest.mark.parametrize("name", sorted(set(cases.ALL) - cases.STOPS_GRADIENTS))
+def test_gradients_are_those_of_differences(name, x64):
+    case = cases.ALL[name]
+    inputs = cases.arrays(case, (3, 4), dtype=np.float64)
+    wrt = case.differentiable
+
+    def loss(*first: Any) -> jax.Array:
+        return case.loss(*first, *inputs[wrt:])
+
+    check_grads(jax.jit(loss), inputs[:wrt], order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_a_shape_that_does_not_fit_is_named(name):
+    case = cases.ALL[name]
+    first, *others = cases.arrays(case, (4, 4))
+    if not others:
+        with pytest.raises(ValueError, match="where has shape"):
+            case.loss(first, where=np.ones(4, bool))
+        return
+    with pytest.raises(ValueError, match=f"{case.inputs[1]} has shape"):
+        case.loss(first, others[0][0], *others[1:])
+
+
+@pytest.mark.parametrize("loss", [losses.ppo, losses.cispo, losses.dual_clip_ppo])
+def test_thresholds_may_differ_from_token_to_token(loss):
+    case = cases.Case(loss, cases.POLICY)
+    inputs = cases.arrays(case, (30,))
+    low, high = (
+        np.linspace(0.5, 0.9, 30, dtype=np.float32),
+        np.linspace(1.0, 1.6, 30, dtype=np.float32),
+    )
+    together = value_and_grads(case, inputs, clip_low_threshold=low, clip_high_threshold=high)
+    for t in range(0, 30, 7):
+        one = value_and_grads(
+            case,
+            [a[t : t + 1] for a in inputs],
+            clip_low_threshold=float(low[t]),
+            clip_high_threshold=float(high[t]),
+        )
+        for a, b in zip(together, one, strict=True):
+            np.testing.assert_allclose(a[t], b[0], rtol=1e-6)
+
+
+def test_lists_and_scalars_are_taken():
+    np.testing.assert_allclose(losses.cross_entropy([-1, -2], 1.0), [1.0, 2.0])
+    np.testing.assert_allclose(losses.importance_sampling([-1.0], [-1.0], 2), [-2.0])
+
+
+def test_the_slope_at_a_clip_bound_is_one():
+    def slope(advantage: float, **bounds: float) -> float:
+        return float(jax.grad(lambda x: losses.ppo(x, -1.0, advantage, **bounds))(-1.0))
+
+    for advantage in (1.0, -1.0):  # a ratio of exactly 1, with a one-sided threshold of 1
+        assert slope(advantage, clip_high_threshold=1.0) == -advantage
+        assert slope(advantage, clip_low_threshold=1.0) == -advantage
+
+
+SHARDED = """
+import jax, numpy as np, sys
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+sys.path.insert(0, {here!r})
+import cases
+from jax.sharding import Mesh, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("data",))
+assert mesh.size == 8
+inputs = {{name: cases.arrays(case, (16, 4)) for name, case in cases.ALL.items()}}
+first = {{name: arrays[0] for name, arrays in inputs.items()}}
+others = {{name: arrays[1:] for name, arrays in inputs.items()}}
+def totals(first, others):
+    return {{n: case.loss(first[n], *others[n]).sum() for n, case in cases.ALL.items()}}
+def pulled(losses):
+    def both(first, others):
+        values, pull = jax.vjp(lambda first: losses(first, others), first)
+        return values, pull(jax.tree.map(jax.numpy.ones_like, values))[0]
+    return jax.jit(both)(first, others)
+sharded = jax.shard_map(
+    lambda *args: jax.lax.psum(totals(*args), "data"),
+    mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P(),
+)
+for ours, plain in zip(*map(jax.tree.leaves, (pulled(sharded), pulled(totals))), strict=True):
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+print("agreed", len(cases.ALL))
+"""
+
+
+def test_all_losses_run_under_shard_map_on_eight_devices():
+    code = SHARDED.format(here=cases.__file__.rsplit("/", 1)[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"agreed {len(cases.ALL)}" in done.stdout
