@@ -1,0 +1,179 @@
+"""The command line: ``mintjax demo``, ``serve`` and ``losses``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from mintjax.errors import MintjaxError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f'the command line needs {error.name}: pip install "mintjax[cli]"')
+
+app = typer.Typer(
+    help="Custom JAX losses for models that train elsewhere.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+class Loss(StrEnum):
+    """The preference losses that the demo offers."""
+
+    bradley_terry = "bradley_terry"
+    dpo = "dpo"
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Pairs as JSON lines: prompt, chosen, rejected. Else the packaged file."),
+    ] = None,
+    loss: Annotated[Loss, typer.Option(help="dpo takes the untrained model for reference.")] = (
+        Loss.bradley_terry
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+    batch_pairs: Annotated[int, typer.Option(min=1, help="Pairs in a step.")] = 16,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Of adapters, split and batches.")] = 0,
+    base_url: Annotated[
+        str | None, typer.Option(help="A trainer to use; the embedded one is started if absent.")
+    ] = None,
+    base_model: Annotated[
+        str, typer.Option(envvar="TINKER_BASE_MODEL", help="What to start from.")
+    ] = "mintjax/tiny",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Train on preference pairs with a loss written in JAX.
+
+    Starts the embedded trainer on this machine, holds some pairs out, and trains with the loss
+    computed here and the model there. With --base-url it takes another trainer; its key comes from
+    MINT_API_KEY or TINKER_API_KEY.
+    """
+    from mintjax import demo as job
+    from mintjax.client import ServiceClient
+
+    settings = job.Settings(
+        loss=loss.value, steps=steps, batch_pairs=batch_pairs, learning_rate=lr, seed=seed
+    )
+    pairs = job.read_pairs(data or job.packaged_pairs())
+    with ExitStack() as stack:
+        if base_url is None:
+            from mintjax import local
+
+            url = stack.enter_context(local.running_server())
+            service = stack.enter_context(ServiceClient(url, "tml-embedded"))
+        else:
+            service = stack.enter_context(ServiceClient(base_url))
+        results = job.run(service, base_model, pairs, settings)
+        if json:
+            for result in results:
+                _print_json(result)
+        else:
+            _show(results, settings, service.base_url)
+
+
+def _print_json(value: Any) -> None:
+    print(msgspec.json.encode(value).decode(), flush=True)
+
+
+def _show(results: Iterator[Any], settings: Any, url: str) -> None:
+    console = Console()
+    console.print(f"trainer {url}, loss {settings.loss}, {settings.batch_pairs} pairs a step")
+    progress = Progress(
+        TextColumn("[bold]training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+    )
+    summary: Any = None
+    with progress:
+        task = progress.add_task("", total=settings.steps, state="starting the model")
+        for result in results:
+            summary = result
+            if hasattr(result, "step"):
+                state = (
+                    f"loss {result.loss:.4f}  pair accuracy {result.pair_accuracy:.2f}  "
+                    f"margin {result.mean_margin:+.2f}  {result.seconds:.2f} s/step"
+                )
+                progress.update(task, completed=result.step, state=state)
+    table = Table("", "before", "after")
+    for name, part in (("training", "train"), ("held-out", "heldout")):
+        table.add_row(
+            f"pair accuracy, {getattr(summary, f'{part}_pairs')} {name} pairs",
+            f"{getattr(summary, f'{part}_accuracy_before'):.3f}",
+            f"{getattr(summary, f'{part}_accuracy_after'):.3f}",
+        )
+    table.add_row(
+        "loss, first and last step", f"{summary.loss_first:.4f}", f"{summary.loss_last:.4f}"
+    )
+    console.print(table)
+    console.print(
+        f"{summary.seconds:.1f} s in all; {summary.client_share:.1%} of the steps' time went into "
+        "loss and gradient on the client"
+    )
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    normalise: Annotated[
+        bool,
+        typer.Option(
+            "--normalise", help="Divide by sums of weights and numbers of datums, as SkyRL does."
+        ),
+    ] = False,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where checkpoints go; a temporary place if absent.")
+    ] = None,
+) -> None:
+    """Run the embedded trainer until Ctrl-C.
+
+    It requires the API key in MINTJAX_SERVE_API_KEY, if that is set.
+    """
+    from mintjax import local
+
+    with local.Engine(normalise=normalise, directory=directory) as engine:
+        local.serve(
+            host,
+            port,
+            engine=engine,
+            api_key=os.environ.get("MINTJAX_SERVE_API_KEY"),
+            announce=lambda url: print(f"mintjax trainer at {url}", flush=True),
+        )
+
+
+@app.command()
+def losses() -> None:
+    """What each trainer makes of the built-in losses: defaults, reductions, what it serves."""
+    from mintjax import losses
+
+    print(losses.describe())
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is a message, not a traceback."""
+    try:
+        app()
+    except (MintjaxError, OSError) as error:
+        Console(stderr=True).print(
+            f"[bold red]mintjax:[/] {error}", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)
