@@ -72,7 +72,7 @@ class Engine:
         if directory is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="mintjax-")
             directory = self._temporary.name
-        self._directory = Path(directory)
+        self.directory = Path(directory)
         self._sampler: tuple[str, ModelConfig, Weights] | None = None
 
     def __enter__(self) -> Engine:
@@ -222,7 +222,7 @@ class Engine:
         state = self.model(model_id)
         path = CheckpointPath(model_id, "weights", _checked_name(name))
         whole = {"lora": state.lora, "optimizer": state.optimizer}
-        checkpoints.save(self._directory, path, _describe(state), whole)
+        checkpoints.save(self.directory, path, _describe(state), whole)
         return str(path)
 
     def save_weights_for_sampler(self, model_id: str, name: str | None = None) -> str:
@@ -237,7 +237,7 @@ class Engine:
         """
         state = self.model(model_id)
         path = CheckpointPath(model_id, "sampler_weights", _checked_name(name))
-        checkpoints.save(self._directory, path, _describe(state), {"lora": state.lora})
+        checkpoints.save(self.directory, path, _describe(state), {"lora": state.lora})
         self._sampler = None  # it may hold the checkpoint that was replaced
         return str(path)
 
@@ -260,7 +260,7 @@ class Engine:
                 "a sampler checkpoint cannot be trained on; load one made by save_weights",
                 field="path",
             )
-        saved = checkpoints.describe(self._directory, parsed)
+        saved = checkpoints.describe(self.directory, parsed)
         if _shape(saved) != _shape(_describe(state)):
             raise DataError(
                 f"{path} holds {_shape(saved)}, where this model is {_shape(_describe(state))}",
@@ -269,7 +269,7 @@ class Engine:
         like: dict[str, Any] = {"lora": state.lora}
         if with_optimizer:
             like["optimizer"] = state.optimizer
-        loaded = checkpoints.load(self._directory, parsed, like)
+        loaded = checkpoints.load(self.directory, parsed, like)
         moments = loaded["optimizer"] if with_optimizer else optimizer.init(loaded["lora"])
         self._models[model_id] = _fresh(state.config, state.lora_config, loaded["lora"], moments)
 
@@ -284,7 +284,7 @@ class Engine:
             NotFoundError: there is no such checkpoint.
             DataError: it is no path.
         """
-        return checkpoints.describe(self._directory, CheckpointPath.parse(path, field=field))
+        return checkpoints.describe(self.directory, CheckpointPath.parse(path, field=field))
 
     def sample(
         self,
@@ -359,10 +359,10 @@ class Engine:
                 weights = model.base_weights(config)
             else:
                 path = CheckpointPath.parse(source, field="model_path")
-                description = checkpoints.describe(self._directory, path)
+                description = checkpoints.describe(self.directory, path)
                 config = BASE_MODELS[description.base_model]
                 like = {"lora": model.lora_weights(config, description.lora_config)}
-                lora = checkpoints.load(self._directory, path, like)["lora"]
+                lora = checkpoints.load(self.directory, path, like)["lora"]
                 weights = model.adapt(model.base_weights(config), lora)
             self._sampler = (source, config, weights)
         return self._sampler[1:]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mintjax.local.tokenizer import VOCAB_SIZE
@@ -180,7 +181,7 @@ def logits(
     positions = start + jnp.arange(length)
     rotation = _rotation(positions, config.width // config.num_heads)
     key_positions = jnp.arange(length if cache is None else cache.keys.shape[2])
-    visible = key_positions <= positions[:, None]
+    visible = (key_positions[None, :] <= positions[:, None])[None, None]  # batch, heads
 
     def block(x: Array, layer: tuple[Weights, Cache | None]) -> tuple[Array, Cache]:
         layer_weights, layer_cache = layer
@@ -217,17 +218,18 @@ def logprobs(
 
 
 def _normal(seed: int, name: str, shape: tuple[int, ...], scale: float) -> Array:
-    stream = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
-    return scale * jax.random.normal(jax.random.key(stream), shape)
+    # Drawn by NumPy, which has nothing to compile for each shape.
+    stream = np.random.default_rng(list(hashlib.sha256(f"{seed}/{name}".encode()).digest()))
+    return jnp.asarray(scale * stream.standard_normal(shape, np.float32))
 
 
 def _rms_norm(x: Array, gain: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * gain
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * gain[None, None]
 
 
 def _rotation(positions: Array, dim: int) -> tuple[Array, Array]:
     frequencies = 10_000.0 ** (-jnp.arange(0, dim, 2) / dim)
-    angles = positions[:, None, None] * frequencies  # [length, 1, dim / 2]
+    angles = (positions[:, None] * frequencies[None])[None, :, None]  # batch, heads
     return jnp.cos(angles), jnp.sin(angles)
 
 

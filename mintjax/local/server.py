@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import httpx
 import uvicorn
@@ -85,7 +86,7 @@ def serve(
     api_key: str | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Run the embedded trainer on a socket until it is interrupted.
+    """Run the embedded trainer on a socket until it is interrupted (Ctrl-C) or terminated.
 
     Args:
         host: the address to listen on.
@@ -102,8 +103,12 @@ def serve(
         _engine(engine) as engine,
         application(engine, api_key=api_key) as app,
     ):
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn, when done, raises the signal again: this way blocks still end in order
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         announce(_url(listener))
-        _server(app).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):
+            _server(app).run(sockets=[listener])
 
 
 def _engine(engine: Engine | None) -> Engine | nullcontext[Engine]:

@@ -1,0 +1,113 @@
+"""Names that come from clients, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mintjax.errors import DataError, NotFoundError
+from mintjax.local import checkpoints
+from mintjax.local.checkpoints import CheckpointPath, Description
+from mintjax.types import LoraConfig
+
+DESCRIPTION = Description("mintjax/nano", LoraConfig(4, train_mlp=False))
+PATH = CheckpointPath("model-1", "weights", "step.10")
+STATE = {"lora": {"a": jnp.arange(3.0)}, "count": jnp.asarray(2)}
+
+WICKED = [
+    "",
+    ".",
+    "..",
+    "../up",
+    "a/b",
+    "/etc/passwd",
+    "a\\b",
+    "a\x00",
+    ".hidden",
+    "-option",
+    "a\n",
+    "é",
+    "a" * 129,
+    "con:",
+    "%2e%2e",
+]
+
+
+@pytest.mark.parametrize("name", WICKED)
+def test_wicked_names(name):
+    with pytest.raises(DataError, match="path"):
+        checkpoints.check_name(name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"tinker://model-1/weights/{name}" for name in WICKED),
+        *(f"tinker://{name}/weights/a" for name in WICKED),
+        "tinker://model-1/secrets/a",
+        "tinker://model-1/a",
+        "model-1/weights/a",
+        "https://model-1/weights/a",
+        "tinker://model-1/weights/a/b",
+    ],
+)
+def test_wicked_paths(path):
+    with pytest.raises(DataError, match="my_field"):
+        CheckpointPath.parse(path, field="my_field")
+
+
+@given(st.text())
+def test_a_name_that_passes_stays_in_the_directory(name):
+    try:
+        checkpoints.check_name(name)
+    except DataError:
+        return
+    assert not set(name) & set("/\\\0")
+    assert name not in (".", "..")
+    assert CheckpointPath.parse(f"tinker://m/weights/{name}", field="path").name == name
+
+
+def test_paths_read_as_they_are_written():
+    assert CheckpointPath.parse(str(PATH), field="path") == PATH
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    checkpoints.save(tmp_path, PATH, DESCRIPTION, STATE)
+    assert checkpoints.describe(tmp_path, PATH) == DESCRIPTION
+    loaded = checkpoints.load(tmp_path, PATH, STATE)
+    np.testing.assert_array_equal(loaded["lora"]["a"], [0, 1, 2])
+    assert loaded["count"] == 2
+    assert loaded["count"].dtype == STATE["count"].dtype
+
+
+def test_a_part_can_be_loaded(tmp_path):
+    checkpoints.save(tmp_path, PATH, DESCRIPTION, STATE)
+    part = checkpoints.load(tmp_path, PATH, {"lora": STATE["lora"]})
+    assert list(part) == ["lora"]
+
+
+def test_one_that_is_not_there(tmp_path):
+    with pytest.raises(NotFoundError, match=re.escape(str(PATH))):
+        checkpoints.describe(tmp_path, PATH)
+    with pytest.raises(NotFoundError):
+        checkpoints.load(tmp_path, PATH, STATE)
+
+
+def test_a_write_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, PATH, DESCRIPTION, STATE)
+
+    def fail(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(tmp_path, PATH, DESCRIPTION, STATE)
+    np.testing.assert_array_equal(checkpoints.load(tmp_path, PATH, STATE)["lora"]["a"], [0, 1, 2])
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 1
