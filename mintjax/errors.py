@@ -21,7 +21,8 @@ inside a user's objective is never wrapped: it arrives with its own type and tra
         │   ├── RateLimitError            429, when the retries are used up
         │   └── InternalServerError       5xx, when the retries are used up
         ├── RequestFailedError            the request was accepted, and failed when it ran
-        └── AmbiguousRequestError         sent, never answered: it may have been applied
+        ├── AmbiguousRequestError         sent, never answered: it may have been applied
+        └── NotSentError                  withheld, because what it would have built on failed
 """
 
 from __future__ import annotations
@@ -153,3 +154,7 @@ class RequestFailedError(APIError):
 
 class AmbiguousRequestError(APIError):
     """A request was sent and never answered: the trainer may or may not have applied it."""
+
+
+class NotSentError(APIError):
+    """Withheld: a request before it, submitted when neither had an answer, has failed."""

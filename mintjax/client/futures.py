@@ -26,11 +26,13 @@ class APIFuture(Generic[T]):
         self,
         future: concurrent.futures.Future[T],
         blocks_loop: Callable[[], bool],
-        keep_alive: object = None,
+        keep_alive: object,
+        seen: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._future = future
         self._blocks_loop = blocks_loop
         self._keep_alive = keep_alive  # a client that nobody else holds lives until its results
+        self._seen = seen  # told of an error when somebody gets it
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result.
@@ -43,14 +45,8 @@ class APIFuture(Generic[T]):
             concurrent.futures.CancelledError: it was cancelled.
             RuntimeError: called in the client's own event loop, which would wait for itself.
         """
-        if not self._future.done() and self._blocks_loop():
-            raise RuntimeError(
-                "result() in the client's own event loop would wait for itself for ever; "
-                "await the future, or wait in another thread"
-            )
-        with suppress(TimeoutError):  # ours, or the request's own
-            return self._future.result(timeout)
-        return self._result_after(timeout)
+        self.exception(timeout)
+        return self._future.result()
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Wait for the result without blocking the running event loop; see :meth:`result`.
@@ -67,7 +63,9 @@ class APIFuture(Generic[T]):
         self._future.add_done_callback(wake)
         with suppress(TimeoutError):
             await asyncio.wait_for(done.wait(), timeout)
-        return self._result_after(timeout)
+        if not self._future.done():
+            raise _late(timeout)
+        return self.result()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
@@ -90,25 +88,31 @@ class APIFuture(Generic[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait like :meth:`result`, and return the error, or None where there is none."""
+        if not self._future.done() and self._blocks_loop():
+            raise RuntimeError(
+                "in the client's own event loop this would wait for itself for ever; await the "
+                "future, or wait in another thread"
+            )
         with suppress(TimeoutError):
-            return self._future.exception(timeout)
-        return self._late(timeout)
+            error = self._future.exception(timeout)
+            if error is not None and self._seen is not None:
+                self._seen(error)
+            return error
+        raise _late(timeout)
 
     def add_done_callback(self, callback: Callable[[APIFuture[T]], object]) -> None:
         """Call ``callback(self)`` once it is done, in the client's thread; it must not block."""
         self._future.add_done_callback(lambda _: callback(self))
 
-    def _result_after(self, timeout: float | None) -> T:
-        return self._future.result(0) if self._future.done() else self._late(timeout)
-
-    def _late(self, timeout: float | None) -> Any:
-        raise APITimeoutError(
-            f"no result within {timeout} s; the request is still running, ask for it again"
-        )
-
     def __repr__(self) -> str:
         state = "cancelled" if self.cancelled() else "done" if self.done() else "pending"
         return f"<APIFuture {state}>"
+
+
+def _late(timeout: float | None) -> APITimeoutError:
+    return APITimeoutError(
+        f"no result within {timeout} s; the request is still running, ask for it again"
+    )
 
 
 def submitted(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:

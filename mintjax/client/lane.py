@@ -13,7 +13,7 @@ from mintjax.client.background import Background, Carried, begin
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import Accepted, retrieve
 from mintjax.client.transport import Transport
-from mintjax.errors import AmbiguousRequestError, APIError, ClosedError
+from mintjax.errors import AmbiguousRequestError, APIError, ClosedError, NotSentError
 
 T = TypeVar("T")
 
@@ -55,16 +55,24 @@ class Lane:
         self._under_way = 0
         self._next_seq = 1
         self._doubt: str | None = None
+        self._failures = 0
+        self._failures_seen = 0
+        self._failure = ""
         self._closed = False
         self._computing = threading.local()
 
     def submit(
-        self, send: Callable[[concurrent.futures.Future[Any]], Awaitable[Finish[T]]]
+        self,
+        send: Callable[[concurrent.futures.Future[Any]], Awaitable[Finish[T]]],
+        *,
+        mutates: bool = False,
     ) -> APIFuture[T]:
         """Take the next place in the line.
 
         Args:
             send: called when its turn comes, with the future, to send what is to be sent.
+            mutates: it changes the model. If the trainer fails it, what was submitted before the
+                user saw that error is not sent: it was meant for another model than this now is.
 
         Raises:
             ClosedError: the model was unloaded, or the client closed.
@@ -80,8 +88,13 @@ class Lane:
             raise ClosedError(f"model {self.model_id} was unloaded; create a new training client")
         self._raise_doubt()
 
+        seen = self._failures_seen
+
         async def run(future: concurrent.futures.Future[T]) -> T:
             async with self._turn:
+                self._raise_doubt()
+                if seen < self._failures and not future.cancelled():
+                    raise NotSentError(f"not sent, because {self._failure}; submit it again?")
                 finish = await send(future)
                 if not self._pipelined:
                     return await finish()
@@ -93,8 +106,22 @@ class Lane:
                 if not self._under_way:
                     self._idle.set()
 
+        async def watched(future: concurrent.futures.Future[T]) -> T:
+            try:
+                return await run(future)
+            except NotSentError:
+                raise
+            except APIError as error:
+                if mutates:
+                    self._failures += 1
+                    self._failure = f"a request before it failed ({error})"
+                raise
+
         return APIFuture(
-            self._background.start(run), self._background.is_current_thread, self._keep_alive
+            self._background.start(watched),
+            self._background.is_current_thread,
+            self._keep_alive,
+            self._user_saw,
         )
 
     def request(
@@ -112,7 +139,7 @@ class Lane:
             accepted = await self.post(path, message, mutates=mutates)
             return lambda: self.result(accepted, as_type)
 
-        return self.submit(send)
+        return self.submit(send, mutates=mutates)
 
     async def post(
         self, path: str, message: Callable[[int], Any], *, mutates: bool = False
@@ -211,6 +238,10 @@ class Lane:
     def close(self) -> None:
         """Take no more submissions."""
         self._closed = True
+
+    def _user_saw(self, error: BaseException) -> None:
+        if isinstance(error, APIError):
+            self._failures_seen = self._failures
 
     def _part_failed(self, path: str, error: BaseException, which: str, parts: int) -> None:
         reason = (

@@ -40,7 +40,8 @@ class TrainingClient:
     Made by :meth:`ServiceClient.create_lora_training_client`. Every method returns at once, and
     what was submitted takes effect in the order of submission, so that ``forward_backward``,
     ``optim_step`` and the next ``forward_backward`` can all be under way together. Data are read
-    when a method is called; changing them later changes nothing.
+    when a method is called; changing them later changes nothing. When a request that changes the
+    model fails, those submitted before you saw the error and not yet sent end with NotSentError.
 
     As a context manager, it unloads the model when the block ends; what was not saved is gone.
 
@@ -144,7 +145,7 @@ class TrainingClient:
 
             return merged
 
-        return self._lane.submit(send)
+        return self._lane.submit(send, mutates=True)
 
     def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
         """Update the weights with the accumulated gradient, and forget it.
@@ -306,7 +307,7 @@ class TrainingClient:
             begin(future)
             return await self._post(parts, loss_fn, loss_fn_config, backward=backward)
 
-        return self._lane.submit(send)
+        return self._lane.submit(send, mutates=backward)
 
     async def _post(
         self,
@@ -335,6 +336,7 @@ class TrainingClient:
                 self.model_id, path, seq_id, optimizer, "load_weights"
             ),
             LoadWeightsResponse,
+            mutates=True,
         )
 
     def _sampler_request(self, seq_id: int, name: str | None) -> wire.SaveWeightsForSamplerRequest:

@@ -12,9 +12,11 @@ import pytest
 from mintjax.client import ServiceClient, TrainingClient
 from mintjax.errors import (
     APIResponseError,
+    BadRequestError,
     ClosedError,
     DataError,
     NonFiniteError,
+    NotSentError,
     ObjectiveError,
     RequestFailedError,
 )
@@ -307,6 +309,36 @@ def test_a_refused_request_gives_its_number_back(client, trainer):
         client.optim_step(ADAM).result(5)
     client.forward_backward(DATA).result(5)
     assert seqs(trainer) == [1, 1]
+
+
+def test_what_stands_behind_a_failed_request_is_not_sent(client, trainer):
+    held = Hold()
+    trainer.faults["save_weights"] = [held]
+    trainer.faults["forward_backward"] = [Answer(422, {"detail": "no"})]
+    futures = [client.save_state("before"), client.forward_backward(DATA), client.optim_step(ADAM)]
+    held.release()
+    futures[0].result(5)
+    failed = threading.Event()
+    futures[1].add_done_callback(lambda _: failed.set())
+    assert failed.wait(5)
+    futures.append(client.optim_step(ADAM))  # nobody has looked at the failure yet
+    with pytest.raises(BadRequestError):
+        futures[1].result(5)
+    with pytest.raises(NotSentError):
+        futures[3].result(5)
+    with pytest.raises(NotSentError, match="a request before it failed"):
+        futures[2].result(5)
+    client.optim_step(ADAM).result(5)
+    assert [op[0] for op in trainer.models["model-0"]] == ["save_weights", "optim_step"]
+    assert seqs(trainer) == [1, 2, 2]
+
+
+def test_a_failed_forward_pass_holds_nobody_up(client, trainer):
+    trainer.faults["forward"] = [Answer(422, {"detail": "no"})]
+    first, second = client.forward(DATA), client.optim_step(ADAM)
+    with pytest.raises(BadRequestError):
+        first.result(5)
+    second.result(5)
 
 
 def test_a_request_that_fails_when_it_runs(client, trainer):
