@@ -17,7 +17,7 @@ from mintjax.errors import MintjaxError
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f'the command line needs {error.name}: pip install "mintjax[cli]"')
@@ -98,7 +98,6 @@ def _show(results: Iterator[Any], settings: Any, url: str) -> None:
         TextColumn("[bold]training"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TextColumn("{task.fields[state]}"),
         console=console,
     )
@@ -109,8 +108,8 @@ def _show(results: Iterator[Any], settings: Any, url: str) -> None:
             summary = result
             if hasattr(result, "step"):
                 state = (
-                    f"loss {result.loss:.4f}  pair accuracy {result.pair_accuracy:.2f}  "
-                    f"margin {result.mean_margin:+.2f}  {result.seconds:.2f} s/step"
+                    f"loss {result.loss:.3f}, accuracy {result.pair_accuracy:.2f}, "
+                    f"margin {result.mean_margin:+.1f}, {result.seconds:.2f} s/step"
                 )
                 progress.update(task, completed=result.step, state=state)
     table = Table("", "before", "after")

@@ -1,0 +1,205 @@
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mintjax import Datum, ModelInput, TensorData, wire
+from mintjax.errors import DataError
+from mintjax.types import EncodedTextChunk
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ([0.5, 1.0], "float32"),
+        ([1, 2], "int64"),
+        ([True, False], "int64"),
+        (np.ones(2), "float32"),
+        (np.ones(2, np.int32), "int64"),
+        (jnp.ones(2, jnp.bfloat16), "float32"),
+        ([], "float32"),
+    ],
+)
+def test_tensor_data_takes_numbers_of_any_kind(given, dtype):
+    tensor = TensorData(given)
+    assert tensor.dtype == dtype
+    np.testing.assert_array_equal(tensor, np.asarray(given, dtype))
+    assert tensor.data == np.asarray(given, dtype).tolist()
+    assert type(tensor.to_numpy()) is np.ndarray
+
+
+def test_tensor_data_is_an_array_for_jax():
+    tensor = TensorData([1.0, 2.0])
+    assert jnp.dot(jnp.ones(2), tensor) == 3
+    assert isinstance(tensor * jnp.ones(2), jnp.ndarray)
+    assert TensorData([1, 2, 3, 4], "float32", [2, 2]).shape == (2, 2)
+
+
+def test_tensor_data_from_numpy_shares_memory():
+    array = np.ones(3, np.float32)
+    assert np.shares_memory(TensorData.from_numpy(array), array)
+
+
+class FakeTorchTensor:
+    """What of ``torch.Tensor`` is used: torch itself is not needed to take its tensors."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def is_floating_point(self):
+        return self.array.dtype.kind == "f"
+
+    def float(self):
+        return FakeTorchTensor(self.array.astype(np.float32))
+
+    def long(self):
+        return FakeTorchTensor(self.array.astype(np.int64))
+
+    def numpy(self):
+        return self.array
+
+
+def test_torch_tensors_are_taken_without_torch():
+    inputs = {
+        "weights": FakeTorchTensor(np.ones(3)),
+        "x": FakeTorchTensor(np.arange(3, dtype="i4")),
+    }
+    datum = Datum(ModelInput.from_ints([1, 2, 3]), inputs)
+    assert datum.loss_fn_inputs["weights"].dtype == "float32"
+    assert datum.loss_fn_inputs["x"].dtype == "int64"
+    assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a"],), "must hold numbers, not str"),
+        (([[1], [1, 2]],), "this nested list is ragged"),
+        (([1.5], "int64"), "1.5 is no integer"),
+        (([np.nan], "int64"), "nan is no integer"),
+        (([1], "float64"), "dtype must be 'float32' or 'int64'"),
+        (([1, 2, 3], "int64", [2, 2]), r"3 numbers do not fill the shape \[2, 2\]"),
+        (([1j],), "must hold numbers, not complex128"),
+    ],
+)
+def test_tensor_data_says_what_it_cannot_hold(arguments, message):
+    with pytest.raises(DataError, match=message):
+        TensorData(*arguments)
+
+
+@given(
+    hnp.arrays(
+        np.int64, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 2)
+    )
+)
+def test_sparse_data_is_made_dense(dense):
+    rows, columns = np.nonzero(dense)
+    pointers = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(dense)))])
+    tensor = TensorData(dense[rows, columns], "int64", dense.shape, pointers, columns)
+    np.testing.assert_array_equal(tensor, dense)
+
+
+@pytest.mark.parametrize(
+    ("crow", "col", "shape"),
+    [
+        ([0, 1], None, [1, 2]),
+        ([0, 1], [0], None),
+        ([0, 2], [0], [1, 2]),
+        ([1, 1], [0], [1, 2]),
+        ([0, 1], [2], [1, 2]),
+        ([0, 1], [-1], [1, 2]),
+        ([0, 1, 0], [0], [2, 2]),
+        ([0, 1, 1], [0], [1, 2]),
+    ],
+)
+def test_sparse_indices_that_describe_no_matrix_are_refused(crow, col, shape):
+    with pytest.raises(DataError, match="sparse"):
+        TensorData([1.0], "float32", shape, crow, col)
+
+
+def test_a_datum_gives_columns_the_types_of_the_protocol():
+    datum = Datum(
+        ModelInput.from_ints(np.array([1, 2])),
+        {
+            "target_tokens": ModelInput.from_ints([2, 3]),
+            "weights": [0, 1],
+            "advantages": jnp.ones(2),
+            "mine": [1, 2],
+        },
+    )
+    types = {name: column.dtype.name for name, column in datum.loss_fn_inputs.items()}
+    assert types == {
+        "target_tokens": "int64",
+        "weights": "float32",
+        "advantages": "float32",
+        "mine": "int64",
+    }
+    with pytest.raises(DataError, match=r"field 'target_tokens'.*0.5 is no integer"):
+        Datum(ModelInput.from_ints([1]), {"target_tokens": [0.5]})
+
+
+def test_model_input_refuses_what_are_no_tokens():
+    assert ModelInput.from_ints(range(3)).to_ints() == [0, 1, 2]
+    assert ModelInput([EncodedTextChunk([1]), EncodedTextChunk([2, 3])]).length == 3
+    assert ModelInput.from_ints([]).length == 0
+    for bad in ([[1]], [1.5], 3, ["a"]):
+        with pytest.raises(DataError, match="model_input"):
+            ModelInput.from_ints(bad)
+    with pytest.raises(DataError, match="token -1 at position 1 is negative"):
+        ModelInput.from_ints([1, -1])
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.lists(st.integers(0, 10**6), max_size=20),
+    hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=5), elements=finite),
+)
+def test_what_is_encoded_is_decoded_to_the_bit(tokens, column):
+    datum = Datum(ModelInput.from_ints(tokens), {"weights": column})
+    message = wire.ForwardBackwardInput([datum], "cross_entropy", {"beta": 0.1})
+    back = wire.decode(wire.encode(message), wire.ForwardBackwardInput)
+    assert back.data[0].model_input == datum.model_input
+    got = back.data[0].loss_fn_inputs["weights"]
+    assert (got.dtype, got.shape) == (np.float32, column.shape)
+    np.testing.assert_array_equal(got.view(np.int32), column.view(np.int32))
+    assert back.loss_fn_config == {"beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (b"3", "Expected `object`"),
+        (b'{"data": [1, "a"], "dtype": "float32"}', "must hold numbers"),
+        (b'{"data": [1, null], "dtype": "float32"}', "must hold numbers"),
+        (b'{"data": [1], "dtype": "float16"}', "float16"),
+        (b'{"data": [1]}', "missing required field `dtype`"),
+        (b'{"data": [1, 2], "dtype": "int64", "shape": [3]}', "do not fill"),
+        (b'{"data": [1.5], "dtype": "int64"}', "no integer"),
+        (b'{"data": [[1], 2], "dtype": "int64"}', "ragged"),
+    ],
+)
+def test_a_bad_tensor_is_named_by_its_place(tensor, message):
+    datum = b'{"model_input": {"chunks": []}, "loss_fn_inputs": {"w": %s}}'
+    body = b'{"loss_fn": "ppo", "data": [' + datum + b"]}"
+    with pytest.raises(DataError, match=rf"{message}.*\$\.data\[0\]\.loss_fn_inputs"):
+        wire.decode(body % tensor, wire.ForwardBackwardInput)
+
+
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_message_are_a_data_error(body):
+    with pytest.raises(DataError, match="not a ForwardBackwardInput"):
+        wire.decode(body, wire.ForwardBackwardInput)
+    with pytest.raises(DataError):
+        wire.decode(b"[" * 100_000, wire.ForwardBackwardInput)
