@@ -190,8 +190,7 @@ class Sequencer:
     @staticmethod
     def _cancel(request: _Request) -> None:
         request.work = None
-        if request.result.cancel():
-            request.result.set_running_or_notify_cancel()  # wakes those who wait for it
+        request.result.cancel()
 
     @staticmethod
     def _parts(request_id: str) -> tuple[str, str, int]:
@@ -218,24 +217,23 @@ class Sequencer:
 
     def _run(self) -> None:
         while (request_id := self._ready.get()) is not None:
-            with self._lock:
-                request = self._requests[request_id]
-                work, request.work = request.work, None
-                if (
-                    self._closed
-                    or work is None
-                    or not request.result.set_running_or_notify_cancel()
-                ):
-                    continue
-            size = 0
-            try:
-                result = work()
-                size = len(result)
-                request.result.set_result(result)
-            except BaseException as error:  # the worker must outlive whatever a request does
-                request.result.set_exception(error.with_traceback(None))  # frames hold the data
-            with self._lock:
-                self._keep(request_id, size)
+            self._execute(request_id)
+
+    def _execute(self, request_id: str) -> None:
+        with self._lock:
+            request = self._requests[request_id]
+            work, request.work = request.work, None
+            if self._closed or work is None or not request.result.set_running_or_notify_cancel():
+                return
+        size = 0
+        try:
+            result = work()
+            size = len(result)
+            request.result.set_result(result)
+        except BaseException as error:  # the worker must outlive whatever a request does
+            request.result.set_exception(error.with_traceback(None))  # frames hold the data
+        with self._lock:
+            self._keep(request_id, size)
 
     def _keep(self, request_id: str, size: int) -> None:
         self._unretrieved[request_id] = size

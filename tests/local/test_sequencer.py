@@ -1,0 +1,301 @@
+"""Order, at most once, and no request that waits for one that will never come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
+
+TIMEOUT = 10.0
+
+
+@pytest.fixture
+def sequencer() -> Iterator[Sequencer]:
+    sequencer = Sequencer()
+    yield sequencer
+    sequencer.close()
+
+
+class Log:
+    """Works that write down when they ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[object] = []
+
+    def work(self, name: object) -> Callable[[], bytes]:
+        def run() -> bytes:
+            self.ran.append(name)
+            return str(name).encode()
+
+        return run
+
+
+def flush(sequencer: Sequencer) -> None:
+    """Wait until everything that could run has run."""
+    sequencer.result(sequencer.submit(lambda: b"")).result(TIMEOUT)
+
+
+@given(st.permutations(range(1, 8)))
+def test_numbers_decide_whatever_the_order_of_arrival(arrival):
+    log, sequencer = Log(), Sequencer()
+    ids = {n: sequencer.submit(log.work(n), line="m", number=n) for n in arrival}
+    results = {n: sequencer.result(ids[n]).result(TIMEOUT) for n in arrival}
+    sequencer.close()
+    assert log.ran == sorted(arrival)
+    assert results == {n: str(n).encode() for n in arrival}
+
+
+@given(
+    st.permutations(range(1, 8)),
+    st.sets(st.integers(1, 7)),
+    st.lists(st.integers(1, 7), max_size=10),
+    st.randoms(use_true_random=False),
+)
+def test_each_once_and_in_order_with_refusals_and_repeats(arrival, refused, repeats, random):
+    log, sequencer = Log(), Sequencer()
+    events = [*arrival, *repeats]
+    random.shuffle(events)
+    ids: dict[int, str] = {}
+    for n in events:
+        if n in refused:
+            sequencer.reject("m", n)
+            continue
+        request_id = sequencer.submit(log.work(n), line="m", number=n)
+        assert ids.setdefault(n, request_id) == request_id
+    for request_id in ids.values():
+        sequencer.result(request_id).result(TIMEOUT)
+    sequencer.close()
+    assert log.ran == sorted(set(arrival) - refused)
+
+
+@given(st.permutations([("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2), ("b", 3)]))
+def test_lines_keep_their_own_order(arrival):
+    log, sequencer = Log(), Sequencer()
+    for line, n in arrival:
+        sequencer.submit(log.work((line, n)), line=line, number=n)
+    flush(sequencer)
+    sequencer.close()
+    for line in "ab":
+        assert [n for name, n in log.ran if name == line] == [1, 2, 3]
+
+
+def test_a_line_that_waits_holds_up_no_other(sequencer):
+    held = sequencer.submit(lambda: b"held", line="a", number=2)
+    free = sequencer.submit(lambda: b"free", line="b", number=1)
+    assert sequencer.result(free).result(TIMEOUT) == b"free"
+    assert not sequencer.result(held).done()
+    assert sequencer.waits_for(held) == 1
+    assert sequencer.waits_for(free) is None
+
+
+def test_without_a_number_arrival_decides(sequencer):
+    log = Log()
+    for name in "cab":
+        sequencer.submit(log.work(name), line="m")
+    flush(sequencer)
+    assert log.ran == ["c", "a", "b"]
+
+
+class TestRefusals:
+    def test_a_refused_number_can_be_used_again(self, sequencer):
+        log = Log()
+        sequencer.submit(log.work(1), line="m", number=1)
+        sequencer.reject("m", 2)
+        sequencer.submit(log.work(2), line="m", number=2)
+        sequencer.submit(log.work(3), line="m", number=3)
+        flush(sequencer)
+        assert log.ran == [1, 2, 3]
+
+    def test_or_be_left_out(self, sequencer):
+        log = Log()
+        sequencer.reject("m", 1)
+        sequencer.submit(log.work(2), line="m", number=2)
+        flush(sequencer)
+        assert log.ran == [2]
+
+    def test_it_frees_those_that_waited_for_it(self, sequencer):
+        log = Log()
+        sequencer.submit(log.work(2), line="m", number=2)
+        flush(sequencer)
+        assert log.ran == []
+        sequencer.reject("m", 1)
+        flush(sequencer)
+        assert log.ran == [2]
+
+    def test_used_again_late_it_runs_once(self, sequencer):
+        log = Log()
+        sequencer.reject("m", 1)
+        sequencer.submit(log.work(2), line="m", number=2)
+        first = sequencer.submit(log.work(1), line="m", number=1)
+        again = sequencer.submit(log.work(1), line="m", number=1)
+        flush(sequencer)
+        assert first == again
+        assert log.ran == [2, 1]
+
+    def test_a_number_that_was_taken_cannot_be_refused(self, sequencer):
+        log = Log()
+        sequencer.submit(log.work(2), line="m", number=2)
+        sequencer.reject("m", 2)
+        sequencer.submit(log.work(1), line="m", number=1)
+        sequencer.reject("m", 1)
+        flush(sequencer)
+        assert log.ran == [1, 2]
+
+
+class TestRepeats:
+    def test_a_key_is_enough(self, sequencer):
+        log = Log()
+        first = sequencer.submit(log.work("once"), key=("path", "k"))
+        again = sequencer.submit(log.work("twice"), key=("path", "k"))
+        flush(sequencer)
+        assert first == again
+        assert log.ran == ["once"]
+
+    def test_a_number_seen_again_has_the_first_result(self, sequencer):
+        first = sequencer.submit(lambda: b"first", line="m", number=1)
+        sequencer.result(first).result(TIMEOUT)
+        again = sequencer.submit(lambda: b"again", line="m", number=1)
+        assert sequencer.result(again).result(TIMEOUT) == b"first"
+
+    def test_even_when_the_result_is_forgotten(self):
+        log, sequencer = Log(), Sequencer(max_results=2)
+        first = sequencer.submit(log.work(1), line="m", number=1)
+        for n in range(2, 6):
+            sequencer.submit(log.work(n), line="m", number=n)
+        flush(sequencer)
+        assert sequencer.submit(log.work(1), line="m", number=1) == first
+        flush(sequencer)
+        with pytest.raises(ForgottenError):
+            sequencer.result(first)
+        sequencer.close()
+        assert log.ran == [1, 2, 3, 4, 5]
+
+
+class TestFailures:
+    def test_one_that_raises_fails_alone(self, sequencer):
+        def fail() -> bytes:
+            raise ZeroDivisionError("mine")
+
+        bad = sequencer.submit(fail, line="m", number=1)
+        good = sequencer.submit(lambda: b"fine", line="m", number=2)
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            sequencer.result(bad).result(TIMEOUT)
+        assert sequencer.result(good).result(TIMEOUT) == b"fine"
+
+    def test_ids_that_were_never_given_out(self, sequencer):
+        real = sequencer.submit(lambda: b"", line="m", number=1)
+        prefix = real.split(":", 1)[0]
+        for request_id in ("", "x", "::", f"{prefix}:m:2", f"{prefix}:n:1", f"{prefix}:9", "9:m:1"):
+            with pytest.raises(UnknownRequestError):
+                sequencer.result(request_id)
+
+
+class TestMemory:
+    def test_the_oldest_are_forgotten_beyond_the_limit(self):
+        sequencer = Sequencer(max_results=3)
+        ids = [sequencer.submit(lambda: b"x") for _ in range(3)]
+        sequencer.result(sequencer.submit(lambda: b"")).result(TIMEOUT)
+        sequencer.close()
+        with pytest.raises(ForgottenError):
+            sequencer.result(ids[0])
+        assert sequencer.result(ids[1]).result(TIMEOUT) == b"x"
+
+    def test_unretrieved_results_outlive_retrieved_ones(self):
+        sequencer = Sequencer(max_results=2)
+        kept = sequencer.submit(lambda: b"kept")
+        given_out = sequencer.submit(lambda: b"given out")
+        sequencer.result(given_out).result(TIMEOUT)
+        barrier = sequencer.submit(lambda: b"")  # by then both results are filed
+        sequencer.retrieved(given_out)
+        sequencer.result(barrier).result(TIMEOUT)
+        sequencer.close()
+        assert sequencer.result(kept).result(TIMEOUT) == b"kept"
+        with pytest.raises(ForgottenError):
+            sequencer.result(given_out)
+
+    def test_bytes_count_too(self):
+        sequencer = Sequencer(max_result_bytes=100)
+        ids = [sequencer.submit(lambda: b"x" * 60) for _ in range(3)]
+        sequencer.result(ids[-1]).result(TIMEOUT)
+        sequencer.close()
+        with pytest.raises(ForgottenError):
+            sequencer.result(ids[0])
+        assert len(sequencer.result(ids[-1]).result(TIMEOUT)) == 60
+
+    def test_a_request_that_has_run_lets_go_of_its_data(self, sequencer):
+        import gc
+        import weakref
+
+        class Data:
+            pass
+
+        data = Data()
+        reference = weakref.ref(data)
+
+        def work(data: Data = data) -> bytes:
+            return b"" if data else b"?"
+
+        request_id = sequencer.submit(work)
+        del data, work
+        sequencer.result(request_id).result(TIMEOUT)
+        flush(sequencer)
+        gc.collect()
+        assert reference() is None
+
+
+class TestEnding:
+    def test_dropping_a_line_cancels_what_waits_in_it(self, sequencer):
+        waiting = sequencer.result(sequencer.submit(lambda: b"", line="m", number=2))
+        sequencer.drop("m")
+        with pytest.raises(CancelledError):
+            waiting.result(TIMEOUT)
+
+    def test_closing_finishes_what_runs_and_cancels_the_rest(self):
+        sequencer, started, may_end = Sequencer(), threading.Event(), threading.Event()
+
+        def slow() -> bytes:
+            started.set()
+            may_end.wait(TIMEOUT)
+            return b"done"
+
+        running = sequencer.result(sequencer.submit(slow))
+        queued = sequencer.result(sequencer.submit(lambda: b"never"))
+        held = sequencer.result(sequencer.submit(lambda: b"never", line="m", number=2))
+        started.wait(TIMEOUT)
+        closing = threading.Thread(target=sequencer.close)
+        closing.start()
+        may_end.set()
+        closing.join(TIMEOUT)
+        assert running.result(TIMEOUT) == b"done"
+        assert queued.cancelled()
+        assert held.cancelled()
+        late = sequencer.submit(lambda: b"never")
+        assert sequencer.result(late).cancelled()
+
+    def test_closing_twice_is_closing(self, sequencer):
+        sequencer.close()
+        sequencer.close()
+        assert sequencer.result(sequencer.submit(lambda: b"")).cancelled()
+
+
+def test_many_threads_submit_at_once(sequencer):
+    log = Log()
+    numbers = [list(range(start, 201, 8)) for start in range(1, 9)]
+
+    def submit(mine: list[int]) -> None:
+        for n in reversed(mine):
+            sequencer.submit(log.work(n), line="m", number=n)
+
+    threads = [threading.Thread(target=submit, args=(mine,)) for mine in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    flush(sequencer)
+    assert log.ran == list(range(1, 201))
