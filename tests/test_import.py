@@ -1,0 +1,26 @@
+import subprocess
+import sys
+
+LOOK = """
+import socket, sys, threading
+
+def refuse(*args, **kwargs):
+    raise AssertionError("import mintjax opened a socket")
+
+socket.socket.connect = socket.socket.bind = refuse
+import mintjax
+from jax._src import xla_bridge
+
+assert threading.active_count() == 1, threading.enumerate()
+assert not xla_bridge.backends_are_initialized()
+unwanted = {"torch", "starlette", "uvicorn", "typer", "safetensors", "hypothesis"}
+unwanted |= {"mintjax.local", "mintjax.cli", "mintjax.testing", "mintjax.demo"}
+assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
+print(sorted(name for name in dir(mintjax) if not name.startswith("_")))
+"""
+
+
+def test_import_starts_nothing_and_brings_no_extra():
+    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'ServiceClient'" in done.stdout
