@@ -176,10 +176,10 @@ def simpo(
 
 
 def orpo(chosen: Any, rejected: Any, n_c: Any, n_r: Any, weight: float = 0.1) -> Triple:
-    """By probabilities: ``-log sigmoid(log odds ratio) = log(1 + odds_r / odds_c)``."""
+    """A probability of 1, which has no odds, stands for ``1 - 1e-30``."""
     chosen, rejected, n_c, n_r = f64(chosen, rejected, n_c, n_r)
     n_c, n_r = np.maximum(n_c, 1), np.maximum(n_r, 1)
-    c, r = chosen / n_c, rejected / n_r
+    c, r = np.minimum(chosen / n_c, -1e-30), np.minimum(rejected / n_r, -1e-30)
     log_not_c, log_not_r = np.log(-np.expm1(c)), np.log(-np.expm1(r))
     log_odds = c - log_not_c - r + log_not_r
     share = sigmoid(-log_odds)

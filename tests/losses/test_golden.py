@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
 from mintjax import losses
+
+from . import oracles
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden.npz")
 IN: dict[str, Any] = {name[3:]: GOLDEN[name] for name in GOLDEN.files if name.startswith("in_")}

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,8 @@ import pytest
 from jax.test_util import check_grads
 
 from mintjax import losses
+
+from . import cases
 
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e38, -1e38], np.float32)
 
@@ -161,7 +162,7 @@ import jax, numpy as np, sys
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, {here!r})
-import cases
+
 from jax.sharding import Mesh, PartitionSpec as P
 mesh = Mesh(np.array(jax.devices()), ("data",))
 assert mesh.size == 8

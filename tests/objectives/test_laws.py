@@ -1,0 +1,35 @@
+"""All laws, for all objectives; 5,000 batches each with
+
+pytest tests/objectives/test_laws.py --hypothesis-profile=thorough
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mintjax import testing
+
+from .specimens import SPECIMENS, Specimen
+
+
+def check_all(specimen: Specimen, example: testing.Example) -> None:
+    """Every law that applies."""
+    objective, block = specimen.objective, specimen.block
+    testing.check_finite(objective, *example)
+    testing.check_gradient(objective, *example, reference=specimen.reference)
+    testing.check_permutation(objective, *example, block=block)
+    testing.check_padding_invariance(objective, *example)
+    if "weights" in example.data[0].loss_fn_inputs:
+        testing.check_masked_equals_removed(objective, *example)
+    if specimen.sums:
+        testing.check_chunk_additivity(objective, *example, block=block)
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+@given(data=st.data())
+def test_every_objective_obeys_every_law(name, data):
+    specimen = SPECIMENS[name]
+    kinds = testing.batches(block=specimen.block, max_length=120, poison=True, **specimen.batches)
+    check_all(specimen, data.draw(kinds))
