@@ -23,6 +23,7 @@ from mintjax.local.access import Access
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
 from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
+from mintjax.types import TensorData
 
 M = TypeVar("M")
 
@@ -53,6 +54,19 @@ def application(
 class _Numbered(msgspec.Struct):
     model_id: str
     seq_id: int
+
+
+class _ColumnsOfDatum(msgspec.Struct):
+    loss_fn_inputs: dict[str, msgspec.Raw]
+
+
+class _ColumnsOfData(msgspec.Struct):
+    data: list[_ColumnsOfDatum]
+
+
+class _Columns(msgspec.Struct):
+    forward_input: _ColumnsOfData | None = None
+    forward_backward_input: _ColumnsOfData | None = None
 
 
 class _Http:
@@ -254,7 +268,21 @@ def _decode(body: bytes, as_type: type[M]) -> M:
     try:
         return wire.decode(body, as_type)
     except DataError as error:
-        raise BadRequestError(422, str(error)) from None
+        raise BadRequestError(422, _column_at_fault(body) or str(error)) from None
+
+
+def _column_at_fault(body: bytes) -> str | None:
+    """Name the column that cannot be read; a decoder only says that there is one."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        message = msgspec.json.decode(body, type=_Columns)
+        given = message.forward_input or message.forward_backward_input or _ColumnsOfData([])
+        for i, datum in enumerate(given.data):
+            for name, value in datum.loss_fn_inputs.items():
+                try:
+                    wire.decode(value, TensorData)
+                except DataError as error:
+                    return str(DataError(str(error), datum=i, field=name))
+    return None
 
 
 def _json(answer: Answer) -> Response:

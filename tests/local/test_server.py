@@ -1,0 +1,139 @@
+"""The trainer on a socket, in a process of its own, and inside this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from mintjax import local
+from mintjax.client import ServiceClient
+from mintjax.errors import AuthenticationError
+from mintjax.local import app
+from mintjax.types import AdamParams, ModelInput, SamplingParams
+
+from .data import batch
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(local.__file__).parents[2])}
+PROMPT = ModelInput.from_ints(local.tokenizer.encode("to be"))
+
+
+def train(service):
+    """One of every kind of call, by the client; returns what the last forward pass gave."""
+    client = service.create_lora_training_client("mintjax/nano", rank=4, seed=1)
+    client.forward_backward(batch(), "cross_entropy")
+    client.optim_step(AdamParams(learning_rate=1e-2))
+    saved = client.save_state("here").result()
+    trained = client.forward(batch(), "cross_entropy").result().metrics["loss:sum"]
+    resumed = service.create_training_client_from_state_with_optimizer(saved.path)
+    assert resumed.forward(batch(), "cross_entropy").result().metrics["loss:sum"] == trained
+    sampler = resumed.save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    assert sampler.sample(PROMPT, 1, params).result().sequences[0].tokens
+    logprobs = sampler.compute_logprobs(PROMPT).result()
+    assert len(logprobs) == PROMPT.length
+    return trained
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    with local.trainer(engine) as service:
+        return train(service)
+
+
+def test_on_a_socket_as_in_process(engine, expected):
+    with local.running_server(engine) as url, ServiceClient(url, "sk-any") as service:
+        assert train(service) == expected
+
+
+def test_a_trainer_of_its_own(expected):
+    with local.trainer(api_key="sk-mine") as service:
+        assert train(service) == expected
+
+
+def test_a_wrong_key_is_the_client_s_error(engine):
+    with (
+        local.running_server(engine, api_key="sk-right") as url,
+        ServiceClient(url, "sk-wrong") as service,
+        pytest.raises(AuthenticationError, match="X-API-Key"),
+    ):
+        service.create_lora_training_client("mintjax/nano")
+
+
+def test_the_port_is_free_again(engine):
+    with local.running_server(engine) as url:
+        port = httpx.URL(url).port
+        assert httpx.get(f"{url}/api/v1/healthz").json() == {"status": "ok"}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/api/v1/healthz")
+    with local.running_server(engine, port=port) as again:
+        assert again == url
+
+
+def test_a_port_that_is_taken(engine):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="in use"), local.running_server(engine, port=port):
+            pass
+
+
+def test_closing_ends_those_who_wait_for_a_result(engine, monkeypatch):
+    """A request whose turn never comes must not hold up the end of the server."""
+    waiting, wait = threading.Event(), app._wait
+
+    async def told(*arguments):
+        waiting.set()
+        await wait(*arguments)
+
+    monkeypatch.setattr(app, "_wait", told)
+    with ThreadPoolExecutor(1) as pool:
+        with local.running_server(engine) as url, ServiceClient(url, "sk-any") as service:
+            client = service.create_lora_training_client("mintjax/nano", rank=4)
+            waiting.clear()
+            held = {"model_id": client.model_id, "adam_params": {}, "seq_id": 99}
+            accepted = httpx.post(f"{url}/api/v1/optim_step", json=held).json()
+            poll = pool.submit(httpx.post, f"{url}/api/v1/retrieve_future", json=accepted)
+            assert waiting.wait(10)
+        assert poll.result(10).json()["error"].startswith("it was not run")
+
+
+def test_without_its_extra_it_says_what_to_install():
+    script = "import sys; sys.modules['starlette'] = None; import mintjax.local"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 1
+    assert 'pip install "mintjax[local]"' in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_serving_until_it_is_told_to_stop(sent):
+    script = textwrap.dedent("""
+        from mintjax import local
+        with local.Engine() as engine:
+            print(engine.directory)
+            local.serve(port=0, engine=engine, announce=lambda url: print(url, flush=True))
+        print("ended")
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+    ) as process:
+        assert process.stdout is not None
+        directory, url = process.stdout.readline().strip(), process.stdout.readline().strip()
+        assert httpx.get(f"{url}/api/v1/healthz", timeout=10).json() == {"status": "ok"}
+        process.send_signal(sent)
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output, errors) == (0, "ended\n", "")
+    assert not Path(directory).exists()
