@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -204,6 +204,8 @@ class ModelInput(msgspec.Struct, frozen=True):
     @property
     def length(self) -> int:
         """The number of tokens."""
+        if len(self.chunks) == 1:  # nearly always, and asked of every datum at every step
+            return len(self.chunks[0].tokens)
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
 
@@ -223,6 +225,12 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
 
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData] = msgspec.field(default_factory=dict[str, TensorData])
+
+    if TYPE_CHECKING:  # what it keeps is narrower than what it takes
+
+        def __init__(
+            self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] | None = None
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         given = cast("Mapping[str, Any]", self.loss_fn_inputs)
