@@ -216,7 +216,7 @@ def decode(body: bytes | bytearray | memoryview, as_type: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(body, type=as_type, dec_hook=_decode_hook)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"not a {as_type.__name__}: {error}") from None
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mintjax.client.passes import check_finite
-from mintjax.types import Datum, TensorData
+from mintjax.errors import APIResponseError, DataError
+from mintjax.types import Datum, ForwardBackwardOutput, TensorData
 
 LOSS_FN = "cross_entropy"
 SENT = ("target_tokens", "weights")
@@ -26,6 +28,19 @@ def forward_data(data: Sequence[Datum]) -> list[Datum]:
         return Datum(datum.model_input, {"target_tokens": targets, "weights": weights})
 
     return [one(datum) for datum in data]
+
+
+def logprobs(output: ForwardBackwardOutput) -> list[npt.NDArray[np.float32]]:
+    """The forward pass's logprobs, one array per datum.
+
+    Raises:
+        APIResponseError: the trainer returned none for a datum.
+    """
+    try:
+        return output.logprobs
+    except DataError as error:
+        words = str(error)
+    raise APIResponseError(words)
 
 
 def backward_data(data: Sequence[Datum], grads: Sequence[np.ndarray[Any, Any]]) -> list[Datum]:

@@ -128,9 +128,10 @@ class TrainingClient:
             if future.cancelled():
                 raise Withdrawn
             output = await (await self._post(forward, custom.LOSS_FN, None, backward=False))()
+            logprobs = custom.logprobs(output)
 
             def work() -> tuple[dict[str, float], list[Chunk]]:
-                result = value_and_logprob_grads(objective, batch, output.logprobs)
+                result = value_and_logprob_grads(objective, batch, logprobs)
                 carrier = custom.backward_data(data, result.grads)
                 return result.metrics, chunks(carrier, self._connection.limits)
 

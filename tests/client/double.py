@@ -72,7 +72,7 @@ class Hold:
         self.released.set()
 
 
-@dataclass
+@dataclass(repr=False)
 class Trainer:
     """The double; an ASGI application."""
 
