@@ -1,0 +1,177 @@
+"""Objectives as values: comparable, printable, traced, named where a trainer serves them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import find, settings
+
+import mintjax
+from mintjax import losses, objectives, testing
+from mintjax.errors import DataError
+from mintjax.gradients import stats
+
+OBJECTIVES = {
+    name: value
+    for name, value in vars(objectives).items()
+    if isinstance(value, type) and dataclasses.is_dataclass(value) and name != "WeightedSum"
+}
+EXAMPLE = find(
+    testing.batches(max_blocks=4, max_length=20, log_ratios=("small",)),
+    lambda e: len(e.data) == 4 and min(map(len, e.logprobs)) > 2,
+    settings=settings(max_examples=500, database=None),
+)
+
+
+def row_columns(name: str) -> list[np.ndarray]:
+    """One column of the example."""
+    return [datum.loss_fn_inputs[name].to_numpy() for datum in EXAMPLE.data]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_a_value(name):
+    make = OBJECTIVES[name]
+    one, other = make(), make()
+    assert one == other
+    assert hash(one) == hash(other)
+    assert repr(one).startswith(f"{name}(")
+    field = next((f.name for f in dataclasses.fields(one) if isinstance(f.default, float)), None)
+    if field is not None:
+        changed = dataclasses.replace(one, **{field: 0.5})
+        assert changed != one
+        assert f"{field}=0.5" in repr(changed)
+        assert jax.tree.structure(changed) == jax.tree.structure(one)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.beta = 3.0
+
+
+def test_another_threshold_runs_the_same_program():
+    mintjax.value_and_logprob_grads(objectives.ppo(), *EXAMPLE)
+    before = stats().compilations
+    results = [
+        mintjax.value_and_logprob_grads(objectives.ppo(clip_high_threshold=high), *EXAMPLE).loss
+        for high in (1.05, 1.3, 1.5)
+    ]
+    assert stats().compilations == before
+    assert len(set(results)) == 3
+
+
+BUILTIN = [
+    (objectives.cross_entropy(), ("cross_entropy", {})),
+    (objectives.importance_sampling(), ("importance_sampling", {})),
+    (
+        objectives.ppo(clip_high_threshold=1.3),
+        ("ppo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.3}),
+    ),
+    (objectives.cispo(), ("cispo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2})),
+    (objectives.dro(beta=1), ("dro", {"beta": 1.0})),
+    (objectives.ppo(aggregation="token_mean"), None),
+    (objectives.dro(beta=np.ones(3)), None),  # pyright: ignore[reportArgumentType]
+    (objectives.dpo(), None),
+]
+
+
+@pytest.mark.parametrize(("objective", "expected"), BUILTIN, ids=str)
+def test_what_a_trainer_serves_is_named(objective, expected):
+    assert objective.builtin == expected
+
+
+NEEDS = {
+    "cross_entropy": ("weights",),
+    "ppo": ("logprobs", "advantages"),
+    "gspo": ("logprobs", "advantages"),
+    "bradley_terry": ("weights",),
+    "dpo": ("weights", "ref_logprobs"),
+    "kto": ("weights", "ref_logprobs", "desirable"),
+    "kl_k3": ("ref_logprobs",),
+}
+
+
+@pytest.mark.parametrize(("name", "column"), [(n, c) for n, cs in NEEDS.items() for c in cs])
+def test_a_missing_column_is_named_with_who_wants_it(name, column):
+    made = {"weights", "advantages", "logprobs", "ref_logprobs", "desirable"} - {column}
+    example = find(
+        testing.batches(block=2, max_blocks=1, columns=sorted(made)),
+        lambda e: True,
+        settings=settings(database=None),
+    )
+    with pytest.raises(DataError, match=rf"'{column}'.*objective {name} reads it"):
+        mintjax.value_and_logprob_grads(OBJECTIVES[name](), *example)
+
+
+@pytest.mark.parametrize("name", ["bradley_terry", "dpo", "ipo", "simpo", "orpo"])
+def test_an_odd_number_of_datums_is_refused(name):
+    data, logprobs = EXAMPLE
+    with pytest.raises(DataError, match=f"{name} needs pairs.*3 datums"):
+        mintjax.value_and_logprob_grads(OBJECTIVES[name](), data[:3], logprobs[:3])
+
+
+@pytest.mark.parametrize("name", ["distillation_forward_kl", "brier_score"])
+def test_losses_over_candidates_need_candidates(name):
+    data = [
+        mintjax.Datum(d.model_input, d.loss_fn_inputs | {OBJECTIVES[name].reads: row})
+        for d, row in zip(EXAMPLE.data, EXAMPLE.logprobs, strict=True)
+    ]
+    with pytest.raises(DataError, match=r"needs \[T, K\] logprobs"):
+        mintjax.value_and_logprob_grads(OBJECTIVES[name](), data, EXAMPLE.logprobs)
+
+
+def test_an_unknown_aggregation_is_refused():
+    wrong: Any = objectives.ppo(aggregation="average")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="aggregation must be sum, token_mean or sequence_mean"):
+        wrong(*EXAMPLE)
+
+
+@pytest.mark.parametrize("name", ["ppo", "kl_k3"])
+def test_aggregations_are_those_of_the_losses(name):
+    per_row: list[Any] = []
+    for row, q, ref, a, w in zip(
+        EXAMPLE.logprobs,
+        *map(row_columns, ("logprobs", "ref_logprobs", "advantages", "weights")),
+        strict=True,
+    ):
+        where = w != 0
+        loss = (
+            losses.ppo(row, q, a, where=where)
+            if name == "ppo"
+            else losses.kl_k3(row, ref, where=where)
+        )
+        per_row.append(np.asarray(loss)[where])
+    expected = {
+        "sum": np.concatenate(per_row).sum(),
+        "token_mean": np.concatenate(per_row).mean(),
+        "sequence_mean": np.mean([row.mean() for row in per_row if row.size]),
+    }
+    for how, value in expected.items():
+        loss, _ = OBJECTIVES[name](aggregation=how)(*EXAMPLE)
+        np.testing.assert_allclose(loss, value, rtol=2e-5)
+
+
+def test_metrics_are_the_diagnostics():
+    where = [w != 0 for w in row_columns("weights")]
+    picked = [
+        np.concatenate([x[keep] for x, keep in zip(rows, where, strict=True)])
+        for rows in (EXAMPLE.logprobs, row_columns("logprobs"), row_columns("advantages"))
+    ]
+    sums = losses.policy_sums(*picked, clip_low_threshold=0.8, clip_high_threshold=1.2)
+    metrics = mintjax.value_and_logprob_grads(objectives.ppo(), *EXAMPLE).metrics
+    for name, value in losses.policy_summary(sums).items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_kto_takes_its_point_of_reference_from_the_batch_or_from_you():
+    data = [
+        mintjax.Datum(d.model_input, d.loss_fn_inputs | {"desirable": np.full(len(row), i % 2)})  # pyright: ignore[reportArgumentType]
+        for i, (d, row) in enumerate(zip(EXAMPLE.data, EXAMPLE.logprobs, strict=True))
+    ]
+    from_batch = mintjax.value_and_logprob_grads(objectives.kto(), data, EXAMPLE.logprobs)
+    given = objectives.kto(kl=from_batch.metrics["kl"])
+    same = mintjax.value_and_logprob_grads(given, data, EXAMPLE.logprobs)
+    np.testing.assert_allclose(same.loss, from_batch.loss, rtol=1e-6)
+    far = mintjax.value_and_logprob_grads(objectives.kto(kl=50.0), data, EXAMPLE.logprobs)
+    assert far.metrics["kl"] == 50.0
+    assert far.loss != from_batch.loss
