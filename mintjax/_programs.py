@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax import _tiles
+from mintjax._dataflow import inputs_used
 from mintjax._tiles import Layout
 from mintjax.batch import Batch
 from mintjax.errors import ObjectiveError
@@ -139,10 +140,12 @@ class Plan(NamedTuple):
 
     Args:
         columns: the columns that it reads.
+        needs_logprobs: whether its gradient depends on the logprobs.
         run: its compiled gradient: ``(parameters, layout, logprobs, columns) -> (summary, grads)``.
     """
 
     columns: tuple[str, ...]
+    needs_logprobs: bool
     run: Callable[..., tuple[Summary, Array]]
 
 
@@ -173,15 +176,8 @@ class Program:
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        layout = batch.layout
-        multiple = self._row_multiple
-        # A number of rows that does not divide is shown as it is, for the objective to name it.
-        if multiple is not None and len(rows) % multiple == 0:
-            layout = _tiles.layout_of(batch.lengths, _padded(len(rows), multiple))
-        key = (batch.names, rows[0].shape[1:], rows[0].dtype)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan(parameters, batch, layout, rows)
+        layout = self._layout(batch)
+        plan = self._plan_for(parameters, batch, layout, rows)
         dtype = rows[0].dtype
         summary, grads = plan.run(
             parameters,
@@ -193,6 +189,34 @@ class Program:
         starts: list[int] = layout.row_start.tolist()
         return summary, [buffer[s : s + n] for s, n in zip(starts, batch.lengths, strict=False)]
 
+    def needs_logprobs(
+        self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
+    ) -> bool:
+        """Whether the gradient depends on the logprobs, whose shapes and dtype ``rows`` has.
+
+        Raises:
+            RowAccessError: the objective takes rows one by one.
+        """
+        return self._plan_for(parameters, batch, self._layout(batch), rows).needs_logprobs
+
+    def _layout(self, batch: Batch) -> Layout:
+        # A batch that does not divide is not padded: the objective shall see it and say so.
+        if self._row_multiple is None or len(batch) % self._row_multiple:
+            return batch.layout
+        return _tiles.layout_of(batch.lengths, _padded(len(batch), self._row_multiple))
+
+    def _plan_for(
+        self,
+        parameters: Sequence[Any],
+        batch: Batch,
+        layout: Layout,
+        rows: Sequence[npt.NDArray[Any]],
+    ) -> Plan:
+        key = (batch.names, rows[0].shape[1:], rows[0].dtype)
+        if key not in self._plans:
+            self._plans[key] = self._plan(parameters, batch, layout, rows)
+        return self._plans[key]
+
     def _plan(
         self,
         parameters: Sequence[Any],
@@ -200,8 +224,8 @@ class Program:
         layout: Layout,
         rows: Sequence[npt.NDArray[Any]],
     ) -> Plan:
-        """Trace once without compiling, to learn which columns are read."""
-        names = batch.names
+        """Trace once without compiling, to learn what is read."""
+        names, dtype = batch.names, rows[0].dtype
         read: set[str] = set()
 
         def run(
@@ -212,19 +236,18 @@ class Program:
                 self._rebuild(parameters), names, layout, logprobs, columns.__getitem__
             )
 
-        def look(parameters: Sequence[Any], layout: Layout, logprobs: Array) -> Any:
+        def look(logprobs: Array, parameters: Sequence[Any], traced: Layout) -> Array:
             def column(name: str) -> Array:
                 read.add(name)
-                return _column(batch, name, layout_now, rows[0].dtype)
+                return _column(batch, name, layout, dtype)
 
-            return _gradient(self._rebuild(parameters), names, layout, logprobs, column)
+            return _gradient(self._rebuild(parameters), names, traced, logprobs, column)[1]
 
-        layout_now = layout
-        tiles = jax.ShapeDtypeStruct(
-            (layout.tile_row.shape[0], _tiles.TILE, *rows[0].shape[1:]), rows[0].dtype
-        )
-        jax.eval_shape(look, parameters, layout, tiles)
-        return Plan(tuple(sorted(read)), jax.jit(run))
+        shape = (layout.tile_row.shape[0], _tiles.TILE, *rows[0].shape[1:])
+        trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
+        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, layout)
+        needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
+        return Plan(tuple(sorted(read)), needs_logprobs, jax.jit(run))
 
 
 def _gradient(

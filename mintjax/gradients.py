@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from mintjax import _numpy_eval
+from mintjax._dataflow import inputs_used
 from mintjax._programs import (
     Objective,
+    Program,
     Stats,
     Summary,
     count,
@@ -26,7 +28,16 @@ from mintjax.errors import DataError, NonFiniteError
 from mintjax.ragged import Ragged, RowAccessError
 from mintjax.types import Datum
 
-__all__ = ["LogprobGradients", "Objective", "Stats", "stats", "value_and_logprob_grads"]
+__all__ = [
+    "LogprobGradients",
+    "Objective",
+    "Stats",
+    "constant_logprob_grads",
+    "stats",
+    "value_and_logprob_grads",
+]
+
+T = TypeVar("T")
 
 
 class LogprobGradients(NamedTuple):
@@ -75,20 +86,59 @@ def value_and_logprob_grads(
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)
     program, parameters = program_for(objective)
-    result: tuple[Summary, list[npt.NDArray[Any]]] | None = None
-    if not program.takes_rows:
-        try:
-            result = program.run(parameters, batch, rows)
-        except RowAccessError:
-            program.takes_rows = True
-            _warn_row_by_row(objective)
-    if result is None:
-        count("row_by_row_steps")
-        result = _row_by_row(objective, batch, rows)
-    summary, grads = result
+    summary, grads = _in_columns_or_rows(
+        program,
+        objective,
+        lambda: program.run(parameters, batch, rows),
+        lambda: _row_by_row(objective, batch, rows),
+    )
     loss, metrics = summary.read()
     _check_finite(objective, batch, rows, grads)
     return LogprobGradients(loss, metrics, grads)
+
+
+def constant_logprob_grads(
+    objective: Objective, data: Sequence[Datum] | Batch
+) -> list[npt.NDArray[Any]] | None:
+    """The gradient of an objective, if it is the same whatever the logprobs are.
+
+    So it is where the loss is linear in them: cross-entropy, REINFORCE, a mean. It is told from the
+    traced gradient: does any operation that leads to it read the logprobs? Then a step needs no
+    forward pass.
+
+    Args:
+        objective: as for :func:`value_and_logprob_grads`.
+        data: B datums with ``target_tokens``.
+
+    Returns:
+        One float32 array per datum in the shape of its ``target_tokens``, or None if the gradient
+        depends on the logprobs.
+
+    Raises:
+        As :func:`value_and_logprob_grads`.
+    """
+    batch = as_batch(data)
+    rows = [np.zeros(targets.shape, np.float32) for targets in batch.rows("target_tokens")]
+    program, parameters = program_for(objective)
+    depends = _in_columns_or_rows(
+        program,
+        objective,
+        lambda: program.needs_logprobs(parameters, batch, rows),
+        lambda: _row_by_row_needs_logprobs(objective, batch, rows),
+    )
+    return None if depends else value_and_logprob_grads(objective, batch, rows).grads
+
+
+def _in_columns_or_rows(
+    program: Program, objective: Objective, columns: Callable[[], T], rows: Callable[[], T]
+) -> T:
+    if not program.takes_rows:
+        try:
+            return columns()
+        except RowAccessError:
+            program.takes_rows = True
+            _warn_row_by_row(objective)
+    return rows()
 
 
 def _logprob_rows(
@@ -113,15 +163,31 @@ def _logprob_rows(
 def _row_by_row(
     objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
 ) -> tuple[Summary, list[npt.NDArray[Any]]]:
+    count("row_by_row_steps")
+    closed, tree, rows = _trace_rows(objective, batch, rows)
+    (_, summary), grads = tree.unflatten(_numpy_eval.evaluate(closed, rows))
+    return summary, [np.array(grad) for grad in grads]
+
+
+def _row_by_row_needs_logprobs(
+    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+) -> bool:
+    closed, tree, _ = _trace_rows(objective, batch, rows)
+    return bool(inputs_used(closed.jaxpr, range(tree.num_leaves - len(rows), tree.num_leaves)))
+
+
+def _trace_rows(
+    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+) -> tuple[Any, Any, list[npt.NDArray[Any]]]:
+    """The jaxpr of value and gradient, the structure of its outputs, and the rows it takes."""
+
     def value(rows: Sequence[Any]) -> tuple[Any, Summary]:
         return evaluate(objective, batch, Ragged.from_rows(rows))
 
     rows = [row.astype(jax.dtypes.canonicalize_dtype(row.dtype), copy=False) for row in rows]
-    gradient: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
-    closed, shape = gradient(rows)
-    tree = cast("Any", jax.tree_util.tree_structure(shape))
-    (_, summary), grads = tree.unflatten(_numpy_eval.evaluate(closed, rows))
-    return summary, [np.array(grad) for grad in grads]
+    trace: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
+    closed, shape = trace(rows)
+    return closed, cast("Any", jax.tree_util.tree_structure(shape)), rows
 
 
 def _warn_row_by_row(objective: Objective) -> None:
@@ -130,7 +196,7 @@ def _warn_row_by_row(objective: Objective) -> None:
         "which can cost a hundred times as much. Use the row reductions instead of a loop: "
         "`(logprobs * data['weights']).sum()` gives one score per datum, and `scores[0::2]` those "
         "of every other one.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

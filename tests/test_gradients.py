@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mintjax
-from mintjax import Batch, Datum, ModelInput, Ragged, value_and_logprob_grads
+from mintjax import Batch, Datum, ModelInput, Ragged, objectives, value_and_logprob_grads
 from mintjax.errors import DataError, NonFiniteError, ObjectiveError
+from mintjax.gradients import constant_logprob_grads
 
 
 def make(sizes, seed=0, **columns):
@@ -337,3 +338,37 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_inputs():
     with pytest.raises(NonFiniteError) as caught:
         value_and_logprob_grads(objective, data, logprobs)
     assert (caught.value.datum, caught.value.position) == (1, 2)
+
+
+LINEAR = {
+    "mean": lambda data, logprobs: (-logprobs.mean().mean(), {}),
+    "reinforce": lambda data, logprobs: (-(logprobs * data["advantages"]).total(), {}),
+    "loop": lambda data, logprobs: (sum(row.sum() for row in logprobs), {}),
+    "where": lambda data, logprobs: (logprobs.total(where=data["weights"]), {}),
+}
+NOT_LINEAR = {
+    "bradley_terry": objectives.bradley_terry(),
+    "ppo": objectives.ppo(),
+    "importance_sampling": objectives.importance_sampling(),
+    "cispo": objectives.cispo(),
+    "dro": objectives.dro(),
+    "max": lambda data, logprobs: (logprobs.max().sum(), {}),
+    "square": lambda data, logprobs: ((logprobs**2).total(), {}),
+    "loop": lambda data, logprobs: (sum((row * row).sum() for row in logprobs), {}),
+}
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_gradient_that_needs_no_logprobs_is_known_without_them(name):
+    data, logprobs = make([3, 200, 7, 5])
+    constant = constant_logprob_grads(LINEAR[name], data)
+    assert constant is not None
+    assert_grads(constant, value_and_logprob_grads(LINEAR[name], data, logprobs).grads, rtol=0)
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_a_gradient_that_needs_logprobs_is_not_taken_for_one_that_does_not(name):
+    data, _ = make([3, 200, 7, 5])
+    assert constant_logprob_grads(NOT_LINEAR[name], data) is None
