@@ -25,6 +25,7 @@ from mintjax._programs import (
 )
 from mintjax.batch import Batch, as_batch
 from mintjax.errors import DataError, NonFiniteError
+from mintjax.interop import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
 from mintjax.types import Datum
 
@@ -85,14 +86,17 @@ def value_and_logprob_grads(
     """
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)
-    program, parameters = program_for(objective)
-    summary, grads = _in_columns_or_rows(
-        program,
-        objective,
-        lambda: program.run(parameters, batch, rows),
-        lambda: _row_by_row(objective, batch, rows),
-    )
-    loss, metrics = summary.read()
+    if isinstance(objective, torch_objective):
+        loss, metrics, grads = objective.evaluate(batch, rows)
+    else:
+        program, parameters = program_for(objective)
+        summary, grads = _in_columns_or_rows(
+            program,
+            objective,
+            lambda: program.run(parameters, batch, rows),
+            lambda: _row_by_row(objective, batch, rows),
+        )
+        loss, metrics = summary.read()
     _check_finite(objective, batch, rows, grads)
     return LogprobGradients(loss, metrics, grads)
 
@@ -117,6 +121,8 @@ def constant_logprob_grads(
     Raises:
         As :func:`value_and_logprob_grads`.
     """
+    if isinstance(objective, torch_objective):
+        return None
     batch = as_batch(data)
     rows = [np.zeros(targets.shape, np.float32) for targets in batch.rows("target_tokens")]
     program, parameters = program_for(objective)

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+import mintjax
+from mintjax import Datum, ModelInput, objectives
+from mintjax.errors import ObjectiveError
+from mintjax.gradients import constant_logprob_grads
+from mintjax.interop import torch_objective
+
+
+def make(sizes):
+    rng = np.random.default_rng(0)
+    data = [
+        Datum(
+            ModelInput.from_ints(range(n)),
+            {"target_tokens": np.arange(n), "weights": np.ones(n, np.float32) / n},
+        )
+        for n in sizes
+    ]
+    return data, [-rng.exponential(size=n).astype(np.float32) for n in sizes]
+
+
+def test_it_refuses_to_be_traced_and_says_where_to_pass_it():
+    objective = torch_objective(make)
+    assert repr(objective) == "torch_objective(make)"
+    with pytest.raises(ObjectiveError, match="pass it to forward_backward_custom"):
+        objective([], [])
+    assert constant_logprob_grads(objective, make([2])[0]) is None
+
+
+def test_a_torch_loss_gives_what_the_jax_one_gives():
+    torch = pytest.importorskip("torch", reason='needs torch: pip install "mintjax[bench]"')
+
+    def pairwise(data, logprobs_list):
+        scores = [
+            torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch())
+            for datum, lp in zip(data, logprobs_list, strict=True)
+        ]
+        margins = torch.stack(scores[::2]) - torch.stack(scores[1::2])
+        loss = -torch.nn.functional.logsigmoid(margins).mean()
+        return loss, {"loss": loss.item(), "mean_margin": margins.mean()}
+
+    data, logprobs = make([3, 50, 7, 4])
+    theirs = mintjax.value_and_logprob_grads(torch_objective(pairwise), data, logprobs)
+    ours = mintjax.value_and_logprob_grads(objectives.bradley_terry(), data, logprobs)
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-6)
+    assert theirs.metrics["mean_margin"] == pytest.approx(ours.metrics["mean_margin"], rel=1e-5)
+    for a, b in zip(theirs.grads, ours.grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+    def first_only(data, logprobs_list):
+        return logprobs_list[0].sum(), {"text": "fast"}
+
+    with pytest.raises(ObjectiveError, match="metric 'text'"):
+        mintjax.value_and_logprob_grads(torch_objective(first_only), data, logprobs)
+    with pytest.raises(ObjectiveError, match="must be a torch scalar"):
+        mintjax.value_and_logprob_grads(torch_objective(lambda d, lps: (1.0, {})), data, logprobs)
+    ignoring = torch_objective(lambda d, lps: (lps[0].sum(), {}))
+    grads = mintjax.value_and_logprob_grads(ignoring, data, logprobs).grads
+    assert [float(g.sum()) for g in grads] == [3, 0, 0, 0]
