@@ -130,7 +130,7 @@ class Lane:
         message: Callable[[int], Any],
         as_type: type[T],
         *,
-        mutates: bool = False,
+        mutates: bool,
     ) -> APIFuture[T]:
         """Submit a request that needs only its number; ``message(seq_id)`` is what it says."""
 

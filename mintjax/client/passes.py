@@ -176,6 +176,12 @@ def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
             f"{len(chunk.shapes)} datums"
         )
     for i, (shape, one) in enumerate(zip(chunk.shapes, output.loss_fn_outputs, strict=True)):
+        for name, array in one.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise APIResponseError(
+                    f"datum {chunk.first + i}: the trainer returned a number in {name!r} that is "
+                    "beyond float32"
+                )
         logprobs = one.get("logprobs")
         if logprobs is None or shape is None or logprobs.shape == shape:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
@@ -15,6 +15,8 @@ from mintjax.client.settings import RetryPolicy, from_environment, resolve
 from mintjax.client.training import TrainingClient
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
+
+T = TypeVar("T")
 
 
 class _WeightsInfo(msgspec.Struct):
@@ -181,6 +183,16 @@ class ServiceClient:
 
     get_server_capabilities = finished(_get_server_capabilities)
     get_server_capabilities_async = awaited(_get_server_capabilities)
+
+    def submit(self, path: str, message: Any, as_type: type[T]) -> APIFuture[T]:
+        """Send a request of a trainer's own that concerns no model in training.
+
+        Args:
+            path: below ``/api/v1/``.
+            message: what to send: a msgspec struct.
+            as_type: what the result is.
+        """
+        return self._connection.start(lambda: self._connection.accepted(path, message, as_type))
 
     def close(self) -> None:
         """End the thread, and every future that is still open with ClosedError; within a second."""

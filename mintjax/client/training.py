@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -30,6 +30,8 @@ from mintjax.types import (
     OptimStepResponse,
     SaveWeightsResponse,
 )
+
+T = TypeVar("T")
 
 _SECONDS_TO_UNLOAD = 30.0
 
@@ -161,7 +163,7 @@ class TrainingClient:
         for name, value in params.items():
             if not math.isfinite(value):
                 raise DataError(f"{value} is not finite; nothing was sent", field=name)
-        return self._lane.request(
+        return self.submit(
             "optim_step",
             lambda seq_id: wire.OptimStepRequest(AdamParams(**params), self.model_id, seq_id),
             OptimStepResponse,
@@ -170,10 +172,11 @@ class TrainingClient:
 
     def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer state under a name, to train on from."""
-        return self._lane.request(
+        return self.submit(
             "save_weights",
             lambda seq_id: wire.SaveWeightsRequest(self.model_id, name, seq_id, "save_weights"),
             SaveWeightsResponse,
+            mutates=False,
         )
 
     def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
@@ -186,10 +189,11 @@ class TrainingClient:
 
     def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`."""
-        return self._lane.request(
+        return self.submit(
             "save_weights_for_sampler",
             lambda seq_id: self._sampler_request(seq_id, name),
             SaveWeightsResponse,
+            mutates=False,
         )
 
     def _save_weights_and_get_sampling_client(
@@ -258,6 +262,19 @@ class TrainingClient:
         future = self._lane.submit(send)
         self._lane.close()
         return future
+
+    def submit(
+        self, path: str, message: Callable[[int], Any], as_type: type[T], *, mutates: bool
+    ) -> APIFuture[T]:
+        """Take the next place in the line for a request of a trainer's own.
+
+        Args:
+            path: below ``/api/v1/``.
+            message: given the request's ``seq_id``, what to send: a msgspec struct.
+            as_type: what the result is.
+            mutates: whether it changes the model.
+        """
+        return self._lane.request(path, message, as_type, mutates=mutates)
 
     def __enter__(self) -> Self:
         return self
@@ -331,7 +348,7 @@ class TrainingClient:
         return whole
 
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        return self._lane.request(
+        return self.submit(
             "load_weights",
             lambda seq_id: wire.LoadWeightsRequest(
                 self.model_id, path, seq_id, optimizer, "load_weights"

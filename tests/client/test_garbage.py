@@ -112,12 +112,11 @@ def test_any_result_of_a_pass(client, trainer, body, status):
     finally:
         trainer.faults.clear()
     if status != 200 or meaning(body).get("type") == "try_again":
-        body = b""  # asked again, and answered well
-    for one, row, datum in zip(meaning(body) if body else [None] * 2, rows, DATA, strict=True):
+        return  # asked again, and answered well
+    for one, row, datum in zip(meaning(body)["loss_fn_outputs"], rows, DATA, strict=True):
         assert row.shape == datum.loss_fn_inputs["target_tokens"].shape
         assert np.isfinite(row).all()
-        if one is not None:
-            np.testing.assert_array_equal(row.ravel(), np.float32(one["logprobs"]["data"]))
+        np.testing.assert_array_equal(row.ravel(), np.float32(one["logprobs"]["data"]))
 
 
 @given(body=JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60))
