@@ -132,7 +132,7 @@ def test_thresholds_may_differ_from_token_to_token(loss):
         np.linspace(1.0, 1.6, 30, dtype=np.float32),
     )
     together = value_and_grads(case, inputs, clip_low_threshold=low, clip_high_threshold=high)
-    for t in range(0, 30, 7):
+    for t in (4, 19):
         one = value_and_grads(
             case,
             [a[t : t + 1] for a in inputs],

@@ -6,7 +6,7 @@ pytest tests/objectives/test_laws.py --hypothesis-profile=thorough
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mintjax import testing
@@ -33,3 +33,12 @@ def test_every_objective_obeys_every_law(name, data):
     specimen = SPECIMENS[name]
     kinds = testing.batches(block=specimen.block, max_length=120, poison=True, **specimen.batches)
     check_all(specimen, data.draw(kinds))
+
+
+@given(example=testing.batches(max_blocks=2, max_length=3000, poison=True))
+@settings(max_examples=max(15, settings().max_examples // 50))
+def test_long_rows_obey_the_laws(example):
+    specimen = SPECIMENS["ppo"]
+    testing.check_finite(specimen.objective, *example)
+    testing.check_gradient(specimen.objective, *example, reference=specimen.reference)
+    testing.check_masked_equals_removed(specimen.objective, *example)
