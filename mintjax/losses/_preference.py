@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, keep
+from mintjax.losses._arrays import aligned, harmless_where_zero, keep
 
 
 def bradley_terry(
@@ -83,7 +83,7 @@ def dpo(
     )
     logits = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     right = jax.nn.log_sigmoid(logits)
-    wrong = jax.nn.log_sigmoid(-logits)
+    wrong = harmless_where_zero(smoothing, jax.nn.log_sigmoid(-logits))
     return keep(-((1 - smoothing) * right + smoothing * wrong), where)
 
 

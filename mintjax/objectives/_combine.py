@@ -139,7 +139,8 @@ def weighted_sum(
         terms: objectives by name: mintjax's own, functions ``(data, logprobs) -> (loss, metrics)``,
             or weighted sums.
         weights: by the same names; 1 if absent. A weight may be a schedule of the step, as optax
-            has them; see :meth:`WeightedSum.at_step`.
+            has them: make the sum once and use its :meth:`~WeightedSum.at_step`, for a schedule
+            made anew is another program.
         gradient_norms: report ``"dpo/gradient_norm"`` too, the Euclidean norm of the unweighted
             term's gradient with respect to all logprobs. All terms' gradients are taken in one
             batched backward pass.

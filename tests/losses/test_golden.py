@@ -188,6 +188,27 @@ def test_pair_losses_agree_with_torch(name):
         agree(ours, expected, np.maximum(np.abs(expected), floor.get(name, 0.0)) * amplified)
 
 
+FORBIDDEN_ANSWERS = {  # loss, and derivatives with respect to both scores
+    "bradley_terry": (losses.bradley_terry, 0.0, np.inf),
+    "dpo": (lambda c, r: losses.dpo(c, r, -1.0, -2.0), 0.0, np.inf),
+    "simpo": (lambda c, r: losses.simpo(c, r, 3.0, 4.0), 0.0, np.inf),
+    "orpo": (lambda c, r: losses.orpo(c, r, 1.0, 1.0), 1.0, np.inf),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN_ANSWERS)
+def test_an_answer_of_probability_zero_loses_for_certain(name):
+    loss, won, lost = FORBIDDEN_ANSWERS[name]
+    with jax.debug_nans(True):
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(-1.0, -np.inf)
+        assert value == won  # the rejected answer: nothing more to gain from it
+        assert grads[1] == 0
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(-np.inf, -1.0)
+        assert value == lost
+        assert np.isfinite(grads).all()
+        assert grads[0] < 0
+
+
 STUDENT, TEACHER, OUTCOMES = IN["student"], IN["teacher"], IN["outcomes"]
 
 PER_POSITION: dict[str, tuple[Callable[[Any], jax.Array], Callable[[], tuple[Any, Any]]]] = {
