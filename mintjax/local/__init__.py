@@ -6,10 +6,11 @@ try:
     from mintjax.local.server import serve as serve
     from mintjax.local.server import trainer as trainer
 except ModuleNotFoundError as error:
-    if error.name not in ("safetensors", "starlette", "uvicorn"):
+    missing = (error.name or "").partition(".")[0]
+    if missing not in ("safetensors", "starlette", "uvicorn"):
         raise
     raise ImportError(
-        f'the embedded trainer needs {error.name}: pip install "mintjax[local]"', name=error.name
+        f'the embedded trainer needs {missing}: pip install "mintjax[local]"', name=missing
     ) from error
 
 from mintjax.local import tokenizer as tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
@@ -201,13 +202,13 @@ class Engine:
         lora, moments, norm = optimizer.step(
             state.lora, state.optimizer, state.gradient, self._divisor(state), params
         )
-        if not passes.all_finite((lora, moments, norm)):
+        if not (optimizer.all_finite(lora) and optimizer.all_finite(moments)):
             raise NonFiniteError(
                 "this optimizer step would make weights that are not finite; nothing was changed. "
                 "Lower learning_rate, raise eps, or set grad_clip_norm"
             )
         self._models[model_id] = _fresh(state.config, state.lora_config, lora, moments)
-        return OptimStepResponse(metrics={"grad_norm": float(norm)})
+        return OptimStepResponse(metrics={"grad_norm": norm})
 
     def save_weights(self, model_id: str, name: str | None = None) -> str:
         """Write adapters and optimizer state; replaces a checkpoint of the same name.
@@ -338,10 +339,15 @@ class Engine:
             backward=backward,
         )
         if result.gradient is not None:
+            gradient = passes.add(state.gradient, result.gradient)
+            if not math.isfinite(optimizer.norm(gradient)):
+                raise NonFiniteError(
+                    f"the gradient of {loss_fn} is not finite, or too large to be squared, though "
+                    "the loss is not; nothing was applied. Look for very large weights, advantages "
+                    "or log-ratios"
+                )
             self._models[model_id] = dataclasses.replace(
-                state,
-                gradient=passes.add(state.gradient, result.gradient),
-                num_datums=state.num_datums + len(data),
+                state, gradient=gradient, num_datums=state.num_datums + len(data)
             )
         total = float(result.losses.sum(dtype="float64"))
         return ForwardBackwardOutput(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
+import numpy as np
 import optax  # pyright: ignore[reportMissingTypeStubs]
 from jax import Array
 
@@ -40,7 +41,7 @@ def check_params(params: AdamParams) -> None:
 
 def step(
     lora: Weights, state: Any, gradient: Weights, divisor: float, params: AdamParams
-) -> tuple[Weights, Any, Array]:
+) -> tuple[Weights, Any, float]:
     """One step of ``torch.optim.AdamW``, after clipping by global norm.
 
     Args:
@@ -51,7 +52,7 @@ def step(
         params: this step's hyperparameters.
 
     Returns:
-        New adapters, new state, and the gradient's norm before clipping.
+        New adapters, new state, and the norm of the divided gradient before clipping.
 
     Reference: Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization.
     """
@@ -64,7 +65,8 @@ def step(
     }
     clip = params.grad_clip_norm or math.inf
     arguments = (lora, state, gradient, divisor, clip, hyperparameters)
-    return cast(tuple[Weights, Any, Array], _step(*arguments))
+    lora, state, length = cast(tuple[Weights, Any, Array], _step(*arguments))
+    return lora, state, float(length)
 
 
 def divided(tree: Weights, divisor: Array | float) -> Weights:
@@ -74,6 +76,19 @@ def divided(tree: Weights, divisor: Array | float) -> Weights:
         return leaf / divisor
 
     return jax.tree.map(divide, tree)
+
+
+def norm(tree: Weights) -> float:
+    """The square root of the sum of all squares."""
+    return float(_norm(tree))
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether no leaf of the tree holds a NaN or an infinity."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(tree)))
+
+
+_norm: Callable[[Weights], Array] = jax.jit(optax.tree.norm)
 
 
 def _adamw(clip: Array | float, hyperparameters: Mapping[str, Any]) -> optax.GradientTransformation:

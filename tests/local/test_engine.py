@@ -181,6 +181,19 @@ class TestFailure:
             engine.forward_backward(trained, [datum], "cross_entropy")
         assert engine.model(trained) is before
 
+    def test_a_sum_of_gradients_that_overflows(self, engine, trained):
+        [datum] = batch([4])
+        ones = with_columns(datum, weights=np.ones(4))
+        engine.forward_backward(trained, [ones], "cross_entropy")
+        unit = engine.optim_step(trained, AdamParams(learning_rate=0.0)).metrics["grad_norm"]
+        large = with_columns(datum, weights=np.full(4, 1.2e19 / unit))  # its square is below 2^128
+        engine.forward_backward(trained, [large], "cross_entropy")
+        before = engine.model(trained)
+        with pytest.raises(NonFiniteError, match="too large to be squared"):
+            engine.forward_backward(trained, [large], "cross_entropy")
+        assert engine.model(trained) is before
+        engine.optim_step(trained, ADAM)
+
     def test_a_step_that_overflows(self, engine, trained):
         engine.forward_backward(trained, batch(), "cross_entropy")
         before = engine.model(trained)
@@ -359,3 +372,15 @@ class TestNormalising:
         summing = engine.create_model(BASE_MODEL, LoraConfig(4, seed=1))
         engine.forward_backward(summing, scaled, "ppo")
         assert_close(normalising_engine.gradient(model_id), engine.gradient(summing))
+
+    def test_weights_that_sum_to_nothing_are_divided_by_a_billionth(
+        self, engine, normalising_engine
+    ):
+        [datum] = batch([12])
+        signs = with_columns(datum, weights=np.tile([1.0, -1.0], 6))
+        gradients = []
+        for trainer in (engine, normalising_engine):
+            model_id = trainer.create_model(BASE_MODEL, LoraConfig(4, seed=1))
+            trainer.forward_backward(model_id, [signs], "cross_entropy")
+            gradients.append(trainer.gradient(model_id))
+        assert_close(gradients[1], jax.tree.map(lambda leaf: leaf * 1e9, gradients[0]))

@@ -71,7 +71,7 @@ def test_a_wrong_key_is_the_client_s_error(engine):
 
 def test_the_port_is_free_again(engine):
     with local.running_server(engine) as url:
-        port = httpx.URL(url).port
+        port = httpx.URL(url).port or 0
         assert httpx.get(f"{url}/api/v1/healthz").json() == {"status": "ok"}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/api/v1/healthz")
