@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ class Carried(Exception):
         self.error = error
 
 
-def begin(future: concurrent.futures.Future[Any]) -> None:
+def begin(future: Future[Any]) -> None:
     """From here on the request can no longer be cancelled.
 
     Raises:
@@ -50,7 +50,7 @@ class Background:
         self._at_end = at_end
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._futures: set[concurrent.futures.Future[Any]] = set()
+        self._futures: set[Future[Any]] = set()
         self._closed = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="mintjax-client", daemon=True)
@@ -60,9 +60,7 @@ class Background:
         """Whether the caller runs in the loop's own thread."""
         return threading.current_thread() is self._thread
 
-    def start(
-        self, run: Callable[[concurrent.futures.Future[T]], Coroutine[Any, Any, T]]
-    ) -> concurrent.futures.Future[T]:
+    def start(self, run: Callable[[Future[T]], Coroutine[Any, Any, T]]) -> Future[T]:
         """Run a coroutine in the loop; calls of one thread start in their order.
 
         Args:
@@ -73,7 +71,7 @@ class Background:
         """
         if os.getpid() != self._pid:
             raise ClosedError("a client does not survive os.fork(); make one in the new process")
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: Future[T] = Future()
         self._futures.add(future)  # before the check, so that close() ends it or the check sees it
         future.add_done_callback(self._futures.discard)
         with suppress(RuntimeError):  # the loop is closed; the check below says so
@@ -99,8 +97,8 @@ class Background:
 
     def _spawn(
         self,
-        run: Callable[[concurrent.futures.Future[T]], Coroutine[Any, Any, T]],
-        future: concurrent.futures.Future[T],
+        run: Callable[[Future[T]], Coroutine[Any, Any, T]],
+        future: Future[T],
     ) -> None:
         if self._closed:
             return
@@ -133,8 +131,8 @@ class Background:
 
 
 async def _drive(
-    run: Callable[[concurrent.futures.Future[T]], Coroutine[Any, Any, T]],
-    future: concurrent.futures.Future[T],
+    run: Callable[[Future[T]], Coroutine[Any, Any, T]],
+    future: Future[T],
 ) -> None:
     try:
         result = await run(future)
@@ -151,12 +149,12 @@ async def _drive(
 
 
 def _settle(
-    future: concurrent.futures.Future[Any],
+    future: Future[Any],
     *,
     result: Any = None,
     error: BaseException | None = None,
 ) -> None:
-    with suppress(concurrent.futures.InvalidStateError):  # cancelled or closed meanwhile
+    with suppress(InvalidStateError):  # cancelled or closed meanwhile
         if error is None:
             future.set_result(result)
         else:

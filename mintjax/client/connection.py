@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import importlib.metadata
 import itertools
 import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
-
-import httpx
 
 from mintjax import wire
 from mintjax.client.background import Background, begin
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import Accepted, retrieve
-from mintjax.client.settings import ApiKey, RetryPolicy
+from mintjax.client.settings import Settings
 from mintjax.client.transport import Transport
 from mintjax.errors import APIError, APIResponseError, AuthenticationError, BillingError
 
@@ -33,43 +31,16 @@ class Connection:
     """One session, its thread and its counters; the thread ends with it, or at :meth:`close`.
 
     Args:
-        url: the trainer's base URL.
-        key: the API key.
-        policy: how patiently to ask.
-        timeout: seconds for the answer to one request.
-        max_response_bytes: no answer may be larger.
-        transport: in place of the network.
-        user_metadata: sent with the session.
-        pipelined: whether a request may be sent before the one in front of it has its result.
+        settings: which trainer, and how.
     """
 
-    def __init__(
-        self,
-        url: httpx.URL,
-        key: ApiKey,
-        policy: RetryPolicy,
-        *,
-        timeout: float,
-        max_response_bytes: int,
-        transport: httpx.AsyncBaseTransport | None,
-        user_metadata: dict[str, str] | None,
-        pipelined: bool,
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self._version = _version()
-        self.transport = Transport(
-            url,
-            key,
-            policy,
-            timeout=timeout,
-            max_response_bytes=max_response_bytes,
-            user_agent=f"mintjax/{self._version}",
-            transport=transport,
-        )
-        self.pipelined = pipelined
+        self.transport = Transport(settings, self._version)
         self.limits = wire.ClientConfigResponse()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
-        self._user_metadata = user_metadata or {}
         self._session_id: str | None = None
         self._opening = asyncio.Lock()
         self.background = Background(self.transport.aclose)
@@ -82,7 +53,7 @@ class Connection:
             ClosedError: the client was closed.
         """
 
-        async def begun(future: concurrent.futures.Future[T]) -> T:
+        async def begun(future: Future[T]) -> T:
             begin(future)
             return await run()
 
@@ -105,18 +76,14 @@ class Connection:
             if self._session_id is None:
                 self.limits = await self._client_config()
                 request = wire.CreateSessionRequest(
-                    self._version, user_metadata=self._user_metadata
+                    self._version, user_metadata=self.settings.user_metadata or {}
                 )
                 answer = await self.transport.call(
                     "create_session", wire.encode(request), wire.CreateSessionResponse
                 )
-                for level, message in (
-                    (logging.INFO, answer.info_message),
-                    (logging.WARNING, answer.warning_message),
-                    (logging.ERROR, answer.error_message),
-                ):
-                    if message:
-                        logger.log(level, "the trainer says: %s", message)
+                for kind in ("info", "warning", "error"):
+                    if message := getattr(answer, f"{kind}_message"):
+                        getattr(logger, kind)("the trainer says: %s", message)
                 self._session_id = answer.session_id
                 self.background.keep_running(_heartbeat(self.transport, answer.session_id))
             return self._session_id

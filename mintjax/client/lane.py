@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mintjax import wire
-from mintjax.client.background import Background, Carried, begin
+from mintjax.client.background import Carried, begin
+from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import Accepted, retrieve
-from mintjax.client.transport import Transport
+from mintjax.client.settings import Progress
 from mintjax.errors import AmbiguousRequestError, APIError, ClosedError, NotSentError
 
 T = TypeVar("T")
@@ -29,27 +30,15 @@ class Lane:
     given out only to a request that is being sent, and given back when the trainer refuses it.
 
     Args:
-        background: where it runs.
-        transport: how requests travel.
+        connection: the session; every future keeps it, so that it outlives its requests.
         model_id: the model.
-        pipelined: if False, a request stays in the line until its result has come.
-        keep_alive: held by every future, so that the client outlives its requests.
     """
 
-    def __init__(
-        self,
-        background: Background,
-        transport: Transport,
-        model_id: str,
-        *,
-        pipelined: bool,
-        keep_alive: object,
-    ) -> None:
+    def __init__(self, connection: Connection, model_id: str) -> None:
         self.model_id = model_id
-        self._background = background
-        self._transport = transport
-        self._pipelined = pipelined
-        self._keep_alive = keep_alive
+        self._connection = connection
+        self._transport = connection.transport
+        self._pipelined = connection.settings.pipelined
         self._turn = asyncio.Lock()  # first come, first served
         self._idle = asyncio.Event()
         self._under_way = 0
@@ -63,7 +52,7 @@ class Lane:
 
     def submit(
         self,
-        send: Callable[[concurrent.futures.Future[Any]], Awaitable[Finish[T]]],
+        send: Callable[[Future[Any]], Awaitable[Finish[T]]],
         *,
         mutates: bool = False,
     ) -> APIFuture[T]:
@@ -90,7 +79,7 @@ class Lane:
 
         seen = self._failures_seen
 
-        async def run(future: concurrent.futures.Future[T]) -> T:
+        async def run(future: Future[T]) -> T:
             async with self._turn:
                 self._raise_doubt()
                 if seen < self._failures and not future.cancelled():
@@ -106,7 +95,7 @@ class Lane:
                 if not self._under_way:
                     self._idle.set()
 
-        async def watched(future: concurrent.futures.Future[T]) -> T:
+        async def watched(future: Future[T]) -> T:
             try:
                 return await run(future)
             except NotSentError:
@@ -117,10 +106,11 @@ class Lane:
                     self._failure = f"a request before it failed ({error})"
                 raise
 
+        background = self._connection.background
         return APIFuture(
-            self._background.start(watched),
-            self._background.is_current_thread,
-            self._keep_alive,
+            background.start(watched),
+            background.is_current_thread,
+            self._connection,
             self._user_saw,
         )
 
@@ -134,7 +124,7 @@ class Lane:
     ) -> APIFuture[T]:
         """Submit a request that needs only its number; ``message(seq_id)`` is what it says."""
 
-        async def send(future: concurrent.futures.Future[Any]) -> Finish[T]:
+        async def send(future: Future[Any]) -> Finish[T]:
             begin(future)
             accepted = await self.post(path, message, mutates=mutates)
             return lambda: self.result(accepted, as_type)
@@ -156,13 +146,14 @@ class Lane:
         key = self._transport.new_key()
         try:
             answer = await self._transport.call(
-                path, body, wire.UntypedFuture, mutates=mutates, key=key
+                path, body, wire.UntypedFuture, "POST", mutates, key, self.model_id
             )
         except APIError as error:
             if error.may_have_been_applied:
                 self.in_doubt(f"{path} (number {seq_id}) may or may not have been applied: {error}")
             raise
         self._next_seq = seq_id + 1
+        self._transport.tell(Progress("accepted", path, self.model_id, answer.request_id))
         return Accepted(path, body, key, answer.request_id, self.model_id, mutates)
 
     async def post_all(

@@ -9,20 +9,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mintjax import wire
-from mintjax.client.settings import Patience, retry_after
+from mintjax import errors, wire
+from mintjax.client.settings import Event, Patience, Progress, retry_after
 from mintjax.client.transport import NoReply, Reply, Transport
-from mintjax.errors import (
-    AmbiguousRequestError,
-    APIError,
-    APIResponseError,
-    APITimeoutError,
-    RequestFailedError,
-)
+from mintjax.errors import APIError, APIResponseError
 
 T = TypeVar("T")
-
-logger = logging.getLogger("mintjax.client")
 
 _FAST_ANSWER = 0.5  # seconds; a trainer that does not hold the question open is asked less often
 
@@ -66,17 +58,32 @@ class _Wait:
         """Let a while go by after a failed attempt, or raise its error when that takes too long."""
         policy = self.transport.policy
         deadline = policy.deadline
-        if isinstance(error, APITimeoutError):  # held open for longer than we asked
+        if isinstance(error, errors.APITimeoutError):  # held open for longer than we asked
             deadline = policy.silence
-        logger.info("request %s: %s", self.accepted.request_id, error)
         if not await self.patience.wait(deadline, after):
             self.give_up(error)
+        self.tell("retry", str(error), logging.INFO)
+
+    def tell(self, event: Event, detail: str, level: int) -> None:
+        """Tell of the request."""
+        done = self.accepted
+        seconds = time.monotonic() - done.sent_at
+        progress = Progress(
+            event,
+            done.path,
+            done.model_id,
+            done.request_id,
+            self.patience.attempts,
+            seconds,
+            detail,
+        )
+        self.transport.tell(progress, level)
 
     def give_up(self, error: APIError) -> None:
         """Raise for a result that never came."""
         accepted = self.accepted
         if accepted.mutates:
-            error = AmbiguousRequestError(
+            error = errors.AmbiguousRequestError(
                 f"the trainer accepted {accepted.path} (request {accepted.request_id}), and its "
                 f"result never came ({error}); it has probably been applied. Compare a forward "
                 "pass with what you expect, or go on from a checkpoint"
@@ -99,14 +106,7 @@ class _Wait:
             self.queue_state = state
             level = logging.INFO if state == "active" else logging.WARNING
             reason = f": {envelope.queue_state_reason}" if envelope.queue_state_reason else ""
-            logger.log(
-                level,
-                "%s of model %s: the trainer's queue is %s%s",
-                self.accepted.path,
-                self.accepted.model_id,
-                state.replace("_", " "),
-                reason,
-            )
+            self.tell("queue", f"{state.replace('_', ' ')}{reason}", level)
         if time.monotonic() - asked_at >= _FAST_ANSWER:
             self.quick_answers = 0
         elif self.quick_answers < 12:
@@ -146,13 +146,7 @@ async def retrieve(transport: Transport, accepted: Accepted, as_type: type[T]) -
             continue
         wait.patience.renew()
         if result is not None:
-            logger.debug(
-                "request %s: %s of model %s took %.3f s",
-                accepted.request_id,
-                accepted.path,
-                accepted.model_id,
-                time.monotonic() - accepted.sent_at,
-            )
+            wait.tell("done", "", logging.DEBUG)
             return result
         if envelope.type == "try_again":
             await wait.not_yet(envelope, asked_at)
@@ -168,7 +162,7 @@ def _result(
         transport.check_size(envelope.response_payload_size or 0)
         return None
     if envelope.error is not None:
-        raise RequestFailedError(
+        raise errors.RequestFailedError(
             transport.redact(str(envelope.error)),
             request_id=wait.accepted.request_id,
             category=envelope.category if envelope.category in ("user", "server") else "unknown",

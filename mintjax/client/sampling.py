@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from mintjax import wire
 from mintjax.client.connection import Connection
@@ -21,7 +23,7 @@ class SamplingClient:
 
     def __init__(self, connection: Connection, sampling_session_id: str) -> None:
         self._connection = connection
-        self._sampling_session_id = sampling_session_id
+        self._session = sampling_session_id
         self._numbers = itertools.count(1)
 
     @classmethod
@@ -59,17 +61,8 @@ class SamplingClient:
         Raises:
             DataError: an argument that no trainer can use.
         """
-        _check(prompt, num_samples, sampling_params)
-        message = wire.SampleRequest(
-            prompt=prompt,
-            sampling_params=sampling_params,
-            sampling_session_id=self._sampling_session_id,
-            seq_id=next(self._numbers),
-            num_samples=num_samples,
-            prompt_logprobs=include_prompt_logprobs,
-        )
         return self._connection.start(
-            lambda: self._connection.accepted("asample", message, SampleResponse)
+            self._asking(prompt, num_samples, sampling_params, include_prompt_logprobs)
         )
 
     sample_async = awaited(sample)
@@ -80,17 +73,10 @@ class SamplingClient:
         Raises:
             DataError: the prompt has no token.
         """
-        _check(prompt, 1, SamplingParams())
-        message = wire.SampleRequest(
-            prompt=prompt,
-            sampling_params=SamplingParams(max_tokens=1),
-            sampling_session_id=self._sampling_session_id,
-            seq_id=next(self._numbers),
-            prompt_logprobs=True,
-        )
+        ask = self._asking(prompt, 1, SamplingParams(max_tokens=1), True)
 
         async def run() -> list[float | None]:
-            answer = await self._connection.accepted("asample", message, SampleResponse)
+            answer = await ask()
             logprobs = answer.prompt_logprobs
             if logprobs is None or len(logprobs) != prompt.length:
                 raise APIResponseError(
@@ -102,6 +88,15 @@ class SamplingClient:
         return self._connection.start(run)
 
     compute_logprobs_async = awaited(compute_logprobs)
+
+    def _asking(
+        self, prompt: ModelInput, num_samples: int, params: SamplingParams, prompt_logprobs: bool
+    ) -> Callable[[], Coroutine[Any, Any, SampleResponse]]:
+        _check(prompt, num_samples, params)
+        message = wire.SampleRequest(
+            prompt, params, self._session, next(self._numbers), num_samples, prompt_logprobs
+        )
+        return lambda: self._connection.accepted("asample", message, SampleResponse)
 
 
 def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:

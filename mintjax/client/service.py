@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -11,7 +12,7 @@ from mintjax import wire
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, awaited, finished
 from mintjax.client.sampling import SamplingClient
-from mintjax.client.settings import RetryPolicy, from_environment, resolve
+from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
 from mintjax.client.training import TrainingClient
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
@@ -47,6 +48,7 @@ class ServiceClient:
             trainer that does not keep the order of ``seq_id``.
         max_response_bytes: refuse larger answers.
         user_metadata: sent with the session.
+        on_progress: called in the client's thread with each :class:`Progress`; must not block.
         allow_insecure_http: allow ``http://`` to another machine, where anyone on the way can read
             the key.
         transport: in place of the network, such as ``httpx.ASGITransport(app)``.
@@ -65,22 +67,25 @@ class ServiceClient:
         pipelined: bool = True,
         max_response_bytes: int = 1 << 30,
         user_metadata: dict[str, str] | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
         allow_insecure_http: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if not timeout > 0:
             raise ConfigError(f"timeout must be above 0 seconds, not {timeout}")
         url, key = resolve(base_url, api_key, allow_insecure_http=allow_insecure_http)
-        self._connection = Connection(
-            url,
-            key,
-            retry_policy or RetryPolicy(),
+        settings = Settings(
+            url=url,
+            key=key,
+            policy=retry_policy or RetryPolicy(),
             timeout=timeout,
-            max_response_bytes=max_response_bytes,
-            transport=transport,
-            user_metadata=user_metadata,
             pipelined=pipelined,
+            max_response_bytes=max_response_bytes,
+            user_metadata=user_metadata,
+            transport=transport,
+            on_progress=on_progress,
         )
+        self._connection = Connection(settings)
 
     @property
     def base_url(self) -> str:

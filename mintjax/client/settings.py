@@ -8,7 +8,8 @@ import ipaddress
 import os
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Literal
 
 import httpx
 import msgspec
@@ -48,6 +49,32 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     repeat_unanswered: bool = True
 
 
+Event = Literal["accepted", "retry", "queue", "done"]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Something that has happened to a request; holds nothing of its data.
+
+    Args:
+        event: ``"accepted"``, ``"retry"``, ``"queue"`` (its state in the trainer has changed), or
+            ``"done"``.
+        path: what was asked for, such as ``"optim_step"``.
+        model_id: of which model, if any.
+        request_id: the trainer's name of the request, once it has one.
+        attempt: how many times it, or the question for its result, was sent.
+        seconds: since it was first sent.
+        detail: why there is a retry; the queue's state.
+    """
+
+    event: Event
+    path: str
+    model_id: str | None = None
+    request_id: str | None = None
+    attempt: int = 1
+    seconds: float = 0.0
+    detail: str = ""
+
+
 class Patience:
     """Exponential delays with jitter, within a deadline."""
 
@@ -55,12 +82,18 @@ class Patience:
         self._policy = policy
         self.started = time.monotonic()
         self.attempts = 1
+        self._first = self.started
         self._delays = 0
 
     @property
     def seconds(self) -> float:
         """Since the start, or since the last :meth:`renew`."""
         return time.monotonic() - self.started
+
+    def retry(self, path: str, why: object, model_id: str | None) -> Progress:
+        """The coming attempt, for those who watch."""
+        seconds = time.monotonic() - self._first
+        return Progress("retry", path, model_id, None, self.attempts, seconds, str(why))
 
     def renew(self) -> None:
         """The trainer has answered: begin anew."""
@@ -114,6 +147,20 @@ def from_environment(name: str) -> str | None:
     """``MINT_<NAME>``, else ``TINKER_<NAME>``, else None; empty values count as absent."""
     variable = _VARIABLES[name]
     return os.environ.get(f"MINT_{variable}") or os.environ.get(f"TINKER_{variable}") or None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a session is made with; see :class:`ServiceClient`."""
+
+    url: httpx.URL
+    key: ApiKey
+    policy: RetryPolicy
+    timeout: float
+    pipelined: bool
+    max_response_bytes: int
+    user_metadata: dict[str, str] | None
+    transport: httpx.AsyncBaseTransport | None
+    on_progress: Callable[[Progress], object] | None
 
 
 def resolve(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Self, TypeVar
 
@@ -57,13 +57,7 @@ class TrainingClient:
     def __init__(self, connection: Connection, model_id: str) -> None:
         self.model_id = model_id
         self._connection = connection
-        self._lane = Lane(
-            connection.background,
-            connection.transport,
-            model_id,
-            pipelined=connection.pipelined,
-            keep_alive=connection,
-        )
+        self._lane = Lane(connection, model_id)
 
     def forward(
         self,
@@ -126,7 +120,7 @@ class TrainingClient:
         batch = check_data(data, custom.SENT)
         forward = chunks(custom.forward_data(data), self._connection.limits)
 
-        async def send(future: concurrent.futures.Future[Any]) -> Finish[ForwardBackwardOutput]:
+        async def send(future: Future[Any]) -> Finish[ForwardBackwardOutput]:
             if future.cancelled():
                 raise Withdrawn
             output = await (await self._post(forward, custom.LOSS_FN, None, backward=False))()
@@ -205,7 +199,7 @@ class TrainingClient:
             name: keep the weights under this name; for this client only if None.
         """
 
-        async def send(future: concurrent.futures.Future[Any]) -> Finish[SamplingClient]:
+        async def send(future: Future[Any]) -> Finish[SamplingClient]:
             begin(future)
             accepted = await self._lane.post(
                 "save_weights_for_sampler", lambda seq_id: self._sampler_request(seq_id, name)
@@ -248,7 +242,7 @@ class TrainingClient:
     def unload(self) -> APIFuture[None]:
         """Free the model once all submitted before is done; what was not saved is gone."""
 
-        async def send(future: concurrent.futures.Future[Any]) -> Finish[None]:
+        async def send(future: Future[Any]) -> Finish[None]:
             begin(future)
             await self._lane.idle()
             request = wire.ModelRequest(self.model_id, "unload_model")
@@ -321,7 +315,7 @@ class TrainingClient:
         check_data(data)
         parts = chunks(data, self._connection.limits)
 
-        async def send(future: concurrent.futures.Future[Any]) -> Finish[ForwardBackwardOutput]:
+        async def send(future: Future[Any]) -> Finish[ForwardBackwardOutput]:
             begin(future)
             return await self._post(parts, loss_fn, loss_fn_config, backward=backward)
 

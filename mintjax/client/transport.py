@@ -11,23 +11,9 @@ from typing import Any, TypeVar, cast
 import httpx
 import msgspec
 
-from mintjax import wire
-from mintjax.client.settings import ApiKey, Patience, RetryPolicy, retry_after
-from mintjax.errors import (
-    AmbiguousRequestError,
-    APIConnectionError,
-    APIError,
-    APIResponseError,
-    APIStatusError,
-    APITimeoutError,
-    AuthenticationError,
-    BadRequestError,
-    BillingError,
-    DataError,
-    InternalServerError,
-    NotFoundError,
-    RateLimitError,
-)
+from mintjax import errors, wire
+from mintjax.client.settings import Patience, Progress, Settings, retry_after
+from mintjax.errors import APIError, APIResponseError, APIStatusError
 
 T = TypeVar("T")
 
@@ -78,41 +64,43 @@ class Transport:
     """Sends requests to one trainer, and knows when to send them again.
 
     Args:
-        url: the trainer's base URL.
-        key: the API key.
-        policy: how patiently.
-        timeout: seconds without an answer after which an attempt has failed.
-        max_response_bytes: no answer may be larger.
-        user_agent: what the client calls itself.
-        transport: in place of the network.
+        settings: which trainer, and how.
+        version: the client's.
     """
 
-    def __init__(
-        self,
-        url: httpx.URL,
-        key: ApiKey,
-        policy: RetryPolicy,
-        *,
-        timeout: float,
-        max_response_bytes: int,
-        user_agent: str,
-        transport: httpx.AsyncBaseTransport | None,
-    ) -> None:
-        self.policy = policy
-        self.address = str(url).rstrip("/")
-        self._key = key
-        self._timeout = timeout
-        self._max_response_bytes = max_response_bytes
+    def __init__(self, settings: Settings, version: str) -> None:
+        self.policy = settings.policy
+        self.address = str(settings.url).rstrip("/")
+        self._settings = settings
         self._reached = False
         self._http = httpx.AsyncClient(
             base_url=f"{self.address}/api/v1/",
-            auth=key,
-            headers={"User-Agent": user_agent, "Content-Type": "application/json"},
+            auth=settings.key,
+            headers={"User-Agent": f"mintjax/{version}", "Content-Type": "application/json"},
             follow_redirects=False,
-            transport=transport,
-            trust_env=url.scheme == "https",  # a proxy must not read what goes in clear text
+            transport=settings.transport,
+            trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
         )
+
+    def tell(self, progress: Progress, level: int = logging.DEBUG) -> None:
+        """Log what has happened to a request, and call the user's callback."""
+        logger.log(
+            level,
+            "%s%s: %s%s (attempt %d, %.3f s)",
+            progress.path,
+            f" of model {progress.model_id}" if progress.model_id else "",
+            progress.event,
+            f", {progress.detail}" if progress.detail else "",
+            progress.attempt,
+            progress.seconds,
+            extra=msgspec.structs.asdict(progress),
+        )
+        if self._settings.on_progress is not None:
+            try:
+                self._settings.on_progress(progress)
+            except Exception:
+                logger.exception("on_progress failed")
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -123,10 +111,10 @@ class Transport:
         path: str,
         body: bytes,
         as_type: type[T],
-        *,
         method: str = "POST",
         mutates: bool = False,
         key: str | None = None,
+        model_id: str | None = None,
     ) -> T:
         """Send a request until it is answered, and decode the answer.
 
@@ -136,6 +124,7 @@ class Transport:
             as_type: what the answer is.
             mutates: it changes the model, so that twice is not once.
             key: idempotency key of a request that has been sent before.
+            model_id: what it concerns, for the log.
 
         Raises:
             APIError: the trainer refused, or the deadline has passed; ``may_have_been_applied``
@@ -148,7 +137,9 @@ class Transport:
             wait: float | None = None
             deadline = self.policy.deadline
             try:
-                reply = await self.exchange(path, body, headers, self._timeout, method=method)
+                reply = await self.exchange(
+                    path, body, headers, self._settings.timeout, method=method
+                )
             except NoReply as none:
                 error, unclear, again = none.error, none.sent, True
                 if not self._reached:
@@ -171,14 +162,12 @@ class Transport:
             again &= not (in_doubt and mutates and not self.policy.repeat_unanswered)
             if not again or not await patience.wait(deadline, wait):
                 raise self._final(error, path, patience, in_doubt, mutates)
-            logger.info(
-                "%s: attempt %d after %.1f s: %s", path, patience.attempts, patience.seconds, error
-            )
+            self.tell(patience.retry(path, error, model_id), logging.INFO)
 
     async def sign_of_life(self, path: str, body: bytes) -> bool:
         """One attempt, of which only the success matters."""
         try:
-            return (await self.exchange(path, body, {}, self._timeout)).ok
+            return (await self.exchange(path, body, {}, self._settings.timeout)).ok
         except (NoReply, APIError):
             return False
 
@@ -218,9 +207,9 @@ class Transport:
         kind, words = failure
         words = self.redact(words)
         if issubclass(kind, (httpx.TimeoutException, TimeoutError)):
-            error = APITimeoutError(f"{self.address}: no answer to {path} ({kind.__name__})")
+            error = errors.APITimeoutError(f"{self.address}: no answer to {path} ({kind.__name__})")
         else:
-            error = APIConnectionError(f"{self.address}: no answer to {path} ({words})")
+            error = errors.APIConnectionError(f"{self.address}: no answer to {path} ({words})")
         raise NoReply(error, sent=not issubclass(kind, _UNSENT))
 
     async def _read(self, response: httpx.Response) -> bytes:
@@ -236,17 +225,17 @@ class Transport:
         Raises:
             TooLarge: it is.
         """
-        if size > self._max_response_bytes:
+        if size > self._settings.max_response_bytes:
             error = TooLarge(
                 f"an answer of {size:,} bytes or more is beyond the limit of "
-                f"{self._max_response_bytes:,}; pass max_response_bytes to allow it"
+                f"{self._settings.max_response_bytes:,}; pass max_response_bytes to allow it"
             )
             error.may_have_been_applied = True
             raise error
 
     def redact(self, text: str) -> str:
         """The text without the API key."""
-        return self._key.redact(text)
+        return self._settings.key.redact(text)
 
     def decode(self, path: str, body: bytes, as_type: type[T]) -> T:
         """Decode an answer.
@@ -256,7 +245,7 @@ class Transport:
         """
         try:
             return wire.decode(body, as_type)
-        except DataError as error:
+        except errors.DataError as error:
             words = self.redact(str(error))
         raise APIResponseError(f"{self.address}: the answer to {path} is {words}")
 
@@ -270,11 +259,16 @@ class Transport:
                 "goes to no other address. Is base_url the trainer's own?"
             )
         if status == 402:
-            return BillingError(402, f"billing is paused for this account: {words}")
+            return errors.BillingError(402, f"billing is paused for this account: {words}")
         if status in (401, 403):
-            return AuthenticationError(status, f"{words} (is the API key the one for this server?)")
-        kinds: dict[int, type[APIStatusError]] = {404: NotFoundError, 429: RateLimitError}
-        default = BadRequestError if status < 500 else InternalServerError
+            return errors.AuthenticationError(
+                status, f"{words} (is the API key the one for this server?)"
+            )
+        kinds: dict[int, type[APIStatusError]] = {
+            404: errors.NotFoundError,
+            429: errors.RateLimitError,
+        }
+        default = errors.BadRequestError if status < 500 else errors.InternalServerError
         return kinds.get(status, default)(status, words)
 
     def _final(
@@ -282,12 +276,12 @@ class Transport:
     ) -> APIError:
         tried = f"{patience.attempts} attempts in {patience.seconds:.1f} s"
         if in_doubt and mutates and not isinstance(error, APIStatusError):
-            error = AmbiguousRequestError(
+            error = errors.AmbiguousRequestError(
                 f"{path} was sent and not answered ({tried}; last: {error}). It may or may not "
                 "have been applied: compare a forward pass with what you expect, or go on from a "
                 "checkpoint with create_training_client_from_state"
             )
-        elif isinstance(error, APIConnectionError):
+        elif isinstance(error, errors.APIConnectionError):
             error = type(error)(f"{error}; {tried}")
         elif patience.attempts > 1:
             error.add_note(tried)
