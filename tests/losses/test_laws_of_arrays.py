@@ -162,7 +162,7 @@ import jax, numpy as np, sys
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, {here!r})
-
+import cases
 from jax.sharding import Mesh, PartitionSpec as P
 mesh = Mesh(np.array(jax.devices()), ("data",))
 assert mesh.size == 8
