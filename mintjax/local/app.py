@@ -125,7 +125,7 @@ class _Http:
 
         async def respond(request: Request) -> Response:
             body = await _body(request)
-            message: Any = None if as_type is None else _decode(body, as_type)
+            message: Any = None if as_type is None else _decode(request, body, as_type)
             return _json(answer(message))
 
         return self._route(path, "POST", respond)
@@ -136,7 +136,7 @@ class _Http:
         async def respond(request: Request) -> Response:
             body = await _body(request)
             try:
-                message = _decode(body, as_type)
+                message = _decode(request, body, as_type)
                 run = prepare(message)
                 line, number = _place(message)
             except MintjaxError:
@@ -172,7 +172,7 @@ class _Http:
         return Route(f"/api/v1/{path}", endpoint, methods=[method])
 
     async def _retrieve_future(self, request: Request) -> Response:
-        question = _decode(await _body(request), wire.FutureRetrieveRequest)
+        question = _decode(request, await _body(request), wire.FutureRetrieveRequest)
         request_id = question.request_id
         try:
             future = self._sequencer.result(request_id)
@@ -252,10 +252,6 @@ def _outcome(future: Future[bytes]) -> Response:
 
 
 async def _body(request: Request) -> bytes:
-    for header, allowed in (("content-type", "application/json"), ("content-encoding", "identity")):
-        given = request.headers.get(header, allowed)
-        if given.partition(";")[0].strip().lower() != allowed:
-            raise BadRequestError(415, f"{header}: this trainer reads {allowed}, not {given}")
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -264,7 +260,11 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _decode(body: bytes, as_type: type[M]) -> M:
+def _decode(request: Request, body: bytes, as_type: type[M]) -> M:
+    for header, allowed in (("content-type", "application/json"), ("content-encoding", "identity")):
+        given = request.headers.get(header, allowed)
+        if given.partition(";")[0].strip().lower() != allowed:
+            raise BadRequestError(415, f"{header}: this trainer reads {allowed}, not {given}")
     try:
         return wire.decode(body, as_type)
     except DataError as error:
