@@ -138,10 +138,10 @@ class Batch(Sequence[Datum]):
         rows = self.rows(name)
         if rows[0].ndim == 0:
             return np.stack(rows)
-        return Ragged(None, self.layout, rows)
+        return Ragged(None, self.layout, tuple(row.view(np.ndarray) for row in rows))
 
-    def rows(self, name: str) -> tuple[Any, ...]:
-        """One column as plain NumPy arrays, one per datum, sharing the datums' memory.
+    def rows(self, name: str) -> list[Any]:
+        """One column's arrays, one per datum, sharing the datums' memory.
 
         Raises:
             DataError: no such column, a datum lacks it, its first axis is not as long as that
@@ -149,25 +149,16 @@ class Batch(Sequence[Datum]):
         """
         if self._datums is None:
             raise RowAccessError
-        rows: list[Any] = []
-        for i, datum in enumerate(self._datums):
-            value = datum.loss_fn_inputs.get(name)
-            if value is None:
-                have = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"
-                raise DataError(
-                    f"it is needed, but this datum has only: {have}", datum=i, field=name
-                )
-            rows.append(value)
-        if rows[0].ndim:
-            _check_shapes(name, rows, self.lengths)
-        elif any(row.ndim for row in rows):
-            i = next(i for i, row in enumerate(rows) if row.ndim)
+        try:
+            rows: list[Any] = [datum.loss_fn_inputs[name] for datum in self._datums]
+        except KeyError:
+            i, datum = next((i, d) for i, d in enumerate(self) if name not in d.loss_fn_inputs)
+            have = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"
             raise DataError(
-                f"shape {list(rows[i].shape)}, where datum 0 has a single number",
-                datum=i,
-                field=name,
-            )
-        return tuple(row.view(np.ndarray) for row in rows)
+                f"it is needed, but this datum has only: {have}", datum=i, field=name
+            ) from None
+        check_shapes(name, rows, self.lengths)
+        return rows
 
 
 def as_batch(data: Sequence[Datum] | Batch) -> Batch:
@@ -254,20 +245,37 @@ def _check_column(name: str, batch: Batch, *, optional: bool, vocab_size: int | 
         raise DataError(f"{flat[at]} at position {position} {why}", datum=present[i], field=name)
 
 
-def _check_shapes(name: str, rows: Sequence[Any], lengths: Sequence[int]) -> None:
-    trailing = rows[0].shape[1:]
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        shape = row.shape
-        if shape[:1] != (length,):
+def check_shapes(name: str, rows: Sequence[Any], lengths: Sequence[int]) -> None:
+    """Check that the rows of a column fit the datums.
+
+    Args:
+        name: of the column.
+        rows: one array per datum: ``[T_i]``, ``[T_i, K]`` with one K, or ``[]`` throughout.
+        lengths: T of each datum.
+
+    Raises:
+        DataError: a row does not fit; names it.
+    """
+    shapes = [row.shape for row in rows]
+    if shapes == [(length,) for length in lengths]:
+        return
+    trailing = shapes[0][1:]
+    for i, (shape, length) in enumerate(zip(shapes, lengths, strict=True)):
+        if not shapes[0]:
+            if shape:
+                raise DataError(
+                    f"shape {list(shape)}, where datum 0 has a single number", datum=i, field=name
+                )
+        elif shape[:1] != (length,):
             raise DataError(
                 f"shape {list(shape)} does not fit the model input of {length} tokens; it needs "
                 "one entry for each",
                 datum=i,
                 field=name,
             )
-        if shape[1:] != trailing:
+        elif shape[1:] != trailing:
             raise DataError(
-                f"shape {list(shape)}, where datum 0 has {list(rows[0].shape)}; all need the same "
+                f"shape {list(shape)}, where datum 0 has {list(shapes[0])}; all need the same "
                 "trailing axis",
                 datum=i,
                 field=name,

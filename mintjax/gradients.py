@@ -23,7 +23,7 @@ from mintjax._programs import (
     program_for,
     stats,
 )
-from mintjax.batch import Batch, as_batch
+from mintjax.batch import Batch, as_batch, check_shapes
 from mintjax.errors import DataError, NonFiniteError
 from mintjax.interop import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
@@ -153,17 +153,10 @@ def _logprob_rows(
     rows = [np.asarray(row) for row in logprobs]
     if len(rows) != len(batch):
         raise DataError(f"{len(rows)} rows of logprobs for {len(batch)} datums", field="logprobs")
-    trailing = rows[0].shape[1:]
-    for i, (row, length) in enumerate(zip(rows, batch.lengths, strict=True)):
-        if row.shape[:1] != (length,) or row.shape[1:] != trailing:
-            raise DataError(
-                f"logprobs of shape {list(row.shape)} for a model input of {length} tokens",
-                datum=i,
-                field="logprobs",
-            )
-        if row.dtype.kind != "f":
-            rows[i] = row.astype(np.float32)
-    return rows
+    check_shapes("logprobs", rows, batch.lengths)
+    if not rows[0].ndim:
+        raise DataError("a row of logprobs needs an axis of tokens", datum=0, field="logprobs")
+    return [row if row.dtype.kind == "f" else row.astype(np.float32) for row in rows]
 
 
 def _row_by_row(
@@ -212,7 +205,11 @@ def _check_finite(
     rows: Sequence[npt.NDArray[Any]],
     grads: Sequence[npt.NDArray[Any]],
 ) -> None:
-    if np.isfinite(np.concatenate([grad.ravel() for grad in grads])).all():
+    # Rows cut from one buffer are looked at together; what lies between them is 0.
+    shared = grads[0].base
+    if shared is None or any(grad.base is not shared for grad in (grads[0], grads[-1])):
+        shared = np.concatenate([grad.ravel() for grad in grads])
+    if np.isfinite(shared).all():
         return
     i, grad = next((i, g) for i, g in enumerate(grads) if not np.isfinite(g).all())
     flat = grad.ravel()
