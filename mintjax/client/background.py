@@ -33,9 +33,9 @@ def begin(future: Future[Any]) -> None:
     """From here on the request can no longer be cancelled.
 
     Raises:
-        Withdrawn: it was cancelled before.
+        Withdrawn: it was cancelled before, or the client closed.
     """
-    if not future.running() and not future.set_running_or_notify_cancel():
+    if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
         raise Withdrawn
 
 

@@ -51,10 +51,7 @@ class Lane:
         self._computing = threading.local()
 
     def submit(
-        self,
-        send: Callable[[Future[Any]], Awaitable[Finish[T]]],
-        *,
-        mutates: bool = False,
+        self, send: Callable[[Future[Any]], Awaitable[Finish[T]]], *, mutates: bool = False
     ) -> APIFuture[T]:
         """Take the next place in the line.
 
@@ -80,47 +77,33 @@ class Lane:
         seen = self._failures_seen
 
         async def run(future: Future[T]) -> T:
-            async with self._turn:
-                self._raise_doubt()
-                if seen < self._failures and not future.cancelled():
-                    raise NotSentError(f"not sent, because {self._failure}; submit it again?")
-                finish = await send(future)
-                if not self._pipelined:
+            try:
+                async with self._turn:
+                    self._raise_doubt()
+                    if seen < self._failures and not future.cancelled():
+                        raise NotSentError(f"not sent, because {self._failure}; submit it again?")
+                    finish = await send(future)
+                    if not self._pipelined:
+                        return await finish()
+                    self._under_way += 1
+                try:
                     return await finish()
-                self._under_way += 1
-            try:
-                return await finish()
-            finally:
-                self._under_way -= 1
-                if not self._under_way:
-                    self._idle.set()
-
-        async def watched(future: Future[T]) -> T:
-            try:
-                return await run(future)
-            except NotSentError:
-                raise
+                finally:
+                    self._under_way -= 1
+                    if not self._under_way:
+                        self._idle.set()
             except APIError as error:
-                if mutates:
+                if mutates and not isinstance(error, NotSentError):
                     self._failures += 1
                     self._failure = f"a request before it failed ({error})"
                 raise
 
         background = self._connection.background
-        return APIFuture(
-            background.start(watched),
-            background.is_current_thread,
-            self._connection,
-            self._user_saw,
-        )
+        future = background.start(run)
+        return APIFuture(future, background.is_current_thread, self._connection, self._user_saw)
 
     def request(
-        self,
-        path: str,
-        message: Callable[[int], Any],
-        as_type: type[T],
-        *,
-        mutates: bool,
+        self, path: str, message: Callable[[int], Any], as_type: type[T], *, mutates: bool
     ) -> APIFuture[T]:
         """Submit a request that needs only its number; ``message(seq_id)`` is what it says."""
 
@@ -170,15 +153,16 @@ class Lane:
         """
         sent: list[Accepted] = []
         done: list[T] = []
-        for message in messages:
+        for i, message in enumerate(messages):
             try:
-                sent.append(await self.post(path, message, mutates=mutates))
+                accepted = await self.post(path, message, mutates=mutates)
                 if not self._pipelined:
-                    done.append(await self.result(sent[-1], as_type))
+                    done.append(await self.result(accepted, as_type))
             except APIError as error:
-                if mutates and len(sent) > 0 and len(messages) > 1:
-                    self._part_failed(path, error, f"part {len(sent)}", len(messages))
+                if mutates and i > 0:
+                    self._part_failed(path, error, f"part {i + 1}", len(messages))
                 raise
+            sent.append(accepted)
 
         async def finish() -> list[T]:
             if not self._pipelined:

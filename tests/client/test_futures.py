@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_waiting_in_the_clients_own_loop_is_refused(client, held):
     assert "wait for itself" in caught.result(5)
 
 
-def test_closing_ends_every_future_at_once(connect, trainer):
+def test_closing_ends_every_future_at_once(connect, trainer, caplog):
     service = connect()
     clients = [service.create_lora_training_client("tiny") for _ in range(3)]
     hold = Hold()
@@ -154,6 +155,7 @@ def test_closing_ends_every_future_at_once(connect, trainer):
     hold.release()
     assert not service._connection.background._thread.is_alive()
     service.close()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     for late in (lambda: clients[0].forward(DATA), service.get_server_capabilities):
         with pytest.raises(ClosedError):
             late()

@@ -106,6 +106,39 @@ def test_a_result_that_is_too_large_is_not_read(connect, trainer, known_beforeha
     client.forward(DATA).result(5)
 
 
+def test_progress_is_told_and_holds_nothing_of_the_data(connect, trainer, caplog):
+    told = []
+    client = connect(on_progress=told.append).create_lora_training_client("tiny")
+    told.clear()
+    trainer.faults["forward"] = [Answer(503)]
+    trainer.faults["retrieve_future"] = [
+        Answer(200, {"type": "try_again", "queue_state": "paused_rate_limit"}),
+        Answer(502),
+    ]
+    with caplog.at_level(logging.DEBUG, "mintjax"):
+        client.forward(DATA).result(5)
+    events = [(p.event, p.path, p.model_id, p.request_id, p.attempt) for p in told]
+    assert events == [
+        ("retry", "forward", "model-0", None, 2),
+        ("accepted", "forward", "model-0", "request-1", 1),
+        ("queue", "forward", "model-0", "request-1", 1),
+        ("retry", "forward", "model-0", "request-1", 2),
+        ("done", "forward", "model-0", "request-1", 2),
+    ]
+    records = [r for r in caplog.records if r.name == "mintjax.client"]
+    assert [vars(r)["request_id"] for r in records] == [event[3] for event in events]
+    assert all(str(DATA[0].model_input.to_ints()) not in r.getMessage() for r in records)
+
+
+def test_a_callback_that_raises_hurts_nobody(connect, trainer, caplog):
+    def broken(progress):
+        raise ValueError("mine")
+
+    client = connect(on_progress=broken).create_lora_training_client("tiny")
+    client.forward(DATA).result(5)
+    assert "on_progress failed" in caplog.text
+
+
 def test_a_storm_of_try_again(client, trainer):
     trainer.faults["retrieve_future"] = [Answer(200, {"type": "try_again"})] * 20
     client.forward(DATA).result(20)
