@@ -108,6 +108,17 @@ def token_mask(data: Batch, logprobs: Ragged) -> Array:
     return jnp.broadcast_to(inside, tiles.shape)
 
 
+def weighted(values: Array, data: Batch, logprobs: Ragged, where: Array) -> Array:
+    """Losses of tokens times their ``weights``, if there are any; 0 where masked.
+
+    In a policy loss the weights are a mask; one that is neither 0 nor 1 is a factor, as it is on
+    the trainers that read them.
+    """
+    if "weights" not in data:
+        return values
+    return values * jnp.where(where, on_tokens(data["weights"], logprobs), 0)
+
+
 def on_tokens(values: Any, logprobs: Ragged) -> Array:
     """A column, or one value per datum, in the shape of ``logprobs.tiles``."""
     if isinstance(values, Ragged) and values.layout is logprobs.layout:

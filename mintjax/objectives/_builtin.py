@@ -17,6 +17,7 @@ from mintjax.objectives._base import (
     on_tokens,
     static,
     token_mask,
+    weighted,
 )
 from mintjax.objectives._reduce import Aggregation, aggregate
 from mintjax.ragged import Ragged
@@ -49,7 +50,8 @@ class PolicyObjective(LossObjective):
     """What the losses share that weigh each token's advantage by an importance ratio.
 
     Reads ``logprobs`` (of the sampling policy), ``advantages``, and, if there are any, ``weights``
-    as a mask. Metrics: those of :func:`mintjax.losses.policy_summary`.
+    as a mask (one that is neither 0 nor 1 is a factor). Metrics: those of
+    :func:`mintjax.losses.policy_summary`.
     """
 
     aggregation: Aggregation
@@ -73,6 +75,7 @@ class PolicyObjective(LossObjective):
         sums = losses.policy_sums(
             logprobs.tiles, sampling, advantages, **self.bounds(), where=where
         )
+        values = weighted(values, data, logprobs, where)
         return aggregate(values, where, logprobs, self.aggregation), losses.policy_summary(sums)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mintjax import _tiles, losses
 from mintjax.batch import Batch
-from mintjax.objectives._base import Array, objective, on_tokens, static, token_mask
+from mintjax.objectives._base import Array, objective, on_tokens, static, token_mask, weighted
 from mintjax.objectives._builtin import PolicyObjective
 from mintjax.objectives._reduce import Aggregation, aggregate
 from mintjax.ragged import Ragged
@@ -110,6 +110,7 @@ class gspo(PolicyObjective):
         sums = losses.policy_sums(
             log_ratio, jnp.zeros_like(log_ratio), advantages, **bounds, where=where
         )
+        values = weighted(values, data, logprobs, where)
         return aggregate(values, where, logprobs, self.aggregation), losses.policy_summary(sums)
 
     @staticmethod

@@ -151,6 +151,20 @@ def test_aggregations_are_those_of_the_losses(name):
         np.testing.assert_allclose(loss, value, rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["ppo", "gspo"])
+def test_a_weight_other_than_one_is_a_factor(name):
+    data = [
+        mintjax.Datum(
+            d.model_input,
+            d.loss_fn_inputs | {"weights": d.loss_fn_inputs["weights"].to_numpy() * 0.25},
+        )
+        for d in EXAMPLE.data
+    ]
+    quarter = mintjax.value_and_logprob_grads(OBJECTIVES[name](), data, EXAMPLE.logprobs)
+    whole = mintjax.value_and_logprob_grads(OBJECTIVES[name](), *EXAMPLE)
+    assert quarter.loss == pytest.approx(whole.loss / 4, rel=1e-6)
+
+
 def test_metrics_are_the_diagnostics():
     where = [w != 0 for w in row_columns("weights")]
     picked = [
