@@ -25,6 +25,11 @@ class Http:
             transport=httpx.ASGITransport(app), base_url="http://trainer", headers=headers
         )
 
+    @property
+    def headers(self) -> httpx.Headers:
+        """Sent with every request."""
+        return self._client.headers
+
     def close(self) -> None:
         self._runner.run(self._client.aclose())
         self._runner.close()

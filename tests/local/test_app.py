@@ -10,6 +10,7 @@ import pytest
 
 from mintjax import wire
 from mintjax.local import app as app_module
+from mintjax.local.sequencer import Sequencer
 from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 
 from .conftest import BASE_MODEL
@@ -210,11 +211,22 @@ class TestFutures:
         assert answer.status_code == 404
         assert "nobody's" in answer.json()["detail"]
 
-    def test_one_asked_for_too_late(self, http, model_id, monkeypatch):
+    def test_one_asked_for_twice(self, http, model_id):
+        """A result stays for those whose connection broke."""
         accepted = http.post("optim_step", wire.OptimStepRequest(AdamParams(), model_id, 1))
-        http.result(accepted)
-        for _ in range(2):  # a result stays for those whose connection broke
-            assert "metrics" in http.result(accepted)
+        assert http.result(accepted) == http.result(accepted)
+
+    def test_one_asked_for_too_late(self, engine, model_id, monkeypatch):
+        monkeypatch.setattr(app_module, "Sequencer", lambda: Sequencer(max_results=1))
+        with serving(engine) as forgetful:
+            steps = [
+                forgetful.post("optim_step", wire.OptimStepRequest(AdamParams(), model_id, seq_id))
+                for seq_id in (1, 2, 3)
+            ]
+            forgetful.result(steps[-1])
+            answer = forgetful.post("retrieve_future", steps[0].json())
+        assert answer.status_code == 404
+        assert "no longer kept" in answer.json()["detail"]
 
 
 BAD_PASSES = {
@@ -265,6 +277,20 @@ BAD_PASSES = {
         lambda m: m["data"][1]["loss_fn_inputs"]["weights"].update(data=[1.0] * 99, shape=[99]),
         400,
         "datum 1, field 'weights'",
+    ),
+    "weights of another width": (
+        lambda m: m["data"][1]["loss_fn_inputs"].update(
+            weights={"data": [1.0] * 34, "dtype": "float32", "shape": [17, 2]}
+        ),
+        400,
+        "field 'weights'",
+    ),
+    "candidates of candidates": (
+        lambda m: [
+            datum["loss_fn_inputs"]["target_tokens"]["shape"].extend([1, 1]) for datum in m["data"]
+        ],
+        400,
+        "datum 0, field 'target_tokens'",
     ),
     "no weights": (
         lambda m: m["data"][1]["loss_fn_inputs"].pop("weights"),
@@ -537,6 +563,11 @@ class TestAccess:
         token = guarded.post("auth/token", {}).json()["jwt"]
         monkeypatch.setattr("time.time", lambda: 4e9)
         assert guarded.post("client/config", {}, X_API_Key=token).status_code == 401
+
+    def test_no_key_at_all(self, guarded):
+        del guarded.headers["X-API-Key"]
+        assert guarded.post("client/config", {}).status_code == 401
+        guarded.headers["X-API-Key"] = "sk-secret"
 
     def test_without_a_key_everybody_is_let_in(self, http):
         assert http.post("client/config", {}, X_API_Key="anything").status_code == 200
