@@ -7,6 +7,8 @@ inside a user's objective is never wrapped: it arrives with its own type and tra
     ├── DataError (ValueError)            the data: which datum, which field, what to do
     ├── ObjectiveError (TypeError)        the objective returned something that is no loss
     ├── NonFiniteError (FloatingPointError)  a NaN or an infinity, caught before it is sent
+    ├── TransformationError (TypeError)   a JAX transformation that cannot reach the trainer
+    ├── StaleError (RuntimeError)         params or gradients of another version of the model
     ├── ConfigError (ValueError)          an argument or environment variable of the client
     ├── ClosedError                       the client was closed
     └── APIError                          the trainer, or the way to it
@@ -68,6 +70,14 @@ class NonFiniteError(MintjaxError, FloatingPointError):
         super().__init__(message)
         self.datum = datum
         self.position = position
+
+
+class TransformationError(MintjaxError, TypeError):
+    """A JAX transformation (``vmap``, ``jvp``, a second derivative) that no trainer can follow."""
+
+
+class StaleError(MintjaxError, RuntimeError):
+    """Params or gradients that do not belong to the model as the trainer has it now."""
 
 
 class ConfigError(MintjaxError, ValueError):
