@@ -24,8 +24,9 @@ _SCALAR = jax.ShapeDtypeStruct((), np.float32)
 
 
 class RemoteLogprobs:
-    """The logprobs of some data as a function of the remote model's params; see
-    :func:`remote_logprobs`, which makes one.
+    """The logprobs of some data as a function of the remote model's params.
+
+    :func:`remote_logprobs` makes one, and says what can be done with it.
     """
 
     def __init__(self, trainer: Trainer, batch: Batch) -> None:

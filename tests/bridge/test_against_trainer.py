@@ -72,6 +72,7 @@ def test_what_accumulates_is_what_the_two_phases_give(objective, compiled, engin
     assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
     assert loss == pytest.approx(two_phase.loss, rel=1e-6)
     assert set(metrics) | {"loss"} == set(two_phase.metrics)
+    assert remote.output is not None
     assert "loss:sum" in remote.output.metrics
 
 
