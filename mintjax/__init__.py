@@ -5,6 +5,8 @@ from mintjax import gradients as gradients
 from mintjax import losses as losses
 from mintjax import objectives as objectives
 from mintjax.batch import Batch as Batch
+from mintjax.bridge import RemoteLogprobs as RemoteLogprobs
+from mintjax.bridge import remote_logprobs as remote_logprobs
 from mintjax.client import APIFuture as APIFuture
 from mintjax.client import RetryPolicy as RetryPolicy
 from mintjax.client import SamplingClient as SamplingClient
@@ -13,7 +15,10 @@ from mintjax.client import TrainingClient as TrainingClient
 from mintjax.gradients import LogprobGradients as LogprobGradients
 from mintjax.gradients import value_and_logprob_grads as value_and_logprob_grads
 from mintjax.ragged import Ragged as Ragged
+from mintjax.remote_optimizer import remote_optimizer as remote_optimizer
+from mintjax.surrogates import Reduction as Reduction
 from mintjax.types import AdamParams as AdamParams
+from mintjax.types import CustomStepOutput as CustomStepOutput
 from mintjax.types import Datum as Datum
 from mintjax.types import ForwardBackwardOutput as ForwardBackwardOutput
 from mintjax.types import LoraConfig as LoraConfig

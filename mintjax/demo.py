@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -233,7 +233,7 @@ def run(
 def _train(
     model: TrainingClient, train: list[Datum], objective: Objective, settings: Settings
 ) -> Iterator[tuple[Step, float]]:
-    schedule = optax.warmup_cosine_decay_schedule(
+    schedule: Any = optax.warmup_cosine_decay_schedule(
         settings.learning_rate / 10,
         settings.learning_rate,
         warmup_steps=max(1, settings.steps // 10),

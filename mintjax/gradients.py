@@ -34,6 +34,7 @@ __all__ = [
     "Objective",
     "Stats",
     "constant_logprob_grads",
+    "loss_and_metrics",
     "stats",
     "value_and_logprob_grads",
 ]
@@ -86,6 +87,31 @@ def value_and_logprob_grads(
     """
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)
+    result = _evaluate(objective, batch, rows)
+    _check_finite(objective, batch, rows, result.grads)
+    return result
+
+
+def loss_and_metrics(
+    objective: Objective,
+    data: Sequence[Datum] | Batch,
+    logprobs: Sequence[npt.ArrayLike] | Ragged,
+) -> tuple[float, dict[str, float]]:
+    """The value of an objective and its metrics, by the program that has its gradient too.
+
+    Args and errors are those of :func:`value_and_logprob_grads`, but that a gradient which is not
+    finite is none.
+
+    Returns:
+        The loss, and the metrics with ``"loss"`` among them.
+    """
+    batch = as_batch(data)
+    return _evaluate(objective, batch, _logprob_rows(batch, logprobs))[:2]
+
+
+def _evaluate(
+    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+) -> LogprobGradients:
     if isinstance(objective, torch_objective):
         loss, metrics, grads = objective.evaluate(batch, rows)
     else:
@@ -97,7 +123,6 @@ def value_and_logprob_grads(
             lambda: _row_by_row(objective, batch, rows),
         )
         loss, metrics = summary.read()
-    _check_finite(objective, batch, rows, grads)
     return LogprobGradients(loss, metrics, grads)
 
 

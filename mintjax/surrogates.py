@@ -16,6 +16,10 @@ SENT = ("target_tokens", "weights")
 """The only inputs that travel in a custom step; the objective sees them all."""
 
 
+FORWARD_LOSS_FN = "cross_entropy"
+"""The loss that a forward pass is asked for; only its logprobs are used."""
+
+
 @dataclass(frozen=True)
 class Reduction:
     """What a trainer makes of the tokens' losses before it accumulates their gradient.

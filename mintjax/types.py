@@ -324,6 +324,27 @@ class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
         return [output["logprobs"].to_numpy() for output in self.loss_fn_outputs]
 
 
+Route = Literal["two_pass", "one_pass", "by_name"]
+"""How a custom step reached the trainer: a forward and a backward pass; a backward pass alone, for
+a gradient that does not depend on the logprobs; or a loss of the trainer's own."""
+
+
+class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):
+    """What a step with an objective returns, and how it went.
+
+    Args:
+        route: see :data:`Route`.
+        forward_seconds: from the forward pass's sending to its result; 0 if there was none.
+        client_seconds: for loss, gradient and the encoding of what carries it, here.
+        backward_seconds: from the backward pass's sending to its result.
+    """
+
+    route: Route
+    forward_seconds: float
+    client_seconds: float
+    backward_seconds: float
+
+
 class OptimStepResponse(msgspec.Struct, kw_only=True):
     """What an optimizer step returns.
 

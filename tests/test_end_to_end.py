@@ -94,10 +94,12 @@ def assert_close(got, want, tolerance):
     assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("single_pass", [True, False])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_what_accumulates_is_the_gradient_of_the_whole(name, engine, model):
+def test_what_accumulates_is_the_gradient_of_the_whole(name, single_pass, engine, model):
     data = make(3)
-    output = model.forward_backward_custom(data, OBJECTIVES[name]).result()
+    step = model.forward_backward_custom(data, OBJECTIVES[name], single_pass=single_pass)
+    output = step.result()
     true = composed_gradient(engine, model.model_id, data, OBJECTIVES[name])
     assert_close(engine.gradient(model.model_id), true, 1e-4)
     assert np.isfinite(output.metrics["loss"])
@@ -115,7 +117,7 @@ def test_a_built_in_loss_as_objective_does_what_it_does_by_name(name, engine, se
             for seed in (1, 2):
                 data = columns(make(seed), *inputs)
                 if custom:
-                    step = model.forward_backward_custom(data, OBJECTIVES[name])
+                    step = model.forward_backward_custom(data, OBJECTIVES[name], single_pass=False)
                 else:
                     step = model.forward_backward(data, loss_fn, config)
                 model.optim_step(AdamParams(learning_rate=1e-3, eps=1e-6)).result()
@@ -152,7 +154,7 @@ def test_only_targets_and_weights_travel(model, monkeypatch):
         return original(self, model_id, data, *args, **kwargs)
 
     monkeypatch.setattr(engine_module.Engine, "forward_backward", spy)
-    model.forward_backward_custom(make(6), OBJECTIVES["ppo"]).result()
+    model.forward_backward_custom(make(6), OBJECTIVES["ppo"], single_pass=False).result()
     assert seen
     assert all(names == {"target_tokens", "weights"} for names in seen)
 

@@ -19,6 +19,7 @@ from mintjax.client.polling import Accepted, retrieve
 from mintjax.client.settings import Settings
 from mintjax.client.transport import Transport
 from mintjax.errors import APIError, APIResponseError, AuthenticationError, BillingError
+from mintjax.surrogates import Reduction
 
 T = TypeVar("T")
 
@@ -32,6 +33,11 @@ class Connection:
 
     Args:
         settings: which trainer, and how.
+
+    Attributes:
+        reduction: what the trainer makes of losses, once that was measured.
+        refused: losses that it does not serve by name.
+        warned: whether the user was warned that nothing was measured.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -39,6 +45,9 @@ class Connection:
         self._version = _version()
         self.transport = Transport(settings, self._version)
         self.limits = wire.ClientConfigResponse()
+        self.reduction: Reduction | None = None
+        self.refused: set[str] = set()
+        self.warned = False
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
         self._session_id: str | None = None

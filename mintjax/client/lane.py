@@ -103,12 +103,22 @@ class Lane:
         return APIFuture(future, background.is_current_thread, self._connection, self._user_saw)
 
     def request(
-        self, path: str, message: Callable[[int], Any], as_type: type[T], *, mutates: bool
+        self,
+        path: str,
+        message: Callable[[int], Any],
+        as_type: type[T],
+        *,
+        mutates: bool,
+        before: Callable[[], None] = lambda: None,
     ) -> APIFuture[T]:
-        """Submit a request that needs only its number; ``message(seq_id)`` is what it says."""
+        """Submit a request that needs only its number; ``message(seq_id)`` is what it says.
+
+        ``before`` is called when its turn has come; what it raises, the future raises.
+        """
 
         async def send(future: Future[Any]) -> Finish[T]:
             begin(future)
+            before()
             accepted = await self.post(path, message, mutates=mutates)
             return lambda: self.result(accepted, as_type)
 

@@ -11,10 +11,12 @@ import msgspec
 from mintjax import wire
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, awaited, finished
+from mintjax.client.models import make_model, probe
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
 from mintjax.client.training import TrainingClient
 from mintjax.errors import APIStatusError, ConfigError, DataError
+from mintjax.surrogates import Reduction
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
 
 T = TypeVar("T")
@@ -125,7 +127,9 @@ class ServiceClient:
         if not (train_mlp or train_attn or train_unembed):
             raise DataError("nothing is left to train; let at least one of the three be True")
         config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        return self._connection.start(lambda: self._made(base_model, config, user_metadata))
+        return self._connection.start(
+            lambda: make_model(self._connection, base_model, config, user_metadata)
+        )
 
     create_lora_training_client = finished(_create_lora_training_client)
     create_lora_training_client_async = awaited(_create_lora_training_client)
@@ -189,6 +193,30 @@ class ServiceClient:
     get_server_capabilities = finished(_get_server_capabilities)
     get_server_capabilities_async = awaited(_get_server_capabilities)
 
+    def probe(self, base_model: str | None = None) -> Reduction:
+        """Measure, by a few steps on a throwaway model, what the trainer makes of losses.
+
+        Custom steps of all models of this client take it into account from then on: a gradient
+        then arrives as it is, whatever the trainer divides by.
+
+        Args:
+            base_model: of the throwaway model; if None, ``TINKER_BASE_MODEL``, else the first that
+                the trainer offers. What holds for one holds for all models of a trainer.
+
+        Returns:
+            Whether it divides by the sum of weights, and by the number of datums.
+
+        Raises:
+            MintjaxError: it cannot be told; the message says what was measured.
+        """
+        name = base_model or from_environment("base_model")
+        if not name:
+            offered = self.get_server_capabilities().supported_models
+            if not offered:
+                raise DataError("the trainer names none; pass one", field="base_model")
+            name = offered[0].model_name
+        return probe(self._connection, name)
+
     def submit(self, path: str, message: Any, as_type: type[T]) -> APIFuture[T]:
         """Send a request of a trainer's own that concerns no model in training.
 
@@ -218,19 +246,6 @@ class ServiceClient:
     def __repr__(self) -> str:
         return f"ServiceClient({self.base_url!r})"
 
-    async def _made(
-        self, base_model: str, config: LoraConfig, user_metadata: dict[str, str] | None
-    ) -> TrainingClient:
-        request = wire.CreateModelRequest(
-            session_id=await self._connection.session(),
-            model_seq_id=next(self._connection.model_numbers),
-            base_model=base_model,
-            lora_config=config,
-            user_metadata=user_metadata,
-        )
-        made = await self._connection.accepted("create_model", request, wire.CreateModelResponse)
-        return TrainingClient(self._connection, made.model_id)
-
     async def _from_state(
         self, path: str, user_metadata: dict[str, str] | None, optimizer: bool
     ) -> TrainingClient:
@@ -241,7 +256,7 @@ class ServiceClient:
             train_mlp=info.train_mlp is not False,
             train_attn=info.train_attn is not False,
         )
-        client = await self._made(info.base_model, config, user_metadata)
+        client = await make_model(self._connection, info.base_model, config, user_metadata)
         await (client.load_state_with_optimizer if optimizer else client.load_state)(path)
         return client
 

@@ -9,20 +9,25 @@ from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from mintjax import wire
 from mintjax.batch import Batch, check_data
-from mintjax.client import custom
-from mintjax.client.background import Withdrawn, begin
+from mintjax.client.background import begin
 from mintjax.client.connection import Connection
+from mintjax.client.custom import Accumulated, CustomStep
+from mintjax.client.custom import logprobs as logprobs_of
 from mintjax.client.futures import APIFuture, awaited, finished, submitted
 from mintjax.client.lane import Finish, Lane
 from mintjax.client.passes import Chunk, chunks, combined, messages
 from mintjax.client.sampling import SamplingClient
 from mintjax.errors import APIResponseError, DataError, MintjaxError
-from mintjax.gradients import Objective, value_and_logprob_grads
+from mintjax.gradients import Objective
+from mintjax.surrogates import FORWARD_LOSS_FN, SENT, SUM, Reduction, carrier, forward_data
 from mintjax.types import (
     AdamParams,
+    CustomStepOutput,
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
@@ -58,6 +63,7 @@ class TrainingClient:
         self.model_id = model_id
         self._connection = connection
         self._lane = Lane(connection, model_id)
+        self._accumulated = Accumulated()
 
     def forward(
         self,
@@ -93,18 +99,31 @@ class TrainingClient:
         return self._pass(data, loss_fn, loss_fn_config, backward=True)
 
     def forward_backward_custom(
-        self, data: Sequence[Datum] | Batch, objective: Objective
-    ) -> APIFuture[ForwardBackwardOutput]:
+        self,
+        data: Sequence[Datum] | Batch,
+        objective: Objective,
+        *,
+        single_pass: bool = True,
+        datums_in_step: int | None = None,
+    ) -> APIFuture[CustomStepOutput]:
         """Add the gradient of an objective, computed here, to what is accumulated in the trainer.
 
         A forward pass, ``jax.value_and_grad`` of the objective with respect to its logprobs in a
         worker thread, and a backward pass; the step keeps its place in the line meanwhile. Only
-        ``target_tokens`` and ``weights`` travel; the objective sees every input.
+        ``target_tokens`` and what carries the gradient travel; the objective sees every input.
+
+        A gradient that does not depend on the logprobs (cross-entropy, REINFORCE, a mean) needs no
+        forward pass, nor does an objective that is a loss of the trainer's own: one request does
+        it all, and loss and metrics come from the logprobs that it returns. The output's ``route``
+        says how it went.
 
         Args:
             data: at least one datum, each with ``target_tokens``.
             objective: ``(data, logprobs) -> (scalar loss, dict of scalar metrics)``, a pure
                 function that JAX can trace; ``logprobs`` holds one array per datum.
+            single_pass: save the forward pass where it is not needed.
+            datums_in_step: how many datums all passes before the next optimizer step have in all.
+                Only a trainer that averages over them must be told, and only for several passes.
 
         Returns:
             The backward pass's output; its metrics are the trainer's, overlaid by the objective's,
@@ -116,33 +135,63 @@ class TrainingClient:
         What the objective raises reaches the caller from the future, as it is; then there is no
         backward pass, no number is lost, and the next submission goes on.
         """
-        data = list(data)
-        batch = check_data(data, custom.SENT)
-        forward = chunks(custom.forward_data(data), self._connection.limits)
+        step = CustomStep(
+            check_data(list(data), SENT),
+            objective,
+            single_pass,
+            datums_in_step,
+            self._connection,
+            self._accumulated,
+            self._post,
+            self._lane.compute,
+        )
+        return self._lane.submit(step.send, mutates=True)
+
+    def logprobs(self, data: Sequence[Datum] | Batch) -> list[npt.NDArray[np.float32]]:
+        """The logprobs of the target tokens, in nats; waits for them.
+
+        Args:
+            data: at least one datum, each with ``target_tokens``.
+
+        Returns:
+            One array per datum, in order, in the shape of its ``target_tokens``.
+        """
+        batch = check_data(list(data), SENT)
+        return logprobs_of(self.forward(forward_data(batch), FORWARD_LOSS_FN).result())
+
+    def backward(
+        self,
+        data: Sequence[Datum] | Batch,
+        logprobs: Sequence[npt.NDArray[Any]],
+        grads: Sequence[npt.NDArray[Any]],
+    ) -> ForwardBackwardOutput:
+        """Add a gradient with respect to logprobs to what is accumulated; waits for it.
+
+        The trainer accumulates ``sum(grads * d logprobs / d weights)``.
+
+        Args:
+            data: as :meth:`logprobs` had it.
+            logprobs: what that returned; the model must not have changed since.
+            grads: the derivative of a loss by each of them, in their shapes.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; nothing was sent.
+        """
+        batch = check_data(list(data), SENT)
 
         async def send(future: Future[Any]) -> Finish[ForwardBackwardOutput]:
-            if future.cancelled():
-                raise Withdrawn
-            output = await (await self._post(forward, custom.LOSS_FN, None, backward=False))()
-            logprobs = custom.logprobs(output)
-
-            def work() -> tuple[dict[str, float], list[Chunk]]:
-                result = value_and_logprob_grads(objective, batch, logprobs)
-                carrier = custom.backward_data(data, result.grads)
-                return result.metrics, chunks(carrier, self._connection.limits)
-
-            metrics, backward = await self._lane.compute(work)
+            reduction = self._connection.reduction or SUM
+            datums = len(batch)
+            if reduction.over_datums:
+                datums = self._accumulated.check(datums, None)
+            carried = carrier(reduction, batch, logprobs, grads, datums)
             begin(future)
-            finish = await self._post(backward, custom.LOSS_FN, None, backward=True)
+            parts = chunks(carried, self._connection.limits)
+            finish = await self._post(parts, reduction.loss_fn, None, backward=True)
+            self._accumulated.add(len(batch), datums if reduction.over_datums else None)
+            return finish
 
-            async def merged() -> ForwardBackwardOutput:
-                result = await finish()
-                result.metrics = {**result.metrics, **metrics}
-                return result
-
-            return merged
-
-        return self._lane.submit(send, mutates=True)
+        return self._lane.submit(send, mutates=True).result()
 
     def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
         """Update the weights with the accumulated gradient, and forget it.
@@ -157,12 +206,25 @@ class TrainingClient:
         for name, value in params.items():
             if not math.isfinite(value):
                 raise DataError(f"{value} is not finite; nothing was sent", field=name)
-        return self.submit(
+        return self._lane.request(
             "optim_step",
             lambda seq_id: wire.OptimStepRequest(AdamParams(**params), self.model_id, seq_id),
             OptimStepResponse,
             mutates=True,
+            before=self._accumulated.step,
         )
+
+    def probe(self) -> Reduction:
+        """Measure what the trainer makes of losses, on a throwaway model of the same base.
+
+        As :meth:`ServiceClient.probe`; custom steps of all its models take it into account.
+
+        Raises:
+            MintjaxError: it cannot be told; the message says what was measured.
+        """
+        from mintjax.client.models import probe  # which makes training clients
+
+        return probe(self._connection, self.get_info().model_data.model_name)
 
     def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer state under a name, to train on from."""
@@ -317,7 +379,10 @@ class TrainingClient:
 
         async def send(future: Future[Any]) -> Finish[ForwardBackwardOutput]:
             begin(future)
-            return await self._post(parts, loss_fn, loss_fn_config, backward=backward)
+            finish = await self._post(parts, loss_fn, loss_fn_config, backward=backward)
+            if backward:
+                self._accumulated.add(len(data))
+            return finish
 
         return self._lane.submit(send, mutates=backward)
 
@@ -342,13 +407,14 @@ class TrainingClient:
         return whole
 
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        return self.submit(
+        return self._lane.request(
             "load_weights",
             lambda seq_id: wire.LoadWeightsRequest(
                 self.model_id, path, seq_id, optimizer, "load_weights"
             ),
             LoadWeightsResponse,
             mutates=True,
+            before=self._accumulated.forget,
         )
 
     def _sampler_request(self, seq_id: int, name: str | None) -> wire.SaveWeightsForSamplerRequest:

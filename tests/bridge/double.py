@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mintjax.client import TrainingClient
 from mintjax.types import (
     AdamParams,
     Datum,
@@ -85,29 +84,6 @@ class Double:
         self.calls.append(name)
         if name in self.failure:
             raise self.failure[name]
-
-
-class Remote:
-    """A training client behind the protocol: a cotangent travels as cross-entropy's weights."""
-
-    def __init__(self, client: TrainingClient) -> None:
-        self._client = client
-
-    def logprobs(self, data: Sequence[Datum]) -> list[np.ndarray[Any, Any]]:
-        ones = [np.ones(datum.loss_fn_inputs["target_tokens"].shape) for datum in data]
-        return self._client.forward(_weighted(data, ones)).result(60).logprobs
-
-    def backward(
-        self,
-        data: Sequence[Datum],
-        logprobs: Sequence[np.ndarray[Any, Any]],
-        grads: Sequence[np.ndarray[Any, Any]],
-    ) -> ForwardBackwardOutput:
-        weights = [-grad for grad in grads]
-        return self._client.forward_backward(_weighted(data, weights)).result(60)
-
-    def optim_step(self, adam_params: AdamParams) -> Any:
-        return self._client.optim_step(adam_params)
 
 
 def _weighted(data: Sequence[Datum], weights: Sequence[np.ndarray[Any, Any]]) -> list[Datum]:

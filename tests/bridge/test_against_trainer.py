@@ -12,7 +12,7 @@ from mintjax.bridge import remote_logprobs
 from mintjax.local import Engine, trainer
 from mintjax.remote_optimizer import remote_optimizer
 
-from .double import Remote, make
+from .double import make
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def service(engine):
 def client(service, data):
     """A model that one step has taken away from its initial point, where half the gradient is 0."""
     with service.create_lora_training_client("mintjax/nano", 4, seed=1) as client:
-        Remote(client).backward(data, [], [-np.ones(n) for n in data.lengths])
+        client.backward(data, [], [-np.ones(n) for n in data.lengths])
         client.optim_step(AdamParams(learning_rate=1e-2)).result()
         yield client
 
@@ -57,7 +57,7 @@ def accumulated(engine, client):
     ],
 )
 def test_what_accumulates_is_what_the_two_phases_give(objective, compiled, engine, client, data):
-    model = Remote(client)
+    model = client
     rows = model.logprobs(data)
     two_phase = mintjax.value_and_logprob_grads(objective, data, rows)
     model.backward(data, rows, two_phase.grads)
@@ -77,7 +77,7 @@ def test_what_accumulates_is_what_the_two_phases_give(objective, compiled, engin
 
 
 def test_two_uses_accumulate_in_the_trainer(engine, client, data):
-    remote = remote_logprobs(Remote(client), data)
+    remote = remote_logprobs(client, data)
 
     def loss(params):
         return remote(params).map(jnp.square).total()
@@ -92,7 +92,7 @@ def test_two_uses_accumulate_in_the_trainer(engine, client, data):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_through_the_bridge_is_training(compiled, client, data):
     """The trainer computes in JAX too, in this process, while a compiled step waits for it."""
-    model = Remote(client)
+    model = client
     objective = objectives.bradley_terry()
     remote = remote_logprobs(model, data)
     optimizer = remote_optimizer(model, optax.linear_schedule(1e-2, 1e-3, 8), grad_clip_norm=10.0)
@@ -116,6 +116,6 @@ def test_training_through_the_bridge_is_training(compiled, client, data):
 def test_what_the_trainer_refuses_is_its_own_error(client):
     data = make((4,))
     data[0].loss_fn_inputs["target_tokens"][2] = 100_000
-    remote = remote_logprobs(Remote(client), data)
+    remote = remote_logprobs(client, data)
     with pytest.raises(mintjax.errors.APIStatusError, match="target_tokens"):
         jax.grad(lambda p: remote(p).total())(remote.params)
