@@ -117,7 +117,7 @@ def test_a_loop_over_rows_gives_what_the_columns_give(sizes, seed):
         loop = value_and_logprob_grads(pairwise_preference_loss, data, logprobs)
     columns = value_and_logprob_grads(bradley_terry, data, logprobs)
     assert_grads(loop.grads, columns.grads, rtol=1e-4, atol=1e-7)
-    assert loop.metrics == pytest.approx(columns.metrics, rel=1e-5, abs=1e-5)
+    assert loop.metrics == pytest.approx(columns.metrics, rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.usefixtures("row_by_row")

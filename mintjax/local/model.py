@@ -74,6 +74,11 @@ class Cache(NamedTuple):
 @functools.cache
 def base_weights(config: ModelConfig) -> Weights:
     """Draw the base weights of a model; the same config gives the same weights everywhere."""
+    with jax.ensure_compile_time_eval():  # what is kept must be no tracer of the first caller's
+        return _base_weights(config)
+
+
+def _base_weights(config: ModelConfig) -> Weights:
     width, hidden, layers = config.width, config.hidden, config.num_layers
     residual = 1 / math.sqrt(2 * layers)  # keeps the stream's variance at 1 whatever the depth
 

@@ -23,7 +23,7 @@ OBJECTIVES = {
 EXAMPLE = find(
     testing.batches(max_blocks=4, max_length=20, log_ratios=("small",)),
     lambda e: len(e.data) == 4 and min(map(len, e.logprobs)) > 2,
-    settings=settings(max_examples=500, database=None),
+    settings=settings(max_examples=500, database=None, derandomize=True),
 )
 
 
@@ -50,14 +50,20 @@ def test_an_objective_is_a_value(name):
 
 
 def test_another_threshold_runs_the_same_program():
-    mintjax.value_and_logprob_grads(objectives.ppo(), *EXAMPLE)
+    sampling = np.full(20, -1.0)
+    inputs = {"target_tokens": np.zeros(20), "logprobs": sampling, "advantages": np.ones(20)}
+    data = [mintjax.Datum(mintjax.ModelInput.from_ints(range(20)), inputs)]
+    logprobs = [np.linspace(-1.0, -0.5, 20, dtype=np.float32)]  # ratios from 1 to 1.65
+    mintjax.value_and_logprob_grads(objectives.ppo(), data, logprobs)
     before = stats().compilations
     results = [
-        mintjax.value_and_logprob_grads(objectives.ppo(clip_high_threshold=high), *EXAMPLE).loss
+        mintjax.value_and_logprob_grads(
+            objectives.ppo(clip_high_threshold=high), data, logprobs
+        ).loss
         for high in (1.05, 1.3, 1.5)
     ]
     assert stats().compilations == before
-    assert len(set(results)) == 3
+    assert results[0] > results[1] > results[2]
 
 
 BUILTIN = [
