@@ -182,8 +182,8 @@ class Program:
         summary, grads = plan.run(
             parameters,
             layout,
-            _tiles.pack(rows, layout, dtype),
-            {name: _column(batch, name, layout, dtype) for name in plan.columns},
+            _pack("", rows, layout, dtype),
+            {name: _column(batch, name, layout, dtype, _pack) for name in plan.columns},
         )
         buffer = np.array(grads).reshape(-1, *rows[0].shape[1:])
         starts: list[int] = layout.row_start.tolist()
@@ -269,11 +269,42 @@ def _gradient(
     return summary, grads
 
 
-def _column(batch: Batch, name: str, layout: Layout, dtype: Any) -> npt.NDArray[Any]:
+_workspaces = threading.local()
+
+
+def _pack(
+    name: str, rows: Sequence[npt.NDArray[Any]], layout: Layout, dtype: Any
+) -> npt.NDArray[Any]:
+    """Tile rows in a buffer that this thread has for the column and uses again.
+
+    A new one each time would cost more than the copying: its pages have to be mapped first. The
+    buffer is read until the program has run, which whoever calls waits for.
+    """
+    kept: dict[Any, npt.NDArray[Any]] = _workspaces.__dict__
+    key = (name, rows[0].shape[1:], np.dtype(dtype))
+    size = len(layout.tile_row) * _tiles.TILE
+    if key not in kept or len(kept[key]) < size:
+        kept[key] = _tiles.empty(layout, rows[0].shape[1:], dtype)
+    return _tiles.pack(rows, layout, dtype, kept[key][:size])
+
+
+def _pack_anew(
+    _: str, rows: Sequence[npt.NDArray[Any]], layout: Layout, dtype: Any
+) -> npt.NDArray[Any]:
+    return _tiles.pack(rows, layout, dtype)
+
+
+def _column(
+    batch: Batch,
+    name: str,
+    layout: Layout,
+    dtype: Any,
+    pack: Callable[..., npt.NDArray[Any]] = _pack_anew,
+) -> npt.NDArray[Any]:
     rows = batch.rows(name)
     to = dtype if rows[0].dtype.kind == "f" else rows[0].dtype
     if rows[0].ndim:
-        return _tiles.pack(rows, layout, to)
+        return pack(name, rows, layout, to)
     values = np.zeros(layout.lengths.shape[0], to)
     values[: len(rows)] = rows
     return values

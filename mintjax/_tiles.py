@@ -20,7 +20,7 @@ import numpy.typing as npt
 Array = Any  # a NumPy array, a JAX array or a tracer
 
 TILE = 128
-_GROWTH = 1.25
+_ALIGNMENT = 64  # bytes; an array that begins at a multiple of it is lent to XLA, not copied
 
 
 class Layout(NamedTuple):
@@ -41,12 +41,17 @@ class Layout(NamedTuple):
     row_mask: Array | None = None
 
 
-def bucket(size: int, smallest: int = 8) -> int:
-    """The smallest size at least ``size`` of a series that grows by a quarter each time."""
-    if size <= smallest:
-        return smallest
-    step = math.ceil(math.log(size / smallest, _GROWTH) - 1e-9)
-    return math.ceil(smallest * _GROWTH**step)
+def bucket(size: int) -> int:
+    """The smallest size at least ``size`` of a series: 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...
+
+    Each power of two is reached in four equal steps, from 256 on in eight: large batches vary less
+    in size, and pay more for what is left empty.
+    """
+    if size <= 8:
+        return 8
+    power = 1 << (size - 1).bit_length() - 1
+    step = power // (8 if power >= 256 else 4)
+    return -(-size // step) * step
 
 
 def layout_of(lengths: Sequence[int] | npt.NDArray[Any], rows: int | None = None) -> Layout:
@@ -74,11 +79,30 @@ def layout_of(lengths: Sequence[int] | npt.NDArray[Any], rows: int | None = None
     return Layout(length, row_start, tile_row, tile_count, row_mask)
 
 
-def pack(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
-    """Copy NumPy rows into a new tiled buffer; what lies between them is arbitrary."""
+def empty(layout: Layout, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A flat buffer for the tiles of a layout, aligned; what is in it is arbitrary."""
+    shape = (len(layout.tile_row) * TILE, *trailing)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def pack(
+    rows: Sequence[Array], layout: Layout, dtype: Any, flat: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """Copy NumPy rows into a tiled buffer; what lies between them is arbitrary.
+
+    Args:
+        rows: one array per row.
+        layout: where they go.
+        dtype: what they are converted to.
+        flat: the buffer, as :func:`empty` makes it; a new one if None.
+    """
     tiles = len(layout.tile_row)
     trailing = rows[0].shape[1:]
-    flat = np.empty((tiles * TILE, *trailing), dtype)
+    if flat is None:
+        flat = empty(layout, trailing, dtype)
     starts: list[int] = layout.row_start.tolist()
     for row, start in zip(rows, starts, strict=False):
         flat[start : start + len(row)] = row

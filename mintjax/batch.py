@@ -82,7 +82,11 @@ class Batch(Sequence[Datum]):
         if self._lengths is None:
             if self._datums is None:
                 raise RowAccessError
-            self._lengths = [datum.model_input.length for datum in self._datums]
+            chunks = [datum.model_input.chunks for datum in self._datums]
+            self._lengths = [
+                len(one[0].tokens) if len(one) == 1 else sum(len(chunk.tokens) for chunk in one)
+                for one in chunks
+            ]
         return self._lengths
 
     @property
