@@ -94,14 +94,18 @@ def assert_close(got, want, tolerance):
     assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
+TRUE = {}
+
+
 @pytest.mark.parametrize("single_pass", [True, False])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_accumulates_is_the_gradient_of_the_whole(name, single_pass, engine, model):
     data = make(3)
     step = model.forward_backward_custom(data, OBJECTIVES[name], single_pass=single_pass)
     output = step.result()
-    true = composed_gradient(engine, model.model_id, data, OBJECTIVES[name])
-    assert_close(engine.gradient(model.model_id), true, 1e-4)
+    if name not in TRUE:  # both ways start from the same model
+        TRUE[name] = composed_gradient(engine, model.model_id, data, OBJECTIVES[name])
+    assert_close(engine.gradient(model.model_id), TRUE[name], 1e-4)
     assert np.isfinite(output.metrics["loss"])
 
 

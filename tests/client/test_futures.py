@@ -113,17 +113,17 @@ def test_a_cancelled_future_says_so(client, trainer):
 
 
 def test_waiting_in_the_clients_own_loop_is_refused(client, held):
-    future = client.forward(DATA)
+    first = client.forward(DATA)
     caught = concurrent.futures.Future()
 
     def callback(done):
         try:
-            future.result()
+            client.forward(DATA).result()
         except RuntimeError as error:
             caught.set_result(str(error))
 
-    other = client.optim_step(ADAM)
-    other.add_done_callback(callback)
+    first.add_done_callback(callback)
+    held.release()  # only now can the callback run, in the client's loop
     assert "wait for itself" in caught.result(5)
 
 

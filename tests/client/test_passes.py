@@ -101,12 +101,13 @@ def test_a_part_that_is_refused_leaves_the_model_in_doubt(in_parts, trainer):
         Answer(422, {"detail": "no"}) if body.get("seq_id") == 2 else None
     )
     step = in_parts.forward_backward(MANY)
-    update = in_parts.optim_step(AdamParams())
+    with pytest.raises(AmbiguousRequestError, match="gradients"):
+        in_parts.optim_step(AdamParams()).result(
+            5
+        )  # refused when submitted, or when its turn comes
     with pytest.raises(BadRequestError) as caught:
         step.result(5)
     assert "gradients" in caught.value.__notes__[0]
-    with pytest.raises(AmbiguousRequestError, match="gradients"):
-        update.result(5)
     assert [op[0] for op in trainer.models["model-0"]] == ["forward_backward"]
 
 
