@@ -341,6 +341,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_inputs():
 
 
 LINEAR = {
+    "cross_entropy": objectives.cross_entropy(),
     "mean": lambda data, logprobs: (-logprobs.mean().mean(), {}),
     "reinforce": lambda data, logprobs: (-(logprobs * data["advantages"]).total(), {}),
     "loop": lambda data, logprobs: (sum(row.sum() for row in logprobs), {}),

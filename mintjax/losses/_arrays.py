@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -86,6 +89,29 @@ def torch_clip(values: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     one-sided threshold of 1.
     """
     return jnp.where(values < low, low, jnp.where(values > high, high, values))
+
+
+@jax.custom_jvp
+def product(coefficients: jax.Array, values: jax.Array) -> jax.Array:
+    """``coefficients * values``, 0 where the coefficient is 0 however large the value grows.
+
+    Its derivative by ``values`` is the coefficients, and does not look at the values at all.
+    """
+    return coefficients * harmless_where_zero(coefficients, values)
+
+
+def _product_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> Any:
+    coefficients, values = primals
+    out = product(coefficients, values)
+    tangent = jnp.zeros_like(out)
+    if not isinstance(tangents[1], SymbolicZero):
+        tangent = coefficients * tangents[1]
+    if not isinstance(tangents[0], SymbolicZero):
+        tangent = tangent + tangents[0] * harmless_where_zero(coefficients, values)
+    return out, tangent
+
+
+product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
 def harmless_where_zero(coefficients: jax.Array, values: jax.Array) -> jax.Array:

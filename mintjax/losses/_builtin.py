@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, harmless_where_zero, keep, torch_clip
+from mintjax.losses._arrays import aligned, harmless_where_zero, keep, product, torch_clip
 from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
 
@@ -31,7 +31,7 @@ def cross_entropy(
         ValueError: the shapes do not fit.
     """
     target_logprobs, weights = aligned(where, target_logprobs, weights=weights)
-    return keep(-weights * harmless_where_zero(weights, target_logprobs), where)
+    return keep(-product(weights, target_logprobs), where)
 
 
 def importance_sampling(
