@@ -17,6 +17,7 @@ from mintjax.gradients import value_and_logprob_grads as value_and_logprob_grads
 from mintjax.ragged import Ragged as Ragged
 from mintjax.remote_optimizer import remote_optimizer as remote_optimizer
 from mintjax.surrogates import Reduction as Reduction
+from mintjax.tensors import TensorData as TensorData
 from mintjax.types import AdamParams as AdamParams
 from mintjax.types import CustomStepOutput as CustomStepOutput
 from mintjax.types import Datum as Datum
@@ -26,4 +27,3 @@ from mintjax.types import ModelInput as ModelInput
 from mintjax.types import OptimStepResponse as OptimStepResponse
 from mintjax.types import SampleResponse as SampleResponse
 from mintjax.types import SamplingParams as SamplingParams
-from mintjax.types import TensorData as TensorData

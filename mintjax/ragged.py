@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax import _tiles
+from mintjax._operators import Operators
 from mintjax._tiles import Layout
 from mintjax.errors import MintjaxError
 
@@ -50,7 +51,7 @@ class _NotAnArray(type):
 
 
 @jax.tree_util.register_pytree_node_class
-class Ragged(metaclass=_NotAnArray):
+class Ragged(Operators, metaclass=_NotAnArray):
     """Rows of different lengths, each of shape ``[T_i]`` or ``[T_i, K]``, as one value.
 
     Arithmetic and comparison work number by number with another ``Ragged`` of the same lengths,
@@ -63,8 +64,6 @@ class Ragged(metaclass=_NotAnArray):
     """
 
     __slots__ = ("_layout", "_rows", "_tiles")
-    __array_ufunc__ = None  # so that `array * ragged` comes here
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self, tiles: Array | None, layout: Layout, rows: tuple[Array, ...] | None = None
@@ -313,72 +312,15 @@ class Ragged(metaclass=_NotAnArray):
             return _tiles.widen(tiles, self.tiles)
         return tiles
 
+    def _unary(self, op: Callable[[Array], Array]) -> Ragged:
+        return Ragged(op(self.tiles), self._layout)
+
     def _binary(self, other: Operand, op: Callable[[Array, Array], Array]) -> Ragged:
         lifted = self._lift(other)
         mine = self.tiles
         if np.ndim(lifted) > mine.ndim:
             mine = _tiles.widen(mine, lifted)
         return Ragged(op(mine, lifted), self._layout)
-
-    def __add__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a + b)
-
-    def __radd__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: b + a)
-
-    def __sub__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a - b)
-
-    def __rsub__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: b - a)
-
-    def __mul__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a * b)
-
-    def __rmul__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: b * a)
-
-    def __truediv__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a / b)
-
-    def __rtruediv__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: b / a)
-
-    def __pow__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a**b)
-
-    def __lt__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a < b)
-
-    def __le__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a <= b)
-
-    def __gt__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a > b)
-
-    def __ge__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a >= b)
-
-    def __eq__(self, other: Operand) -> Ragged:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._binary(other, lambda a, b: a == b)
-
-    def __ne__(self, other: Operand) -> Ragged:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._binary(other, lambda a, b: a != b)
-
-    def __and__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a & b)
-
-    def __or__(self, other: Operand) -> Ragged:
-        return self._binary(other, lambda a, b: a | b)
-
-    def __invert__(self) -> Ragged:
-        return Ragged(~self.tiles, self._layout)
-
-    def __neg__(self) -> Ragged:
-        return Ragged(-self.tiles, self._layout)
-
-    def __abs__(self) -> Ragged:
-        return Ragged(abs(self.tiles), self._layout)
 
     def cumsum(self) -> Ragged:
         """Running sums along each row: ``y[t] = x[0] + ... + x[t]``."""

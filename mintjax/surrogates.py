@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import NonFiniteError
-from mintjax.types import Datum, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import Datum
 
 SENT = ("target_tokens", "weights")
 """The only inputs that travel in a custom step; the objective sees them all."""

@@ -3,146 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import DataError
+from mintjax.tensors import TensorData, to_tensor
 
 LossFnName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
-
-
-@runtime_checkable
-class SupportsArray(Protocol):
-    """Anything NumPy can read without a copy of its own: JAX arrays, pandas columns, ..."""
-
-    def __array__(self) -> npt.NDArray[Any]:
-        """Return the values as a NumPy array."""
-        ...
-
-
-ArrayLike = npt.NDArray[Any] | SupportsArray | Sequence[Any]
-"""What a column of ``loss_fn_inputs`` may be given as."""
-
-
-class TensorData(np.ndarray):
-    """A NumPy array that knows its wire form, ``{"data", "dtype", "shape"}``.
-
-    It *is* an array: ``jnp.dot(logprobs, datum.loss_fn_inputs["weights"])`` needs no conversion.
-    Floating types become float32 and integers (and booleans) int64, the two types of the protocol.
-
-    Args:
-        data: numbers, flat or already in shape; a NumPy or JAX array, or nested lists.
-        dtype: ``"float32"`` or ``"int64"``; inferred from the data if absent.
-        shape: the shape to give to flat data; for sparse data, the dense shape.
-        sparse_crow_indices: row pointers of a CSR matrix, shape ``[rows + 1]``. The array is made
-            dense here.
-        sparse_col_indices: column indices of a CSR matrix, one for each number of ``data``.
-
-    Raises:
-        DataError: not numbers, a ragged nested list, a shape that does not fit, or indices that
-            describe no matrix.
-    """
-
-    def __new__(
-        cls,
-        data: ArrayLike,
-        dtype: str | None = None,
-        shape: Sequence[int] | None = None,
-        sparse_crow_indices: Sequence[int] | None = None,
-        sparse_col_indices: Sequence[int] | None = None,
-    ) -> TensorData:
-        array = _as_wire_array(data, dtype)
-        if sparse_crow_indices is not None or sparse_col_indices is not None:
-            array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
-        elif shape is not None and array.shape != tuple(shape):
-            try:
-                array = array.reshape(tuple(shape))
-            except ValueError:
-                raise DataError(
-                    f"{array.size} numbers do not fill the shape {list(shape)}"
-                ) from None
-        return array.view(cls)
-
-    @classmethod
-    def from_numpy(cls, array: npt.NDArray[Any]) -> TensorData:
-        """The same numbers, shape and (wire) dtype; shares memory where the dtype allows."""
-        return cls(array)
-
-    @classmethod
-    def from_torch(cls, tensor: Any) -> TensorData:
-        """From a ``torch.Tensor`` of any device and dtype; torch itself is not imported."""
-        tensor = tensor.detach().cpu()
-        return cls((tensor.float() if tensor.is_floating_point() else tensor.long()).numpy())
-
-    def to_numpy(self) -> npt.NDArray[Any]:
-        """The same memory as a plain ``np.ndarray``."""
-        return self.view(np.ndarray)
-
-    def to_torch(self) -> Any:
-        """A ``torch.Tensor`` that shares no memory with this one. Needs torch."""
-        import torch  # pyright: ignore[reportMissingImports]
-
-        return torch.tensor(self.to_numpy())  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-    @property
-    def data(self) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The numbers as a flat list, in row-major order."""
-        return self.to_numpy().ravel().tolist()
-
-
-def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise DataError("a column must be rectangular; this nested list is ragged") from None
-    if dtype is None:
-        kind = array.dtype.kind
-        if array.size == 0 or kind == "f" or array.dtype.name == "bfloat16":
-            dtype = "float32"
-        elif kind in "iub":
-            dtype = "int64"
-        else:
-            raise DataError(f"a column must hold numbers, not {array.dtype.name}")
-    if dtype not in ("float32", "int64"):
-        raise DataError(f"dtype must be 'float32' or 'int64', not {dtype!r}")
-    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16" and array.size:
-        raise DataError(f"a column must hold numbers, not {array.dtype.name}")
-    if dtype == "int64" and array.dtype.kind == "f" and array.size:
-        whole = np.isfinite(array) & (np.trunc(array) == array)
-        if not whole.all():
-            raise DataError(f"int64 was asked for, but {array[~whole].ravel()[0]} is no integer")
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf; validation names it
-        return np.asarray(array, dtype=dtype)
-
-
-def _dense(
-    values: npt.NDArray[Any],
-    crow: Sequence[int] | None,
-    col: Sequence[int] | None,
-    shape: Sequence[int] | None,
-) -> npt.NDArray[Any]:
-    if crow is None or col is None or shape is None or len(shape) != 2:
-        raise DataError(
-            "sparse data needs sparse_crow_indices, sparse_col_indices and a shape of two numbers"
-        )
-    pointers, columns = np.asarray(crow, np.int64), np.asarray(col, np.int64)
-    rows, width = shape
-    counts = np.diff(pointers)
-    if (
-        pointers.shape != (rows + 1,)
-        or pointers[0] != 0
-        or (counts < 0).any()
-        or pointers[-1] != values.size
-        or columns.shape != values.shape
-        or (columns.size and (columns.min() < 0 or columns.max() >= width))
-    ):
-        raise DataError(f"the sparse indices do not describe a matrix of shape {list(shape)}")
-    dense = np.zeros((rows, width), values.dtype)
-    dense[np.repeat(np.arange(rows), counts), columns] = values
-    return dense
 
 
 class EncodedTextChunk(msgspec.Struct, frozen=True):
@@ -234,28 +104,8 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
 
     def __post_init__(self) -> None:
         given = cast("Mapping[str, Any]", self.loss_fn_inputs)
-        columns = {str(name): _to_tensor(name, value) for name, value in given.items()}
+        columns = {str(name): to_tensor(str(name), value) for name, value in given.items()}
         msgspec.structs.force_setattr(self, "loss_fn_inputs", columns)
-
-
-_INTEGER_COLUMNS = frozenset({"target_tokens"})
-_FLOAT_COLUMNS = frozenset({"weights", "advantages", "logprobs", "ref_logprobs"})
-
-
-def _to_tensor(name: str, value: Any) -> TensorData:
-    if isinstance(value, ModelInput):  # the official SDK's examples pass targets so
-        value = value.to_ints()
-    try:
-        if hasattr(value, "detach"):
-            value = TensorData.from_torch(value)
-        dtype = "int64" if name in _INTEGER_COLUMNS else None
-        if name in _FLOAT_COLUMNS:
-            dtype = "float32"
-        if isinstance(value, TensorData) and (dtype is None or value.dtype == dtype):
-            return value
-        return TensorData(value, dtype)
-    except DataError as error:
-        raise DataError(str(error), field=str(name)) from None
 
 
 class AdamParams(msgspec.Struct, frozen=True, kw_only=True):

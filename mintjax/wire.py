@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeVar, cast
 import msgspec
 
 from mintjax.errors import DataError
-from mintjax.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 T = TypeVar("T")
 

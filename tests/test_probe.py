@@ -7,7 +7,8 @@ from mintjax.errors import MintjaxError
 from mintjax.local import Engine, trainer
 from mintjax.probe import measure_reduction
 from mintjax.surrogates import Reduction
-from mintjax.types import ForwardBackwardOutput, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import ForwardBackwardOutput
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from mintjax.client.passes import check_finite
 from mintjax.client.service import ServiceClient
 from mintjax.client.training import TrainingClient
 from mintjax.errors import DataError
-from mintjax.types import ModelInput, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import ModelInput
 
 
 class ReverseKLDatum(msgspec.Struct, frozen=True, eq=False):

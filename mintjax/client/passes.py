@@ -10,7 +10,8 @@ import numpy as np
 
 from mintjax import wire
 from mintjax.errors import APIResponseError, NonFiniteError
-from mintjax.types import Datum, ForwardBackwardOutput, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import Datum, ForwardBackwardOutput
 
 Shape = tuple[int, ...]
 

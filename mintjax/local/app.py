@@ -23,7 +23,7 @@ from mintjax.local.access import Access
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
 from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
-from mintjax.types import TensorData
+from mintjax.tensors import TensorData
 
 M = TypeVar("M")
 

@@ -18,6 +18,7 @@ from mintjax.local import builtin, checkpoints, model, optimizer, passes, sampli
 from mintjax.local.checkpoints import CheckpointPath, Description
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.tokenizer import VOCAB_SIZE
+from mintjax.tensors import TensorData
 from mintjax.types import (
     AdamParams,
     Datum,
@@ -26,7 +27,6 @@ from mintjax.types import (
     OptimStepResponse,
     SampleResponse,
     SamplingParams,
-    TensorData,
 )
 
 MAX_RANK = 512

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -10,8 +12,7 @@ from mintjax.losses._arrays import torch_clip
 
 def ratio_surrogate(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
     """``exp(log_ratio) * advantages``, 0 where the advantage is 0 although the ratio overflows."""
-    overflows = jnp.isinf(jnp.exp(jax.lax.stop_gradient(log_ratio)))
-    return jnp.exp(jnp.where((advantages == 0) & overflows, 0, log_ratio)) * advantages
+    return jnp.exp(jnp.where(_counts_for_nothing(log_ratio, advantages), 0, log_ratio)) * advantages
 
 
 def clipped_surrogate(
@@ -24,5 +25,11 @@ def clipped_surrogate(
     """
     ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
     clipped = jnp.where(advantages > 0, ratio > high, ratio < low)
-    unclipped = ratio_surrogate(jnp.where(clipped, 0, log_ratio), advantages)
+    idle = clipped | _counts_for_nothing(log_ratio, advantages)
+    unclipped = jnp.exp(jnp.where(idle, 0, log_ratio)) * advantages
     return jnp.where(clipped, torch_clip(ratio, low, high) * advantages, unclipped)
+
+
+def _counts_for_nothing(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+    """Where the advantage is 0 and the ratio overflows, or nearly does."""
+    return (advantages == 0) & (log_ratio > math.log(float(jnp.finfo(log_ratio.dtype).max)) - 1)

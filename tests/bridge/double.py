@@ -7,13 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mintjax.types import (
-    AdamParams,
-    Datum,
-    ForwardBackwardOutput,
-    ModelInput,
-    TensorData,
-)
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 
 
 def make(

@@ -7,7 +7,8 @@ import pytest
 
 from mintjax.client import mint
 from mintjax.errors import DataError, NonFiniteError
-from mintjax.types import AdamParams, ModelInput, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, ModelInput
 
 
 def one(weights=(1.0, 0.0), tokens=(1, 2)):

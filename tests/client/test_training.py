@@ -20,7 +20,8 @@ from mintjax.errors import (
     ObjectiveError,
     RequestFailedError,
 )
-from mintjax.types import AdamParams, Datum, ModelInput, TensorData
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, Datum, ModelInput
 
 from .data import DATA, datum
 from .double import Answer, Hold, Trainer, logprob
