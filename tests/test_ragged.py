@@ -43,6 +43,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@settings(max_examples=25)
 @given(sizes=lengths)
 def test_a_reduction_gives_each_row_what_numpy_gives_it(name, wrap, sizes):
     reduce, oracle = REDUCTIONS[name]

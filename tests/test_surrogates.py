@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mintjax import Datum, ModelInput, losses
@@ -30,6 +30,7 @@ def reduced(reduction, datum, logprobs, datums):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_the_carried_gradient_is_what_the_trainer_accumulates(reduction, sizes, seed):
     rng = np.random.default_rng(seed)
