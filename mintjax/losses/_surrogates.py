@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,4 +33,5 @@ def clipped_surrogate(
 
 def _counts_for_nothing(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
     """Where the advantage is 0 and the ratio overflows, or nearly does."""
-    return (advantages == 0) & (log_ratio > math.log(float(jnp.finfo(log_ratio.dtype).max)) - 1)
+    largest = float(cast("Any", jnp.finfo(log_ratio.dtype).max))
+    return (advantages == 0) & (log_ratio > math.log(largest) - 1)

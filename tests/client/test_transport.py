@@ -141,7 +141,8 @@ def test_a_callback_that_raises_hurts_nobody(connect, trainer, caplog):
 
 def test_a_storm_of_try_again(client, trainer):
     trainer.faults["retrieve_future"] = [Answer(200, {"type": "try_again"})] * 20
-    client.forward(DATA).result(20)
+    assert len(client.forward(DATA).result(20).loss_fn_outputs) == len(DATA)
+    assert trainer.faults["retrieve_future"] == []
 
 
 def test_a_change_of_the_queue_is_told_once(client, trainer, caplog):
