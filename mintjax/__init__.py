@@ -1,9 +1,10 @@
 """Custom JAX losses for models that train elsewhere: on Tinker, MinT, SkyRL, or the one inside."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mintjax import errors as errors
 from mintjax import gradients as gradients
-from mintjax import losses as losses
-from mintjax import objectives as objectives
 from mintjax.batch import Batch as Batch
 from mintjax.bridge import RemoteLogprobs as RemoteLogprobs
 from mintjax.bridge import remote_logprobs as remote_logprobs
@@ -27,3 +28,18 @@ from mintjax.types import ModelInput as ModelInput
 from mintjax.types import OptimStepResponse as OptimStepResponse
 from mintjax.types import SampleResponse as SampleResponse
 from mintjax.types import SamplingParams as SamplingParams
+
+if TYPE_CHECKING:
+    from mintjax import losses as losses
+    from mintjax import objectives as objectives
+
+
+def __getattr__(name: str) -> Any:
+    """Import the libraries of losses when they are first used: they are large."""
+    if name in ("losses", "objectives"):
+        return importlib.import_module(f"mintjax.{name}")
+    raise AttributeError(f"module 'mintjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "losses", "objectives"})

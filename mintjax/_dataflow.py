@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from jax.extend.core import Literal
-
 
 def inputs_used(jaxpr: Any, outputs: Iterable[int]) -> set[int]:
     """The positions of the inputs that the given outputs are computed from.
@@ -17,6 +15,8 @@ def inputs_used(jaxpr: Any, outputs: Iterable[int]) -> set[int]:
         jaxpr: a ``Jaxpr``.
         outputs: positions among its outputs.
     """
+    from jax.extend.core import Literal  # late: it imports Pallas, which takes its time
+
     needed: set[Any] = {atom for i in outputs if not isinstance(atom := jaxpr.outvars[i], Literal)}
     for equation in reversed(jaxpr.eqns):
         wanted = [i for i, variable in enumerate(equation.outvars) if variable in needed]

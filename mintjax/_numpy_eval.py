@@ -7,11 +7,13 @@ seconds, to run it once in NumPy milliseconds. What has no rule here is run by J
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr
 
 Array: TypeAlias = Any  # np.ndarray
 Rule: TypeAlias = Callable[..., Any]
@@ -24,6 +26,8 @@ def evaluate(closed: ClosedJaxpr, arguments: Sequence[Array]) -> list[npt.NDArra
 
 
 def _run(jaxpr: Any, consts: Sequence[Array], arguments: Sequence[Array]) -> list[Array]:
+    from jax.extend.core import Literal  # late: it imports Pallas, which takes its time
+
     values: dict[Any, Array] = {}
     values.update(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
@@ -60,6 +64,8 @@ def _apply(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
 
 
 def _by_jax(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
+    from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
     named = {
         variable: value
         for variable, value in zip(equation.invars, inputs, strict=True)
