@@ -181,7 +181,7 @@ def dro(
 
     Reference:
         Richemond et al. 2024, "Offline Regularised Reinforcement Learning for Large Language Models
-        Alignment", eq. 10.
+        Alignment", in the form of Tinker's documentation of ``dro``.
     """
     target_logprobs, sampling_logprobs, advantages, beta = aligned(
         where,
