@@ -125,7 +125,7 @@ def _show(results: Iterator[Any], settings: Any, url: str) -> None:
     console.print(table)
     console.print(
         f"{summary.seconds:.1f} s in all; {summary.client_share:.1%} of the steps' time went into "
-        "loss and gradient on the client"
+        "loss, gradient and encoding on the client"
     )
 
 

@@ -87,7 +87,7 @@ class Summary(msgspec.Struct, kw_only=True):
         heldout_accuracy_after: the same.
         train_pairs: how many.
         heldout_pairs: how many.
-        client_share: the part of the steps' time that went into computing loss and gradient here.
+        client_share: the part of the steps' time that went into loss, gradient and encoding here.
         seconds: for everything.
         summary: tells this line from those of the steps.
     """

@@ -7,6 +7,7 @@ inside a user's objective is never wrapped: it arrives with its own type and tra
     ├── DataError (ValueError)            the data: which datum, which field, what to do
     ├── ObjectiveError (TypeError)        the objective returned something that is no loss
     ├── NonFiniteError (FloatingPointError)  a NaN or an infinity, caught before it is sent
+    ├── RowAccessError (TypeError)        (in ragged) a row of traced length was asked for
     ├── TransformationError (TypeError)   a JAX transformation that cannot reach the trainer
     ├── StaleError (RuntimeError)         params or gradients of another version of the model
     ├── ConfigError (ValueError)          an argument or environment variable of the client
