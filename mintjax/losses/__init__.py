@@ -27,6 +27,7 @@ from mintjax.losses._penalties import kl_k2 as kl_k2
 from mintjax.losses._penalties import kl_k3 as kl_k3
 from mintjax.losses._penalties import l2_to_reference as l2_to_reference
 from mintjax.losses._penalties import sampled_entropy as sampled_entropy
+from mintjax.losses._policy import dppo as dppo
 from mintjax.losses._policy import dual_clip_ppo as dual_clip_ppo
 from mintjax.losses._policy import gspo as gspo
 from mintjax.losses._policy import gspo_token as gspo_token

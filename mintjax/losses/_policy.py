@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, harmless_where_zero, keep
-from mintjax.losses._surrogates import clipped_surrogate
+from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
 
 def dual_clip_ppo(
@@ -59,6 +59,54 @@ def dual_clip_ppo(
     floor = dual * advantages
     raised = jnp.where(advantages < 0, jnp.maximum(surrogate, floor), surrogate)
     return keep(-jnp.where(bounded, floor, raised), where)
+
+
+def dppo(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    divergence_threshold: ArrayLike = 0.15,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Divergence PPO: the trust region bounds how far a probability moves, not its ratio.
+
+    ``loss = -m * r * advantages`` with ``r = exp(target_logprobs - sampling_logprobs)``. With the
+    shift ``s = exp(target_logprobs) - exp(sampling_logprobs)``, the total variation between the two
+    policies if this token and "any other" were all there is, ``m`` is 0 where ``s`` has passed the
+    threshold in the direction the advantage asks for (``s > threshold`` and ``A > 0``, or
+    ``s < -threshold`` and ``A < 0``), and 1 elsewhere. An unlikely token may thus multiply its
+    probability, where :func:`ppo` would clip it; a likely one is held sooner.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: ``A``; same shape, or a scalar.
+        divergence_threshold: greatest shift, a probability; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Reference:
+        Qi et al. 2026, "Rethinking the Trust Region in LLM Reinforcement Learning"
+        (arXiv:2602.04879), the variant called DPPO-Binary-TV, with the threshold of the authors'
+        recipe.
+    """
+    target_logprobs, sampling_logprobs, advantages, threshold = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        divergence_threshold=divergence_threshold,
+    )
+    shift = jax.lax.stop_gradient(jnp.exp(target_logprobs) - jnp.exp(sampling_logprobs))
+    left = jnp.where(advantages > 0, shift > threshold, shift < -threshold)
+    log_ratio = jnp.where(left, 0, target_logprobs - sampling_logprobs)
+    return keep(-ratio_surrogate(log_ratio, jnp.where(left, 0, advantages)), where)
 
 
 def truncated_importance_sampling(
@@ -139,7 +187,8 @@ def gspo(
         ValueError: the shapes do not fit.
 
     Reference:
-        Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 5, 7, 13 and 14.
+        Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 5 and 7,
+        computed as in eq. 13 and 14; the thresholds: section 5.1.
     """
     target, sampling = aligned(where, target_logprobs, sampling_logprobs=sampling_logprobs)
     count = jnp.sum(keep(jnp.ones_like(target), where), axis=-1, keepdims=True)
@@ -185,7 +234,7 @@ def gspo_token(
         ValueError: the shapes do not fit.
 
     Reference:
-        Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 13 and 14.
+        Zheng et al. 2025, "Group Sequence Policy Optimization", section 4.3, eq. 13 and 14.
     """
     target_logprobs, log_ratio, advantages, low, high = aligned(
         where,

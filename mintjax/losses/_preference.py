@@ -214,7 +214,7 @@ def orpo(
 
     Reference:
         Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
-        eq. 6 and 7.
+        eq. 6 and 7, with the odds of eq. 4.
     """
     chosen, rejected, chosen_lengths, rejected_lengths, weight = aligned(
         where,
@@ -266,7 +266,8 @@ def kto(
         ValueError: the shapes do not fit.
 
     Reference:
-        Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 8.
+        Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", the
+        definition of L_KTO.
     """
     scores, ref_scores, label, kl, beta, good_weight, bad_weight = aligned(
         where,

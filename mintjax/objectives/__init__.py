@@ -21,6 +21,7 @@ from mintjax.objectives._penalties import kl_k2 as kl_k2
 from mintjax.objectives._penalties import kl_k3 as kl_k3
 from mintjax.objectives._penalties import l2_to_reference as l2_to_reference
 from mintjax.objectives._penalties import sampled_entropy as sampled_entropy
+from mintjax.objectives._policy import dppo as dppo
 from mintjax.objectives._policy import dual_clip_ppo as dual_clip_ppo
 from mintjax.objectives._policy import gspo as gspo
 from mintjax.objectives._policy import (

@@ -66,15 +66,18 @@ class PolicyObjective(LossObjective):
         """The thresholds of the ratio, as keyword arguments of the loss; none by default."""
         return {}
 
+    def bounds_given(self, sampling: Array) -> dict[str, Any]:
+        """The thresholds that the metrics go by, which may depend on the sampling logprobs."""
+        return self.bounds()
+
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
         """The loss, and its metrics."""
         sampling = on_tokens(self.column(data, "logprobs"), logprobs)
         advantages = on_tokens(self.column(data, "advantages"), logprobs)
         where = token_mask(data, logprobs)
         values = self.token_losses(logprobs.tiles, sampling, advantages, where)
-        sums = losses.policy_sums(
-            logprobs.tiles, sampling, advantages, **self.bounds(), where=where
-        )
+        bounds = self.bounds_given(sampling)
+        sums = losses.policy_sums(logprobs.tiles, sampling, advantages, **bounds, where=where)
         values = weighted(values, data, logprobs, where)
         return aggregate(values, where, logprobs, self.aggregation), losses.policy_summary(sums)
 

@@ -52,6 +52,38 @@ class dual_clip_ppo(PolicyObjective):
 
 
 @objective
+class dppo(PolicyObjective):
+    """:func:`mintjax.losses.dppo` over a batch.
+
+    The metric ``clip_fraction`` is that of the tokens which have left the trust region.
+
+    Args:
+        divergence_threshold: greatest shift of a token's probability.
+        aggregation: how tokens' losses become one.
+    """
+
+    divergence_threshold: float = 0.15
+    aggregation: Aggregation = static(default="sum")
+
+    def bounds_given(self, sampling: Array) -> dict[str, Any]:
+        """The ratios at which a token's probability has shifted by the threshold."""
+        relative = self.divergence_threshold * jnp.exp(-sampling)
+        return {"clip_low_threshold": 1 - relative, "clip_high_threshold": 1 + relative}
+
+    def token_losses(
+        self, target: Array, sampling: Array, advantages: Array, where: Array
+    ) -> Array:
+        """``-r * A`` within the trust region."""
+        return losses.dppo(
+            target,
+            sampling,
+            advantages,
+            divergence_threshold=self.divergence_threshold,
+            where=where,
+        )
+
+
+@objective
 class truncated_importance_sampling(PolicyObjective):
     """:func:`mintjax.losses.truncated_importance_sampling` over a batch.
 

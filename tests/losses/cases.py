@@ -31,6 +31,7 @@ ELEMENTWISE = {
     "cispo": Case(losses.cispo, POLICY),
     "dro": Case(losses.dro, POLICY),
     "dual_clip_ppo": Case(losses.dual_clip_ppo, POLICY),
+    "dppo": Case(losses.dppo, POLICY),
     "truncated_importance_sampling": Case(losses.truncated_importance_sampling, POLICY),
     "gspo_token": Case(losses.gspo_token, ("target_logprobs", "sequence_log_ratios", "advantages")),
     "kl_k1": Case(losses.kl_k1, REFERENCE),

@@ -129,6 +129,13 @@ def truncated(t: dict[str, Any]) -> Any:
     return -torch.clamp(ratio, max=2.0).detach() * t["target"] * t["advantages"]
 
 
+def dppo(t: dict[str, Any]) -> Any:
+    ratio = torch.exp(t["target"] - t["sampling"])
+    shift = torch.exp(t["target"]) - torch.exp(t["sampling"])
+    kept = torch.where(t["advantages"] > 0, shift <= 0.15, shift >= -0.15).detach()
+    return -(kept * ratio * t["advantages"])
+
+
 def gspo(t: dict[str, Any]) -> Any:
     """Sequences of 24 tokens, over those that the mask keeps and whose log-ratio is finite."""
     keep = ((t["mask"] != 0) & torch.isfinite(t["target"] - t["sampling"])).reshape(-1, 24)
@@ -154,6 +161,7 @@ PER_TOKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "cispo": cispo,
     "dro": dro,
     "dual_clip_ppo": dual_clip,
+    "dppo": dppo,
     "truncated_importance_sampling": truncated,
     "gspo": gspo,
     "kl_k1": lambda t: t["target"] - t["sampling"],

@@ -80,6 +80,14 @@ def truncated_importance_sampling(
     return cispo(target, sampling, advantages, -np.inf, threshold)
 
 
+def dppo(target: Any, sampling: Any, advantages: Any, threshold: float = 0.15) -> Pair:
+    target, sampling, advantages = f64(target, sampling, advantages)
+    shift = np.exp(target) - np.exp(sampling)
+    left = np.where(advantages > 0, shift > threshold, shift < -threshold)
+    value = -times(ratio_of(target, sampling), np.where(left, 0.0, advantages))
+    return value, value
+
+
 def dro(target: Any, sampling: Any, advantages: Any, beta: Any = 0.05) -> Pair:
     target, sampling, advantages = f64(target, sampling, advantages)
     distance = target - sampling

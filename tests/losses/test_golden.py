@@ -48,6 +48,7 @@ PER_TOKEN: dict[str, Callable[[Any], jax.Array]] = {
     "cispo": lambda t: losses.cispo(t, Q, A, **CLIP, where=MASK),
     "dro": lambda t: losses.dro(t, Q, A, where=MASK),
     "dual_clip_ppo": lambda t: losses.dual_clip_ppo(t, Q, A, **CLIP, where=MASK),
+    "dppo": lambda t: losses.dppo(t, Q, A, where=MASK),
     "truncated_importance_sampling": lambda t: losses.truncated_importance_sampling(
         t, Q, A, where=MASK
     ),
@@ -66,6 +67,7 @@ ORACLES: dict[str, Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]] = {
     "cispo": oracles.cispo,
     "dro": lambda t, q, a, lo, hi: oracles.dro(t, q, a),
     "dual_clip_ppo": oracles.dual_clip_ppo,
+    "dppo": lambda t, q, a, lo, hi: oracles.dppo(t, q, a),
     "truncated_importance_sampling": lambda t, q, a, lo, hi: oracles.truncated_importance_sampling(
         t, q, a
     ),
@@ -134,6 +136,8 @@ LISTED = {
     "ppo": OVERFLOWS & (A >= 0),
     # The same; and it is bounded by the dual clip: the gradient is 0.
     "dual_clip_ppo": OVERFLOWS,
+    # The same; and it overflows where the token has left the trust region: both are 0.
+    "dppo": OVERFLOWS & (A >= 0),
     # 0 * -inf: a weight or an advantage of 0 on a token of probability 0. The loss is 0.
     "cross_entropy": FORBIDDEN & (A == 0),
     # The same; a coefficient of 0, because the ratio is; inf * 0, an unbounded ratio of A = 0.

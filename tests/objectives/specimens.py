@@ -124,6 +124,7 @@ SPECIMENS = {
     "cispo": Specimen(objectives.cispo(), linear(oracles.cispo, *POLICY)),
     "dro": Specimen(objectives.dro(), tokens(oracles.dro, *POLICY)),
     "dual_clip_ppo": Specimen(objectives.dual_clip_ppo(), tokens(oracles.dual_clip_ppo, *POLICY)),
+    "dppo": Specimen(objectives.dppo(), tokens(oracles.dppo, *POLICY)),
     "truncated_importance_sampling": Specimen(
         objectives.truncated_importance_sampling(),
         linear(oracles.truncated_importance_sampling, *POLICY),

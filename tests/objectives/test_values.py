@@ -183,6 +183,23 @@ def test_metrics_are_the_diagnostics():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7)
 
 
+def test_dppo_counts_the_tokens_that_left_the_trust_region():
+    objective = objectives.dppo(divergence_threshold=0.01)
+    left, tokens = 0, 0
+    for row, q, a, w in zip(
+        EXAMPLE.logprobs,
+        *map(row_columns, ("logprobs", "advantages", "weights")),
+        strict=True,
+    ):
+        where = w != 0
+        loss = np.asarray(losses.dppo(row, q, a, divergence_threshold=0.01, where=where))
+        left += int((where & (a != 0) & (loss == 0)).sum())
+        tokens += int(where.sum())
+    metrics = mintjax.value_and_logprob_grads(objective, *EXAMPLE).metrics
+    assert left > 0
+    assert metrics["clip_fraction"] == pytest.approx(left / tokens)
+
+
 def test_kto_takes_its_point_of_reference_from_the_batch_or_from_you():
     data = [
         mintjax.Datum(d.model_input, d.loss_fn_inputs | {"desirable": np.full(len(row), i % 2)})  # pyright: ignore[reportArgumentType]
