@@ -3,35 +3,59 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mintjax import errors as errors
-from mintjax import gradients as gradients
-from mintjax.batch import Batch as Batch
-from mintjax.bridge import RemoteLogprobs as RemoteLogprobs
-from mintjax.bridge import remote_logprobs as remote_logprobs
-from mintjax.client import APIFuture as APIFuture
-from mintjax.client import RetryPolicy as RetryPolicy
-from mintjax.client import SamplingClient as SamplingClient
-from mintjax.client import ServiceClient as ServiceClient
-from mintjax.client import TrainingClient as TrainingClient
-from mintjax.gradients import LogprobGradients as LogprobGradients
-from mintjax.gradients import value_and_logprob_grads as value_and_logprob_grads
-from mintjax.ragged import Ragged as Ragged
-from mintjax.remote_optimizer import remote_optimizer as remote_optimizer
-from mintjax.surrogates import Reduction as Reduction
-from mintjax.tensors import TensorData as TensorData
-from mintjax.types import AdamParams as AdamParams
-from mintjax.types import CustomStepOutput as CustomStepOutput
-from mintjax.types import Datum as Datum
-from mintjax.types import ForwardBackwardOutput as ForwardBackwardOutput
-from mintjax.types import LoraConfig as LoraConfig
-from mintjax.types import ModelInput as ModelInput
-from mintjax.types import OptimStepResponse as OptimStepResponse
-from mintjax.types import SampleResponse as SampleResponse
-from mintjax.types import SamplingParams as SamplingParams
+from mintjax import errors, gradients
+from mintjax.batch import Batch
+from mintjax.bridge import RemoteLogprobs, remote_logprobs
+from mintjax.client import APIFuture, RetryPolicy, SamplingClient, ServiceClient, TrainingClient
+from mintjax.gradients import LogprobGradients, value_and_logprob_grads
+from mintjax.ragged import Ragged
+from mintjax.remote_optimizer import remote_optimizer
+from mintjax.surrogates import Reduction
+from mintjax.tensors import TensorData
+from mintjax.types import (
+    AdamParams,
+    CustomStepOutput,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
-    from mintjax import losses as losses
-    from mintjax import objectives as objectives
+    from mintjax import losses, objectives
+
+__all__ = [
+    "APIFuture",
+    "AdamParams",
+    "Batch",
+    "CustomStepOutput",
+    "Datum",
+    "ForwardBackwardOutput",
+    "LogprobGradients",
+    "LoraConfig",
+    "ModelInput",
+    "OptimStepResponse",
+    "Ragged",
+    "Reduction",
+    "RemoteLogprobs",
+    "RetryPolicy",
+    "SampleResponse",
+    "SamplingClient",
+    "SamplingParams",
+    "ServiceClient",
+    "TensorData",
+    "TrainingClient",
+    "errors",
+    "gradients",
+    "losses",
+    "objectives",
+    "remote_logprobs",
+    "remote_optimizer",
+    "value_and_logprob_grads",
+]
 
 
 def __getattr__(name: str) -> Any:

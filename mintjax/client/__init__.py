@@ -1,8 +1,16 @@
 """The client: sessions, training and sampling over HTTP."""
 
-from mintjax.client.futures import APIFuture as APIFuture
-from mintjax.client.sampling import SamplingClient as SamplingClient
-from mintjax.client.service import ServiceClient as ServiceClient
-from mintjax.client.settings import Progress as Progress
-from mintjax.client.settings import RetryPolicy as RetryPolicy
-from mintjax.client.training import TrainingClient as TrainingClient
+from mintjax.client.futures import APIFuture
+from mintjax.client.sampling import SamplingClient
+from mintjax.client.service import ServiceClient
+from mintjax.client.settings import Progress, RetryPolicy
+from mintjax.client.training import TrainingClient
+
+__all__ = [
+    "APIFuture",
+    "Progress",
+    "RetryPolicy",
+    "SamplingClient",
+    "ServiceClient",
+    "TrainingClient",
+]

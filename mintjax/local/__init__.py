@@ -1,10 +1,8 @@
 """The embedded trainer: a small transformer with LoRA that speaks the protocol, for one machine."""
 
 try:
-    from mintjax.local.engine import Engine as Engine
-    from mintjax.local.server import running_server as running_server
-    from mintjax.local.server import serve as serve
-    from mintjax.local.server import trainer as trainer
+    from mintjax.local.engine import Engine
+    from mintjax.local.server import running_server, serve, trainer
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
     if missing not in ("safetensors", "starlette", "uvicorn"):
@@ -13,5 +11,14 @@ except ModuleNotFoundError as error:
         f'the embedded trainer needs {missing}: pip install "mintjax[local]"', name=missing
     ) from error
 
-from mintjax.local import tokenizer as tokenizer
-from mintjax.local.model import BASE_MODELS as BASE_MODELS
+from mintjax.local import tokenizer
+from mintjax.local.model import BASE_MODELS
+
+__all__ = [
+    "BASE_MODELS",
+    "Engine",
+    "running_server",
+    "serve",
+    "tokenizer",
+    "trainer",
+]

@@ -1,40 +1,67 @@
 """Losses on log-probabilities: pure functions of arrays, unreduced, any batch shape."""
 
-from mintjax.losses._advantages import dr_grpo as dr_grpo
-from mintjax.losses._advantages import group_mean_centred as group_mean_centred
-from mintjax.losses._advantages import grpo as grpo
-from mintjax.losses._advantages import rloo as rloo
-from mintjax.losses._aggregation import fixed_length_mean as fixed_length_mean
-from mintjax.losses._aggregation import sequence_mean as sequence_mean
-from mintjax.losses._aggregation import token_mean as token_mean
-from mintjax.losses._builtin import cispo as cispo
-from mintjax.losses._builtin import cross_entropy as cross_entropy
-from mintjax.losses._builtin import dro as dro
-from mintjax.losses._builtin import importance_sampling as importance_sampling
-from mintjax.losses._builtin import ppo as ppo
-from mintjax.losses._conventions import CONVENTIONS as CONVENTIONS
-from mintjax.losses._conventions import Convention as Convention
-from mintjax.losses._conventions import describe as describe
-from mintjax.losses._diagnostics import policy_summary as policy_summary
-from mintjax.losses._diagnostics import policy_sums as policy_sums
-from mintjax.losses._diagnostics import preference_summary as preference_summary
-from mintjax.losses._diagnostics import preference_sums as preference_sums
-from mintjax.losses._distillation import brier_score as brier_score
-from mintjax.losses._distillation import distillation_forward_kl as distillation_forward_kl
-from mintjax.losses._distillation import distillation_reverse_kl as distillation_reverse_kl
-from mintjax.losses._penalties import kl_k1 as kl_k1
-from mintjax.losses._penalties import kl_k2 as kl_k2
-from mintjax.losses._penalties import kl_k3 as kl_k3
-from mintjax.losses._penalties import l2_to_reference as l2_to_reference
-from mintjax.losses._penalties import sampled_entropy as sampled_entropy
-from mintjax.losses._policy import dppo as dppo
-from mintjax.losses._policy import dual_clip_ppo as dual_clip_ppo
-from mintjax.losses._policy import gspo as gspo
-from mintjax.losses._policy import gspo_token as gspo_token
-from mintjax.losses._policy import truncated_importance_sampling as truncated_importance_sampling
-from mintjax.losses._preference import bradley_terry as bradley_terry
-from mintjax.losses._preference import dpo as dpo
-from mintjax.losses._preference import ipo as ipo
-from mintjax.losses._preference import kto as kto
-from mintjax.losses._preference import orpo as orpo
-from mintjax.losses._preference import simpo as simpo
+from mintjax.losses._advantages import dr_grpo, group_mean_centred, grpo, rloo
+from mintjax.losses._aggregation import fixed_length_mean, sequence_mean, token_mean
+from mintjax.losses._builtin import cispo, cross_entropy, dro, importance_sampling, ppo
+from mintjax.losses._conventions import CONVENTIONS, Convention, describe
+from mintjax.losses._diagnostics import (
+    policy_summary,
+    policy_sums,
+    preference_summary,
+    preference_sums,
+)
+from mintjax.losses._distillation import (
+    brier_score,
+    distillation_forward_kl,
+    distillation_reverse_kl,
+)
+from mintjax.losses._penalties import kl_k1, kl_k2, kl_k3, l2_to_reference, sampled_entropy
+from mintjax.losses._policy import (
+    dppo,
+    dual_clip_ppo,
+    gspo,
+    gspo_token,
+    truncated_importance_sampling,
+)
+from mintjax.losses._preference import bradley_terry, dpo, ipo, kto, orpo, simpo
+
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "bradley_terry",
+    "brier_score",
+    "cispo",
+    "cross_entropy",
+    "describe",
+    "distillation_forward_kl",
+    "distillation_reverse_kl",
+    "dpo",
+    "dppo",
+    "dr_grpo",
+    "dro",
+    "dual_clip_ppo",
+    "fixed_length_mean",
+    "group_mean_centred",
+    "grpo",
+    "gspo",
+    "gspo_token",
+    "importance_sampling",
+    "ipo",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kto",
+    "l2_to_reference",
+    "orpo",
+    "policy_summary",
+    "policy_sums",
+    "ppo",
+    "preference_summary",
+    "preference_sums",
+    "rloo",
+    "sampled_entropy",
+    "sequence_mean",
+    "simpo",
+    "token_mean",
+    "truncated_importance_sampling",
+]
