@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.errors import NonFiniteError
 from mintjax.tensors import TensorData
 from mintjax.types import Datum
 
@@ -84,10 +83,6 @@ def carrier(
             divides by the sum of weights.
         grads: ``d loss / d logprobs``, in the shape of ``target_tokens``.
         datums: how many datums are accumulated before the optimizer step, these among them.
-
-    Raises:
-        NonFiniteError: a number that would travel is not finite in float32; names datum and
-            position.
     """
     scale = datums if reduction.over_datums else 1
     result: list[Datum] = []
@@ -99,25 +94,9 @@ def carrier(
             inputs["weights"] = TensorData.from_numpy(np.ones(targets.shape, np.float32))
             inputs["logprobs"] = TensorData.from_numpy(logprobs[i])
             inputs["advantages"] = TensorData.from_numpy(grad * -float(scale * targets.size))
-            carried = inputs["advantages"]
         else:
             inputs["weights"] = TensorData.from_numpy(
                 np.negative(grad) if scale == 1 else grad * -float(scale)
             )
-            carried = inputs["weights"]
-        _check_finite(carried, i)
         result.append(Datum(datum.model_input, inputs))
     return result
-
-
-def _check_finite(values: TensorData, datum: int) -> None:
-    flat = values.to_numpy().ravel()
-    finite = np.isfinite(flat)
-    if not finite.all():
-        position = int(np.argmin(finite))
-        raise NonFiniteError(
-            f"the gradient that would travel is {flat[position]} at datum {datum}, position "
-            f"{position}: not finite, or beyond float32. Nothing was sent.",
-            datum=datum,
-            position=position,
-        )

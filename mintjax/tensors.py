@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.errors import DataError
+from mintjax.errors import DataError, NonFiniteError
 
 
 @runtime_checkable
@@ -97,20 +97,23 @@ def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
         raise DataError("a column must be rectangular; this nested list is ragged") from None
     if dtype is None:
         kind = array.dtype.kind
-        if array.size == 0 or kind == "f" or array.dtype.name == "bfloat16":
+        if kind == "f" or array.dtype.name == "bfloat16":
             dtype = "float32"
         elif kind in "iub":
             dtype = "int64"
         else:
             raise DataError(f"a column must hold numbers, not {array.dtype.name}")
-    if dtype not in ("float32", "int64"):
+    if dtype not in _WIRE_DTYPES:
         raise DataError(f"dtype must be 'float32' or 'int64', not {dtype!r}")
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16" and array.size:
         raise DataError(f"a column must hold numbers, not {array.dtype.name}")
     if dtype == "int64" and array.dtype.kind == "f" and array.size:
-        whole = np.isfinite(array) & (np.trunc(array) == array)
+        # At 2**53 and beyond, a float may stand for its neighbours as well.
+        whole = (np.trunc(array) == array) & (np.abs(array) < 2**53)
         if not whole.all():
             raise DataError(f"int64 was asked for, but {array[~whole].ravel()[0]} is no integer")
+    if dtype == "int64" and array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
+        raise DataError(f"{array.max()} is beyond int64")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf; validation names it
         return np.asarray(array, dtype=dtype)
 
@@ -127,6 +130,8 @@ def _dense(
         )
     pointers, columns = np.asarray(crow, np.int64), np.asarray(col, np.int64)
     rows, width = shape
+    if rows * width > _LARGEST_DENSE:
+        raise DataError(f"a sparse matrix of shape {list(shape)} is too large to be made dense")
     counts = np.diff(pointers)
     if (
         pointers.shape != (rows + 1,)
@@ -137,11 +142,45 @@ def _dense(
         or (columns.size and (columns.min() < 0 or columns.max() >= width))
     ):
         raise DataError(f"the sparse indices do not describe a matrix of shape {list(shape)}")
+    places = np.repeat(np.arange(rows), counts) * width + columns
+    if (np.diff(places) <= 0).any():
+        raise DataError("the column indices of a sparse matrix must rise within each row")
     dense = np.zeros((rows, width), values.dtype)
-    dense[np.repeat(np.arange(rows), counts), columns] = values
+    dense.ravel()[places] = values
     return dense
 
 
+def first_not_finite(values: npt.NDArray[Any]) -> int | None:
+    """The flat position of the first NaN or infinity, or None."""
+    if values.dtype.kind != "f":
+        return None
+    finite = np.isfinite(values)
+    return None if finite.all() else int(np.argmin(finite))
+
+
+def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
+    """Refuse to send a NaN or an infinity.
+
+    Args:
+        values: a tensor that is to travel.
+        datum: position of the datum that it belongs to.
+        what: it is, for the message.
+
+    Raises:
+        NonFiniteError: there is one; the message names datum and position.
+    """
+    position = first_not_finite(values)
+    if position is not None:
+        raise NonFiniteError(
+            f"datum {datum}, position {position}, {what}: {values.ravel()[position]} cannot be "
+            "sent; nothing was. Mask the position, or find out where it comes from",
+            datum=datum,
+            position=position,
+        )
+
+
+_WIRE_DTYPES = ("float32", "int64")
+_LARGEST_DENSE = 2**28  # numbers; what a peer may make us allocate by a few of its own
 _INTEGER_COLUMNS = frozenset({"target_tokens"})
 _FLOAT_COLUMNS = frozenset({"weights", "advantages", "logprobs", "ref_logprobs"})
 
@@ -164,7 +203,9 @@ def to_tensor(name: str, value: Any) -> TensorData:
         dtype = "int64" if name in _INTEGER_COLUMNS else None
         if name in _FLOAT_COLUMNS:
             dtype = "float32"
-        if isinstance(value, TensorData) and (dtype is None or value.dtype == dtype):
+        if isinstance(value, TensorData) and value.dtype.name in (
+            _WIRE_DTYPES if dtype is None else (dtype,)
+        ):
             return value
         return TensorData(value, dtype)
     except DataError as error:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import msgspec
 
 from mintjax.client.futures import APIFuture
-from mintjax.client.passes import check_finite
 from mintjax.client.service import ServiceClient
 from mintjax.client.training import TrainingClient
 from mintjax.errors import DataError
-from mintjax.tensors import TensorData
+from mintjax.tensors import TensorData, check_finite
 from mintjax.types import ModelInput
 
 
@@ -91,7 +90,7 @@ def forward_backward_reverse_kl(
     if not (math.isfinite(temperature) and temperature > 0):
         raise DataError(f"{temperature}; it must be above 0", field="temperature")
     for i, datum in enumerate(data):
-        check_finite(datum.weights, i, "weights")
+        check_finite(datum.weights, i, "input 'weights'")
         lengths = {datum.student_input.length, datum.reference_input.length}
         if (
             lengths != {datum.target_tokens.size}

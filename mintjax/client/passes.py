@@ -10,7 +10,7 @@ import numpy as np
 
 from mintjax import wire
 from mintjax.errors import APIResponseError, NonFiniteError
-from mintjax.tensors import TensorData
+from mintjax.tensors import TensorData, check_finite
 from mintjax.types import Datum, ForwardBackwardOutput
 
 Shape = tuple[int, ...]
@@ -48,9 +48,12 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
         parts, size = [], 0
 
     for i, datum in enumerate(data):
-        for name, column in datum.loss_fn_inputs.items():
-            check_finite(column, i, name)
-        encoded = wire.encode(datum)
+        try:
+            encoded = wire.encode(datum)
+        except NonFiniteError:
+            for name, column in datum.loss_fn_inputs.items():
+                check_finite(column, i, f"input {name!r}")
+            raise
         too_long = len(parts) >= limits.fwdbwd_max_chunk_len
         too_big = size + len(encoded) > limits.fwdbwd_max_chunk_bytes_count
         if parts and (too_long or too_big):
@@ -59,24 +62,6 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
         size += len(encoded)
     close(len(data))
     return result
-
-
-def check_finite(column: np.ndarray[Any, Any], datum: int, name: str) -> None:
-    """Refuse a NaN or an infinity.
-
-    Raises:
-        NonFiniteError: there is one; the message names datum, position and input.
-    """
-    if column.dtype.kind != "f" or np.isfinite(column).all():
-        return
-    position = int(np.flatnonzero(~np.isfinite(column).ravel())[0])
-    value = float(np.asarray(column).ravel()[position])
-    raise NonFiniteError(
-        f"datum {datum}, position {position}, input {name!r}: {value} cannot be sent; nothing was. "
-        "Mask the position, or find out where it comes from",
-        datum=datum,
-        position=position,
-    )
 
 
 def messages(
