@@ -1,5 +1,7 @@
 """Loss, metrics and per-datum gradients of an objective with respect to the logprobs."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast

@@ -1,5 +1,7 @@
 """Hypothesis strategies for ragged batches, the awkward ones among them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
