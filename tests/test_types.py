@@ -139,9 +139,8 @@ def test_columns_of_a_sparse_matrix_must_rise():
 
 def test_what_was_computed_from_a_column_is_a_column_of_the_protocol():
     column = TensorData([1.0, -1.0])
-    datum = Datum(
-        ModelInput.from_ints([1, 2]), {"mask": column > 0, "twice": np.float64(2) * column}
-    )
+    computed = {"mask": column > 0, "wide": column * np.ones(2)}
+    datum = Datum(ModelInput.from_ints([1, 2]), computed)
     assert datum.loss_fn_inputs["mask"].dtype == "int64"
     assert datum.loss_fn_inputs["wide"].dtype == "float32"
 
