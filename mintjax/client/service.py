@@ -193,6 +193,13 @@ class ServiceClient:
     get_server_capabilities = finished(_get_server_capabilities)
     get_server_capabilities_async = awaited(_get_server_capabilities)
 
+    def _get_client_config(self) -> APIFuture[wire.ClientConfigResponse]:
+        """The flags by which the trainer tells clients what to send; defaults if it has none."""
+        return self._connection.start(self._client_config)
+
+    get_client_config = finished(_get_client_config)
+    get_client_config_async = awaited(_get_client_config)
+
     def probe(self, base_model: str | None = None) -> Reduction:
         """Measure, by a few steps on a throwaway model, what the trainer makes of losses.
 
@@ -245,6 +252,10 @@ class ServiceClient:
 
     def __repr__(self) -> str:
         return f"ServiceClient({self.base_url!r})"
+
+    async def _client_config(self) -> wire.ClientConfigResponse:
+        await self._connection.session()
+        return self._connection.limits
 
     async def _from_state(
         self, path: str, user_metadata: dict[str, str] | None, optimizer: bool
