@@ -273,17 +273,17 @@ def _decode_hook(as_type: type[Any], value: Any) -> Any:
 
 
 def _numbers(data: Any, dtype: str) -> npt.NDArray[Any]:
-    if not isinstance(data, list):
-        raise DataError(f"data must be a list of numbers, not {type(data).__name__}")
-    data = cast("list[Any]", data)
-    kinds = set(map(type, data))
-    if strange := kinds - {int, float}:
-        names = ", ".join(sorted(kind.__name__ for kind in strange))
-        why = "; null is what some JSON encoders make of a NaN" if type(None) in strange else ""
-        raise DataError(f"data must be a flat list of numbers; it holds {names}{why}")
     try:
+        if dtype == "int64":
+            try:
+                return np.fromiter(msgspec.convert(data, list[int]), np.int64)
+            except msgspec.ValidationError:
+                return np.fromiter(msgspec.convert(data, list[float]), np.float64)  # if whole
         with np.errstate(over="ignore"):  # beyond float32; who reads it says where
-            return np.fromiter(data, np.float64 if float in kinds and dtype == "int64" else dtype)
+            return np.fromiter(msgspec.convert(data, list[float]), np.float32)
+    except msgspec.ValidationError as error:
+        why = "; null is what some make of a NaN" if "`null`" in str(error) else ""
+        raise TypeError(f"{error} of data{why}") from None
     except OverflowError:
         raise DataError(f"data hold a number beyond {dtype}") from None
 
