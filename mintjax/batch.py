@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
@@ -13,6 +14,8 @@ from mintjax.ragged import Ragged, RowAccessError
 from mintjax.types import Datum
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
+
+_NDIM = operator.attrgetter("ndim")
 
 
 class Batch(Sequence[Datum]):
@@ -150,6 +153,7 @@ class Batch(Sequence[Datum]):
         Raises:
             DataError: no such column, a datum lacks it, its first axis is not as long as that
                 datum's model input, or its trailing axis differs from datum 0's.
+            RowAccessError: the batch has columns only.
         """
         if self._datums is None:
             raise RowAccessError
@@ -260,9 +264,9 @@ def check_shapes(name: str, rows: Sequence[Any], lengths: Sequence[int]) -> None
     Raises:
         DataError: a row does not fit; names it.
     """
-    shapes = [row.shape for row in rows]
-    if shapes == [(length,) for length in lengths]:
+    if set(map(_NDIM, rows)) == {1} and list(map(len, rows)) == lengths:
         return
+    shapes = [row.shape for row in rows]
     trailing = shapes[0][1:]
     for i, (shape, length) in enumerate(zip(shapes, lengths, strict=True)):
         if not shapes[0]:

@@ -49,7 +49,14 @@ SUM = Reduction()
 
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
-    """What a forward pass needs: targets, and weights, ones where there are none."""
+    """What a forward pass needs: targets, and weights, ones where there are none.
+
+    Args:
+        data: the datums, each with ``target_tokens``.
+
+    Returns:
+        New datums with these two inputs only.
+    """
 
     def one(datum: Datum) -> Datum:
         targets = datum.loss_fn_inputs["target_tokens"]
@@ -83,6 +90,9 @@ def carrier(
             divides by the sum of weights.
         grads: ``d loss / d logprobs``, in the shape of ``target_tokens``.
         datums: how many datums are accumulated before the optimizer step, these among them.
+
+    Returns:
+        New datums with the inputs of ``reduction.loss_fn``.
     """
     scale = datums if reduction.over_datums else 1
     result: list[Datum] = []

@@ -70,7 +70,7 @@ class TensorData(np.ndarray):
 
     @classmethod
     def from_torch(cls, tensor: Any) -> TensorData:
-        """From a ``torch.Tensor`` of any device and dtype; torch itself is not imported."""
+        """From a torch ``tensor`` of any device and dtype; torch itself is not imported."""
         tensor = tensor.detach().cpu()
         return cls((tensor.float() if tensor.is_floating_point() else tensor.long()).numpy())
 

@@ -87,7 +87,11 @@ class APIFuture(Generic[T]):
         return self._future.cancelled()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait like :meth:`result`, and return the error, or None where there is none."""
+        """Wait as :meth:`result` does, and return the error, or None where there is none.
+
+        Raises:
+            RuntimeError: called in the client's own event loop, which would wait for itself.
+        """
         if not self._future.done() and self._blocks_loop():
             raise RuntimeError(
                 "in the client's own event loop this would wait for itself for ever; await the "

@@ -30,7 +30,13 @@ class SamplingClient:
     async def open(
         cls, connection: Connection, model_path: str | None = None, base_model: str | None = None
     ) -> SamplingClient:
-        """Open a sampling session, within the client's loop, for saved weights or a base model."""
+        """Open a sampling session, within the client's loop, for saved weights or a base model.
+
+        Args:
+            connection: the service client's.
+            model_path: of the saved weights, or None.
+            base_model: its name, where there is no path.
+        """
         request = wire.CreateSamplingSessionRequest(
             session_id=await connection.session(),
             sampling_session_seq_id=next(connection.sampling_numbers),

@@ -154,7 +154,7 @@ class ServiceClient:
     def _create_training_client_from_state_with_optimizer(
         self, path: str, user_metadata: dict[str, str] | None = None
     ) -> APIFuture[TrainingClient]:
-        """:meth:`create_training_client_from_state` with the optimizer's state, to train on."""
+        """As :meth:`create_training_client_from_state`, with the optimizer's state too."""
         return self._connection.start(lambda: self._from_state(path, user_metadata, True))
 
     create_training_client_from_state_with_optimizer = finished(
@@ -215,6 +215,7 @@ class ServiceClient:
 
         Raises:
             MintjaxError: it cannot be told; the message says what was measured.
+            DataError: no base model was given, and the trainer names none.
         """
         name = base_model or from_environment("base_model")
         if not name:

@@ -286,7 +286,7 @@ class TrainingClient:
     save_weights_and_get_sampling_client_async = awaited(_save_weights_and_get_sampling_client)
 
     def _create_sampling_client(self, model_path: str) -> APIFuture[SamplingClient]:
-        """A sampling client for saved weights."""
+        """A sampling client for the weights at ``model_path``, which a save for a sampler gave."""
         return self._connection.start(lambda: SamplingClient.open(self._connection, model_path))
 
     create_sampling_client = finished(_create_sampling_client)

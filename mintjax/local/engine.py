@@ -95,7 +95,7 @@ class Engine:
         return MappingProxyType(self._models)
 
     def model(self, model_id: str) -> Model:
-        """One model.
+        """One model, by its ``model_id``.
 
         Raises:
             NotFoundError: there is none of that id.
@@ -106,12 +106,20 @@ class Engine:
             raise NotFoundError(404, f"model_id: there is no model {model_id!r}") from None
 
     def gradient(self, model_id: str) -> Weights:
-        """The gradient that the next optimizer step would use, before clipping."""
+        """The gradient that the next optimizer step of ``model_id`` would use, before clipping.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
         state = self.model(model_id)
         return optimizer.divided(state.gradient, self._divisor(state))
 
     def create_model(self, base_model: str, lora_config: LoraConfig) -> str:
         """Make a model with fresh adapters, from what :func:`check_create` let pass.
+
+        Args:
+            base_model: one of ``mintjax.local.BASE_MODELS``.
+            lora_config: the adapters, and the seed of their first values.
 
         Returns:
             Its id.
@@ -123,7 +131,7 @@ class Engine:
         return model_id
 
     def unload_model(self, model_id: str) -> None:
-        """Forget a model; its checkpoints stay.
+        """Forget the model ``model_id``; its checkpoints stay.
 
         Raises:
             NotFoundError: there is none of that id.
@@ -139,6 +147,12 @@ class Engine:
         loss_fn_config: Mapping[str, float] | None = None,
     ) -> None:
         """Check what :meth:`forward` and :meth:`forward_backward` would be given.
+
+        Args:
+            model_id: which model.
+            data: the datums, with the inputs that the loss reads.
+            loss_fn: name of a built-in loss.
+            loss_fn_config: its thresholds, where they are not to be the defaults.
 
         Raises:
             NotFoundError: there is no such model.
@@ -213,6 +227,10 @@ class Engine:
     def save_weights(self, model_id: str, name: str | None = None) -> str:
         """Write adapters and optimizer state; replaces a checkpoint of the same name.
 
+        Args:
+            model_id: which model.
+            name: of the checkpoint; one is made up if None.
+
         Returns:
             Its path, ``tinker://<model>/weights/<name>``.
 
@@ -228,6 +246,10 @@ class Engine:
 
     def save_weights_for_sampler(self, model_id: str, name: str | None = None) -> str:
         """Write the adapters, to sample from; replaces a checkpoint of the same name.
+
+        Args:
+            model_id: which model.
+            name: of the checkpoint; one is made up if None.
 
         Returns:
             Its path, ``tinker://<model>/sampler_weights/<name>``.
@@ -305,6 +327,9 @@ class Engine:
             params: how to sample.
             num_samples: how many continuations.
             prompt_logprobs: also give the logprob of each token of the prompt.
+
+        Returns:
+            The continuations with the logprobs of their tokens, in nats.
 
         Raises:
             NotFoundError: there is no such checkpoint.

@@ -29,6 +29,9 @@ def cross_entropy(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Reference:
+        Goodfellow, Bengio & Courville 2016, "Deep Learning", section 6.2.1.1.
     """
     target_logprobs, weights = aligned(where, target_logprobs, weights=weights)
     return keep(-product(weights, target_logprobs), where)
@@ -57,6 +60,9 @@ def importance_sampling(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Reference:
+        Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 6.
     """
     target_logprobs, sampling_logprobs, advantages = aligned(
         where, target_logprobs, sampling_logprobs=sampling_logprobs, advantages=advantages

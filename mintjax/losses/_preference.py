@@ -59,7 +59,8 @@ def dpo(
         ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
         ref_rejected_scores: of the rejected answers; same shape, or a scalar.
         beta: strength of the pull to the reference; a scalar, or one per pair.
-        label_smoothing: ``e``, the probability that a label is wrong, in [0, 1/2).
+        label_smoothing: ``e``, the probability that a label is wrong, in [0, 1/2); a scalar, or one
+            per pair.
         where: same shape, boolean; pairs that are False give 0 and have gradient 0.
 
     Returns:

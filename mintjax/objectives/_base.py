@@ -54,11 +54,11 @@ class LossObjective:
         return self.evaluate(as_batch(data), rows)
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """:meth:`__call__`, of arguments that are a ``Batch`` and a ``Ragged`` already."""
+        """:meth:`__call__`, of ``data`` as a Batch and ``logprobs`` as a Ragged."""
         raise NotImplementedError
 
     def column(self, data: Batch, name: str) -> Any:
-        """A column of the data.
+        """The column ``name`` of the data.
 
         Raises:
             DataError: a datum lacks it; the message names the column and this objective.
