@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,24 +17,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mintjax import wire
+from mintjax import compression, protobuf, wire
 from mintjax.errors import APIStatusError, BadRequestError, DataError, MintjaxError
+from mintjax.local import encodings
 from mintjax.local.access import Access
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
 from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
-from mintjax.tensors import TensorData
 
 M = TypeVar("M")
 
 logger = logging.getLogger("mintjax.local")
 
-MAX_BODY_BYTES = 256 * 1024 * 1024
-
 
 @contextmanager
 def application(
-    engine: Engine, *, api_key: str | None = None, poll_seconds: float = 20.0
+    engine: Engine,
+    *,
+    api_key: str | None = None,
+    poll_seconds: float = 20.0,
+    config: wire.ClientConfigResponse | None = None,
+    json_passes: bool = True,
 ) -> Generator[Starlette]:
     """An ASGI application in front of an engine, for as long as the block lasts.
 
@@ -42,41 +45,42 @@ def application(
         engine: the trainer; nothing else may run it meanwhile.
         api_key: required of every request if given.
         poll_seconds: how long ``retrieve_future`` waits for a result before it says try again.
+        config: what ``client/config`` asks of clients: protocol buffers, compression, sizes of
+            chunks. The default asks for JSON; what is served does not depend on it.
+        json_passes: serve passes in JSON, too. If False they are refused (415), and have to come
+            as protocol buffers.
+
+    Raises:
+        ConfigError: it would ask for what takes the extra ``protobuf`` to read.
     """
+    config = config or wire.ClientConfigResponse()
+    if config.proto_write_fwdbwd or not json_passes:
+        protobuf.require()
+    if config.proto_compress_fwdbwd:
+        compression.require()
     sequencer = Sequencer()
     access = Access(api_key)
+    endpoints = Endpoints(engine, sequencer, access, config)
     try:
-        yield _Http(Endpoints(engine, sequencer, access), sequencer, access, poll_seconds).app()
+        yield _Http(endpoints, sequencer, access, poll_seconds, json_passes).app()
     finally:
         sequencer.close()
 
 
-class _Numbered(msgspec.Struct):
-    model_id: str
-    seq_id: int
-
-
-class _ColumnsOfDatum(msgspec.Struct):
-    loss_fn_inputs: dict[str, msgspec.Raw]
-
-
-class _ColumnsOfData(msgspec.Struct):
-    data: list[_ColumnsOfDatum]
-
-
-class _Columns(msgspec.Struct):
-    forward_input: _ColumnsOfData | None = None
-    forward_backward_input: _ColumnsOfData | None = None
-
-
 class _Http:
     def __init__(
-        self, endpoints: Endpoints, sequencer: Sequencer, access: Access, poll_seconds: float
+        self,
+        endpoints: Endpoints,
+        sequencer: Sequencer,
+        access: Access,
+        poll_seconds: float,
+        json_passes: bool,
     ) -> None:
         self._do = endpoints
         self._sequencer = sequencer
         self._access = access
         self._poll_seconds = poll_seconds
+        self._json_passes = json_passes
 
     def app(self) -> Starlette:
         do = self._do
@@ -99,8 +103,14 @@ class _Http:
             ),
             self._queued("create_model", wire.CreateModelRequest, do.create_model),
             self._queued("unload_model", wire.ModelRequest, do.unload_model),
-            self._queued("forward", wire.ForwardRequest, do.forward),
-            self._queued("forward_backward", wire.ForwardBackwardRequest, do.forward_backward),
+            self._queued("forward", wire.ForwardRequest, do.forward, is_pass=True),
+            self._queued(
+                "forward_backward",
+                wire.ForwardBackwardRequest,
+                do.forward_backward,
+                is_pass=True,
+                forward_only=do.forward,
+            ),
             self._queued("optim_step", wire.OptimStepRequest, do.optim_step),
             self._queued("save_weights", wire.SaveWeightsRequest, do.save_weights),
             self._queued("load_weights", wire.LoadWeightsRequest, do.load_weights),
@@ -124,27 +134,49 @@ class _Http:
         """A request that is answered at once; ``as_type`` None for one whose body says nothing."""
 
         async def respond(request: Request) -> Response:
-            body = await _body(request)
-            message: Any = None if as_type is None else _decode(request, body, as_type)
+            body = await encodings.content(request)
+            message: Any = None if as_type is None else encodings.decode(request, body, as_type)
             return _json(answer(message))
 
         return self._route(path, "POST", respond)
 
-    def _queued(self, path: str, as_type: type[M], prepare: Callable[[M], Run]) -> Route:
-        """A request that takes effect in its turn, and whose result is fetched later."""
+    def _queued(
+        self,
+        path: str,
+        as_type: type[M],
+        prepare: Callable[[M], Run],
+        *,
+        is_pass: bool = False,
+        forward_only: Callable[[wire.ForwardRequest], Run] | None = None,
+    ) -> Route:
+        """A request that takes effect in its turn, and whose result is fetched later.
+
+        Where a pass may be ``forward_only``, it may be a protocol buffer.
+        """
 
         async def respond(request: Request) -> Response:
-            body = await _body(request)
+            body = await encodings.content(request)
+            as_protobuf = forward_only is not None and encodings.is_protobuf(request)
             try:
-                message = _decode(request, body, as_type)
-                run = prepare(message)
+                if as_protobuf:
+                    message = encodings.decode_pass(body)
+                elif is_pass and not self._json_passes:
+                    raise BadRequestError(
+                        415, f"content-type: a pass is read as {protobuf.MEDIA_TYPE} only"
+                    )
+                else:
+                    message = encodings.decode(request, body, as_type)
+                if forward_only is not None and isinstance(message, wire.ForwardRequest):
+                    run = forward_only(message)
+                else:
+                    run = prepare(cast("M", message))
                 line, number = _place(message)
             except MintjaxError:
-                self._reject(body)
+                self._reject(encodings.number_of(request, body))
                 raise
             header = request.headers.get("x-idempotency-key")
             request_id = self._sequencer.submit(
-                partial(_work, path, run),
+                partial(_work, path, run, as_protobuf),
                 line=line,
                 number=number,
                 key=None if header is None else (path, header),
@@ -172,7 +204,8 @@ class _Http:
         return Route(f"/api/v1/{path}", endpoint, methods=[method])
 
     async def _retrieve_future(self, request: Request) -> Response:
-        question = _decode(request, await _body(request), wire.FutureRetrieveRequest)
+        body = await encodings.content(request)
+        question = encodings.decode(request, body, wire.FutureRetrieveRequest)
         request_id = question.request_id
         try:
             future = self._sequencer.result(request_id)
@@ -188,16 +221,12 @@ class _Http:
             reason = None if awaited is None else f"seq_id {awaited} has not arrived"
             return _json(wire.TryAgain(request_id, "active", reason))
         self._sequencer.retrieved(request_id)
-        return _outcome(future)
+        return _outcome(request, future)
 
-    def _reject(self, body: bytes) -> None:
+    def _reject(self, refused: tuple[str, int] | None) -> None:
         """Let no later request wait for the number of one that was refused."""
-        try:
-            refused = msgspec.json.decode(body, type=_Numbered)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return
-        if refused.model_id in self._do.engine.models:
-            self._sequencer.reject(refused.model_id, refused.seq_id)
+        if refused is not None and refused[0] in self._do.engine.models:
+            self._sequencer.reject(*refused)
 
 
 def _place(message: Any) -> tuple[str | None, int | None]:
@@ -211,9 +240,9 @@ def _place(message: Any) -> tuple[str | None, int | None]:
     return line, number
 
 
-def _work(path: str, run: Run) -> bytes:
+def _work(path: str, run: Run, as_protobuf: bool) -> bytes:
     try:
-        return wire.encode(run())
+        return encodings.encode(run(), as_protobuf=as_protobuf)
     except MintjaxError:
         raise
     except Exception:
@@ -235,7 +264,7 @@ async def _wait(future: Future[bytes], seconds: float) -> None:
         await asyncio.wait_for(done.wait(), seconds)
 
 
-def _outcome(future: Future[bytes]) -> Response:
+def _outcome(request: Request, future: Future[bytes]) -> Response:
     if future.cancelled():
         error = wire.FutureError(
             "it was not run: the model was unloaded, or the trainer closed", "user"
@@ -243,46 +272,13 @@ def _outcome(future: Future[bytes]) -> Response:
         return _json(error)
     failure = future.exception()
     if failure is None:
-        return Response(future.result(), media_type="application/json")
+        body, media_type = encodings.acceptable(request, future.result())
+        return Response(body, media_type=media_type)
     if isinstance(failure, APIStatusError):
         return _json(wire.FutureError(failure.message, "user"))
     if isinstance(failure, MintjaxError):
         return _json(wire.FutureError(str(failure), "user"))
     return _json(wire.FutureError(f"internal error: {_said(failure)}", "server"))
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise BadRequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    return bytes(body)
-
-
-def _decode(request: Request, body: bytes, as_type: type[M]) -> M:
-    for header, allowed in (("content-type", "application/json"), ("content-encoding", "identity")):
-        given = request.headers.get(header, allowed)
-        if given.partition(";")[0].strip().lower() != allowed:
-            raise BadRequestError(415, f"{header}: this trainer reads {allowed}, not {given}")
-    try:
-        return wire.decode(body, as_type)
-    except DataError as error:
-        raise BadRequestError(422, _column_at_fault(body) or str(error)) from None
-
-
-def _column_at_fault(body: bytes) -> str | None:
-    """Name the column that cannot be read; a decoder only says that there is one."""
-    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        message = msgspec.json.decode(body, type=_Columns)
-        given = message.forward_input or message.forward_backward_input or _ColumnsOfData([])
-        for i, datum in enumerate(given.data):
-            for name, value in datum.loss_fn_inputs.items():
-                try:
-                    wire.decode(value, TensorData)
-                except DataError as error:
-                    return str(DataError(str(error), datum=i, field=name))
-    return None
 
 
 def _json(answer: Answer) -> Response:

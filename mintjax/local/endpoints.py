@@ -48,17 +48,25 @@ class Endpoints:
         engine: the trainer.
         sequencer: what brings its requests into order.
         access: gives out tokens.
+        config: what is asked of clients.
     """
 
-    def __init__(self, engine: Engine, sequencer: Sequencer, access: Access) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sequencer: Sequencer,
+        access: Access,
+        config: wire.ClientConfigResponse,
+    ) -> None:
         self.engine = engine
         self._sequencer = sequencer
         self._access = access
+        self._config = config
         self._sessions = Sessions()
 
     def client_config(self) -> Answer:
         """``client/config``: the flags, one of which asks that keys be exchanged for tokens."""
-        return {"pjwt_auth_enabled": True, **msgspec.to_builtins(wire.ClientConfigResponse())}
+        return {"pjwt_auth_enabled": True, **msgspec.to_builtins(self._config)}
 
     def auth_token(self) -> Answer:
         """``auth/token``."""

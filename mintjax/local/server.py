@@ -14,11 +14,16 @@ import uvicorn
 from mintjax.client import ServiceClient
 from mintjax.local.app import application
 from mintjax.local.engine import Engine
+from mintjax.wire import ClientConfigResponse
 
 
 @contextmanager
 def trainer(
-    engine: Engine | None = None, *, api_key: str | None = None
+    engine: Engine | None = None,
+    *,
+    api_key: str | None = None,
+    config: ClientConfigResponse | None = None,
+    json_passes: bool = True,
 ) -> Generator[ServiceClient]:
     """The embedded trainer inside this process, without a socket.
 
@@ -26,11 +31,16 @@ def trainer(
         engine: the trainer; a new one, closed with the block, if None. Pass one to choose its
             options, or to look at its models and gradients.
         api_key: as ``running_server`` has it; the client gets it.
+        config: as ``running_server`` has it.
+        json_passes: as ``running_server`` has it.
 
     Yields:
         A client of it.
     """
-    with _engine(engine) as engine, application(engine, api_key=api_key) as app:
+    with (
+        _engine(engine) as engine,
+        application(engine, api_key=api_key, config=config, json_passes=json_passes) as app,
+    ):
         transport = httpx.ASGITransport(app)
         with ServiceClient(
             "http://localhost", api_key or "tml-local", transport=transport
@@ -45,6 +55,8 @@ def running_server(
     host: str = "127.0.0.1",
     port: int = 0,
     api_key: str | None = None,
+    config: ClientConfigResponse | None = None,
+    json_passes: bool = True,
 ) -> Generator[str]:
     """The embedded trainer on a socket, in a thread of this process.
 
@@ -53,6 +65,9 @@ def running_server(
         host: the address to listen on.
         port: 0 takes a free one.
         api_key: required of every request if given.
+        config: what ``client/config`` asks of clients, such as protocol buffers
+            (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
+        json_passes: serve passes in JSON, too; if False they are refused.
 
     Yields:
         The base URL.
@@ -65,7 +80,8 @@ def running_server(
         _engine(engine) as engine,
         ExitStack() as stack,
     ):
-        server = _server(stack.enter_context(application(engine, api_key=api_key)))
+        app = application(engine, api_key=api_key, config=config, json_passes=json_passes)
+        server = _server(stack.enter_context(app))
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [listener]}, name="mintjax-server", daemon=True
         )
@@ -84,6 +100,8 @@ def serve(
     *,
     engine: Engine | None = None,
     api_key: str | None = None,
+    config: ClientConfigResponse | None = None,
+    json_passes: bool = True,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Run the embedded trainer on a socket until it is interrupted (Ctrl-C) or terminated.
@@ -93,6 +111,9 @@ def serve(
         port: 0 takes a free one.
         engine: the trainer; a new one if None.
         api_key: required of every request if given.
+        config: what ``client/config`` asks of clients, such as protocol buffers
+            (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
+        json_passes: serve passes in JSON, too; if False they are refused.
         announce: called with the base URL once connections are taken.
 
     Raises:
@@ -101,7 +122,7 @@ def serve(
     with (
         _listening(host, port) as listener,
         _engine(engine) as engine,
-        application(engine, api_key=api_key) as app,
+        application(engine, api_key=api_key, config=config, json_passes=json_passes) as app,
     ):
         if threading.current_thread() is threading.main_thread():
             # uvicorn, when done, raises the signal again: this way blocks still end in order

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mintjax import wire
 from mintjax.errors import DataError
+from mintjax.tensors import check_finite, first_not_finite
 from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput
 
 Part: TypeAlias = bytes | memoryview
@@ -37,10 +38,11 @@ def encode_request(request: Request) -> bytes:
     """Encode a request for a pass, as ``ForwardBackwardRequest``.
 
     Args:
-        request: its data may be :class:`EncodedData`. Its numbers are not looked at: whoever takes
-            them from a user makes sure that they are finite.
+        request: its data may be :class:`EncodedData`.
 
     Raises:
+        NonFiniteError: a NaN or an infinity, which no encoding of the protocol carries; names datum
+            and position.
         DataError: a token or a ``seq_id`` that is no int32.
     """
     if isinstance(request, wire.ForwardRequest):
@@ -71,10 +73,11 @@ def encode_datum(datum: Datum, position: int = 0) -> bytes:
     """Encode one datum, for :class:`EncodedData`.
 
     Args:
-        datum: as in :func:`encode_request`.
-        position: in its batch, for the error's sake.
+        datum: one.
+        position: of it in its batch, for the errors' sake.
 
     Raises:
+        NonFiniteError: a NaN or an infinity.
         DataError: a token that is no int32.
     """
     return b"".join(_datum(datum, position))
@@ -85,19 +88,22 @@ def encode_output(output: ForwardBackwardOutput) -> bytes:
 
     Neighbours that have the same fields of the same dtype and trailing shape are one record. What
     has no axis becomes an array of one number.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity; names datum and position.
     """
     parts: list[Part] = [_text(b"\x0a", output.loss_fn_output_type)]
     run: list[Mapping[str, npt.NDArray[Any]]] = []
     kind: list[Column] = []
-    for one in output.loss_fn_outputs:
+    for i, one in enumerate(output.loss_fn_outputs):
         this = [(name, array.dtype, array.shape[1:]) for name, array in one.items()]
         if run and this != kind:
-            parts += _record(run, kind)
+            parts += _record(run, kind, i - len(run))
             run = []
         kind = this
         run.append(one)
     if run:
-        parts += _record(run, kind)
+        parts += _record(run, kind, len(output.loss_fn_outputs) - len(run))
     for name, value in output.metrics.items():
         parts.append(_message(b"\x1a", _text(b"\x0a", name), b"\x11", struct.pack("<d", value)))
     return b"".join(parts)
@@ -108,31 +114,33 @@ def _datum(datum: Datum, position: int) -> list[Part]:
     size = 0
     for chunk in datum.model_input.chunks:
         tokens = _int32(chunk, position)
-        head = _open(b"\x0a\x0a\x0a", len(tokens))
+        head = _head_of_tokens(len(tokens))
         size += len(head) + len(tokens)
         parts += (head, tokens)
     for name, column in datum.loss_fn_inputs.items():
         values = np.ascontiguousarray(column)
-        about = _about(values.dtype, column.shape) + b"\x0a" + _varint(values.nbytes)
-        tensor = len(about) + values.nbytes
-        entry = _name(name) + b"\x12" + _varint(tensor) + about
-        head = b"\x12" + _varint(len(entry) + values.nbytes) + entry
+        if first_not_finite(values) is not None:
+            check_finite(values, position, f"input {name!r}")
+        head = _head_of_column(name, values.dtype, column.shape, values.nbytes)
         size += len(head) + values.nbytes
         parts += (head, values.data)
     parts[0] = b"\x1a" + _varint(size)
     return parts
 
 
-def _record(run: list[Mapping[str, npt.NDArray[Any]]], kind: list[Column]) -> list[Part]:
+def _record(
+    run: list[Mapping[str, npt.NDArray[Any]]], kind: list[Column], first: int
+) -> list[Part]:
     parts: list[Part] = [b"", b"\x18", _varint(len(run)), _text(b"\x0a", "ArrayRecord")]
     for name, dtype, trailing in kind:
         rows = [np.ascontiguousarray(one[name]) for one in run]
+        for i, row in enumerate(rows):
+            if first_not_finite(row) is not None:
+                check_finite(row, first + i, f"output {name!r}")
         offsets = np.cumsum([0, *(row.nbytes for row in rows)], dtype="<i8")
-        size = int(offsets[-1])
         about = _bytes(b"\x12", offsets.tobytes()) + _about(dtype, trailing)
-        about += b"\x0a" + _varint(size)
-        entry = _name(name) + b"\x12" + _varint(len(about) + size) + about
-        parts += (b"\x12" + _varint(len(entry) + size) + entry, *(row.data for row in rows))
+        parts.append(_head(name, about, int(offsets[-1])))
+        parts += [row.data for row in rows]
     parts[0] = b"\x12" + _varint(sum(_size(part) for part in parts))
     return parts
 
@@ -148,23 +156,30 @@ def _int32(chunk: EncodedTextChunk, position: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=4096)
+def _head_of_tokens(size: int) -> bytes:
+    """A chunk, the text in it, and the tokens in that, of which ``size`` bytes follow."""
+    head = b"\x0a" + _varint(size)
+    for _ in range(2):
+        head = b"\x0a" + _varint(len(head) + size) + head
+    return head
+
+
+@functools.lru_cache(maxsize=4096)
+def _head_of_column(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> bytes:
+    return _head(name, _about(dtype, shape), size)
+
+
+def _head(name: str, about: bytes, size: int) -> bytes:
+    """An entry of field 2, by name: a tensor with these fields and ``size`` bytes that follow."""
+    about += b"\x0a" + _varint(size)
+    entry = _text(b"\x0a", name) + b"\x12" + _varint(len(about) + size) + about
+    return b"\x12" + _varint(len(entry) + size) + entry
+
+
 def _about(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """Fields 3 and 4 of a tensor: what its numbers are, and how they are arranged."""
     sizes = b"".join(map(_varint, shape))
     return b"\x18" + _varint(_DTYPES[dtype]) + (_bytes(b"\x22", sizes) if shape else b"")
-
-
-@functools.lru_cache(maxsize=256)
-def _name(name: str) -> bytes:
-    return _text(b"\x0a", name)
-
-
-def _open(tags: bytes, size: int) -> bytes:
-    """The heads of messages in one another, of which the innermost takes ``size`` bytes."""
-    head = b""
-    for i in range(len(tags), 0, -1):
-        head = tags[i - 1 : i] + _varint(len(head) + size) + head
-    return head
 
 
 def _message(tag: bytes, *fields: bytes) -> bytes:

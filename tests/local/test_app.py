@@ -10,6 +10,7 @@ import pytest
 
 from mintjax import wire
 from mintjax.local import app as app_module
+from mintjax.local import encodings
 from mintjax.local.sequencer import Sequencer
 from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 
@@ -475,7 +476,7 @@ class TestBadInput:
             assert answer.json()["detail"]
 
     def test_a_body_that_is_too_large(self, http, monkeypatch):
-        monkeypatch.setattr(app_module, "MAX_BODY_BYTES", 10)
+        monkeypatch.setattr(encodings, "MAX_BODY_BYTES", 10)
         assert http.post("create_session", b" " * 11).status_code == 413
 
     @pytest.mark.parametrize(
