@@ -1,4 +1,6 @@
 import json
+import re
+import signal
 import subprocess
 import sys
 
@@ -6,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mintjax import cli
-from mintjax.local import running_server
+from mintjax.local import Engine, running_server
 
 
 def run(*arguments, **environment):
@@ -25,11 +27,24 @@ def pairs(tmp_path_factory):
     return path
 
 
-def test_help_names_the_commands():
+def test_help_names_the_commands_and_shows_how_they_are_used():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "serve", "losses"):
-        assert command in result.output
+    for command in ("demo", "serve", "probe", "bench", "losses"):
+        assert f"mintjax {command}" in result.output
+    assert run().exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "serve", "probe", "bench", "losses"])
+def test_every_command_explains_itself_and_speaks_json(command):
+    result = run(command, "-h", TERM="dumb", COLUMNS="200")
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_version():
+    result = run("--version")
+    assert re.match(r"mintjax \d+\.\d+\.\d+", result.output)
 
 
 def test_losses_prints_formulas_and_what_each_trainer_makes_of_them():
@@ -37,6 +52,14 @@ def test_losses_prints_formulas_and_what_each_trainer_makes_of_them():
     assert result.exit_code == 0
     for word in ("cispo", "clip_low_threshold", "SkyRL", "loss:sum"):
         assert word in result.output
+
+
+def test_losses_in_json_say_the_same():
+    found = json.loads(run("losses", "--json").output)
+    formulas = {row["loss"]: row for row in found["losses"]}
+    assert formulas["ppo"]["config"] == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert set(formulas) == set(found["trainers"][0]["losses"])
+    assert "TuFT" in [row["trainer"] for row in found["trainers"]]
 
 
 def test_the_demo_in_json_is_a_line_for_each_step_and_a_summary(pairs):
@@ -67,12 +90,56 @@ def test_the_demo_in_json_is_a_line_for_each_step_and_a_summary(pairs):
         assert "secret-key" not in output
 
 
-def mintjax(*arguments):
+def test_probe_says_what_a_trainer_is():
+    with Engine(normalise=True) as engine, running_server(engine, api_key="tml-secret-key") as url:
+        probe = ("probe", "--base-url", url, "--base-model", "mintjax/nano")
+        measured = run(*probe, "--json", TINKER_API_KEY="tml-secret-key")
+        pretty = run(*probe, "--no-measure", TINKER_API_KEY="tml-secret-key")
+    assert measured.exit_code == 0, measured.output
+    found = json.loads(measured.stdout)
+    assert found["reduction"] == {"per_sequence": True, "over_datums": True}
+    assert found["carried_by"] == "importance_sampling"
+    assert "mintjax/nano" in [model["model_name"] for model in found["models"]]
+    assert found["flags"]["proto_write_fwdbwd"] is False
+    assert pretty.exit_code == 0
+    for words in ("mintjax/tiny, 2048 tokens", "JSON", "not measured"):
+        assert words in pretty.output
+    assert "secret-key" not in measured.output + pretty.output
+
+
+def test_bench_in_json():
+    result = run("bench", "dpo", "--datums", "2,4", "--lengths", "3:9", "--steps", "2", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["columns"] == ["weights", "ref_logprobs"]
+    assert [row["datums"] for row in report["results"]] == [2, 4]
+    assert report["results"][0]["median_ms"] > 0
+    assert report["machine"]["cores"] >= 1
+
+
+def test_bench_tells_the_share_of_a_step():
+    bench = ("bench", "cross_entropy", "--datums", "2", "--lengths", "3:9", "--steps", "2")
+    options = ("--trainer", "embedded", "--base-model", "mintjax/nano", "--trainer-steps", "1")
+    result = run(*bench, *options, COLUMNS="120")
+    assert result.exit_code == 0, result.output
+    assert "a custom step of 2 datums on embedded (by_name)" in result.output
+    assert "%" in result.output
+
+
+@pytest.mark.parametrize("option", [("--datums", "x"), ("--datums", "0"), ("--lengths", "9:3")])
+def test_bench_refuses_what_it_does_not_understand(option):
+    result = run("bench", "ppo", *option)
+    assert result.exit_code == 2
+    assert option[1] in result.output
+
+
+def mintjax(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-c", "from mintjax.cli import main; main()", *arguments],
         capture_output=True,
         text=True,
         check=False,
+        cwd=cwd,
     )
 
 
@@ -91,9 +158,28 @@ def test_a_mistake_is_a_message_and_not_a_traceback(tmp_path):
     assert mintjax("demo", "--steps", "0").returncode == 2
 
 
-def test_serve_runs_until_it_is_interrupted():
-    import signal
+def test_a_mistake_in_a_loss_of_ones_own_is_named_with_its_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def broken(data, logprobs):\n    return 1 + None, {}\n")
+    done = mintjax("bench", "mine:broken", "--datums", "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "mine:broken: TypeError: unsupported operand" in done.stderr
+    assert "mine.py, line 2" in done.stderr
+    assert "Traceback" not in done.stderr
 
+
+def test_a_loss_that_takes_rows_is_measured_with_a_warning_of_one_line(tmp_path):
+    loss = "def rows(data, logprobs):\n    return sum(row.sum() for row in logprobs), {}\n"
+    (tmp_path / "mine.py").write_text(loss)
+    options = ("--datums", "2", "--lengths", "3:5", "--steps", "1", "--warm-up", "0")
+    done = mintjax("bench", "mine:rows", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mine:rows: 3 to 5 tokens" in done.stdout
+    assert done.stderr.startswith("mintjax: rows takes rows one by one")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_serve_runs_until_it_is_interrupted():
     command = [sys.executable, "-c", "from mintjax.cli import main; main()", "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -101,3 +187,13 @@ def test_serve_runs_until_it_is_interrupted():
         server.send_signal(signal.SIGINT)
         assert server.wait(20) in (0, 130)
     assert announced.startswith("mintjax trainer at http://127.0.0.1:")
+
+
+def test_an_interrupted_command_ends_quietly(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mintjax.demo.read_pairs", interrupted)
+    result = run("demo")
+    assert result.exit_code == 130
+    assert result.output == ""

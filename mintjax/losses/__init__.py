@@ -3,7 +3,7 @@
 from mintjax.losses._advantages import dr_grpo, group_mean_centred, grpo, rloo
 from mintjax.losses._aggregation import fixed_length_mean, sequence_mean, token_mean
 from mintjax.losses._builtin import cispo, cross_entropy, dro, importance_sampling, ppo
-from mintjax.losses._conventions import CONVENTIONS, Convention, describe
+from mintjax.losses._conventions import CONVENTIONS, FORMULAS, Convention, Formula, describe
 from mintjax.losses._diagnostics import (
     policy_summary,
     policy_sums,
@@ -27,7 +27,9 @@ from mintjax.losses._preference import bradley_terry, dpo, ipo, kto, orpo, simpo
 
 __all__ = [
     "CONVENTIONS",
+    "FORMULAS",
     "Convention",
+    "Formula",
     "bradley_terry",
     "brier_score",
     "cispo",

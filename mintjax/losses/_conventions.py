@@ -33,6 +33,49 @@ class Convention:
     source: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """A loss that trainers run by name, as this package has it.
+
+    Args:
+        loss: its name.
+        per_token: the loss of a token: ``lp`` its logprob, ``q`` that under the sampling policy,
+            ``A`` its advantage, ``w`` its weight, ``r = exp(lp - q)``, ``sg`` a stopped gradient.
+        inputs: the columns it needs beside ``target_tokens``.
+        config: its hyperparameters and their defaults.
+    """
+
+    loss: str
+    per_token: str
+    inputs: tuple[str, ...]
+    config: dict[str, float]
+
+
+_SAMPLED = ("logprobs", "advantages")
+_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
+FORMULAS = (
+    Formula(loss="cross_entropy", per_token="-w * lp", inputs=("weights",), config={}),
+    Formula(loss="importance_sampling", per_token="-r * A", inputs=_SAMPLED, config={}),
+    Formula(
+        loss="ppo",
+        per_token="-min(r * A, clip(r, low, high) * A)",
+        inputs=_SAMPLED,
+        config=_CLIP,
+    ),
+    Formula(
+        loss="cispo", per_token="-sg(clip(r, low, high)) * lp * A", inputs=_SAMPLED, config=_CLIP
+    ),
+    Formula(
+        loss="dro",
+        per_token="-(lp * A - beta / 2 * (lp - q)**2)",
+        inputs=_SAMPLED,
+        config={"beta": 0.05},
+    ),
+)
+"""The losses of :class:`Formula`."""
+
+
 _FIVE = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 
 CONVENTIONS = (
@@ -112,24 +155,6 @@ def describe() -> str:
     Returns:
         A table of formulas, and one of :data:`CONVENTIONS`, in Markdown.
     """
-    formulas = [
-        ("loss", "per token, with r = exp(lp - q)", "inputs", "config"),
-        ("cross_entropy", "-w * lp", "weights", ""),
-        ("importance_sampling", "-r * A", "logprobs, advantages", ""),
-        (
-            "ppo",
-            "-min(r * A, clip(r, low, high) * A)",
-            "logprobs, advantages",
-            "clip_low_threshold 0.8, clip_high_threshold 1.2",
-        ),
-        (
-            "cispo",
-            "-sg(clip(r, low, high)) * lp * A",
-            "logprobs, advantages",
-            "clip_low_threshold 0.8, clip_high_threshold 1.2",
-        ),
-        ("dro", "-(lp * A - beta / 2 * (lp - q)**2)", "logprobs, advantages", "beta 0.05"),
-    ]
     trainers = [("trainer", "losses", "ppo", "cispo", "dro", "reduction", "weights", "metrics")]
     trainers += [
         (
@@ -143,6 +168,16 @@ def describe() -> str:
             ", ".join(row.metrics) or "none",
         )
         for row in CONVENTIONS
+    ]
+    formulas = [("loss", "per token, with r = exp(lp - q)", "inputs", "config")]
+    formulas += [
+        (
+            row.loss,
+            row.per_token,
+            ", ".join(row.inputs),
+            ", ".join(f"{name} {value:g}" for name, value in row.config.items()),
+        )
+        for row in FORMULAS
     ]
     return f"{_table(formulas)}\n\n{_table(trainers)}\n"
 

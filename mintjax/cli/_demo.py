@@ -1,33 +1,17 @@
-"""The command line: ``mintjax demo``, ``serve`` and ``losses``."""
+"""``mintjax demo``."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
+import typer
+from rich.table import Table
 
-from mintjax.errors import MintjaxError
-
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.table import Table
-except ModuleNotFoundError as error:
-    sys.exit(f'the command line needs {error.name}: pip install "mintjax[cli]"')
-
-app = typer.Typer(
-    help="Custom JAX losses for models that train elsewhere.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+from mintjax.cli._console import AsJson, plain, print_json, progress
 
 
 class Loss(StrEnum):
@@ -37,7 +21,6 @@ class Loss(StrEnum):
     dpo = "dpo"
 
 
-@app.command()
 def demo(
     data: Annotated[
         Path | None,
@@ -56,7 +39,7 @@ def demo(
     base_model: Annotated[
         str, typer.Option(envvar="TINKER_BASE_MODEL", help="What to start from.")
     ] = "mintjax/tiny",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Train on preference pairs with a loss written in JAX.
 
@@ -82,28 +65,17 @@ def demo(
         results = job.run(service, base_model, pairs, settings)
         if json:
             for result in results:
-                _print_json(result)
+                print_json(result)
         else:
             _show(results, settings, service.base_url)
 
 
-def _print_json(value: Any) -> None:
-    print(msgspec.json.encode(value).decode(), flush=True)
-
-
 def _show(results: Iterator[Any], settings: Any, url: str) -> None:
-    console = Console()
+    console = plain()
     console.print(f"trainer {url}, loss {settings.loss}, {settings.batch_pairs} pairs a step")
-    progress = Progress(
-        TextColumn("[bold]training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        console=console,
-    )
     summary: Any = None
-    with progress:
-        task = progress.add_task("", total=settings.steps, state="starting the model")
+    with progress() as bars:
+        task = bars.add_task("training", total=settings.steps, state="starting the model")
         for result in results:
             summary = result
             if hasattr(result, "step"):
@@ -111,7 +83,7 @@ def _show(results: Iterator[Any], settings: Any, url: str) -> None:
                     f"loss {result.loss:.3f}, accuracy {result.pair_accuracy:.2f}, "
                     f"margin {result.mean_margin:+.1f}, {result.seconds:.2f} s/step"
                 )
-                progress.update(task, completed=result.step, state=state)
+                bars.update(task, completed=result.step, state=state)
     table = Table("", "before", "after")
     for name, part in (("training", "train"), ("held-out", "heldout")):
         table.add_row(
@@ -127,52 +99,3 @@ def _show(results: Iterator[Any], settings: Any, url: str) -> None:
         f"{summary.seconds:.1f} s in all; {summary.client_share:.1%} of the steps' time went into "
         "loss, gradient and encoding on the client"
     )
-
-
-@app.command()
-def serve(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    normalise: Annotated[
-        bool,
-        typer.Option(
-            "--normalise", help="Divide by sums of weights and numbers of datums, as SkyRL does."
-        ),
-    ] = False,
-    directory: Annotated[
-        Path | None, typer.Option(help="Where checkpoints go; a temporary place if absent.")
-    ] = None,
-) -> None:
-    """Run the embedded trainer until Ctrl-C.
-
-    It requires the API key in MINTJAX_SERVE_API_KEY, if that is set.
-    """
-    from mintjax import local
-
-    with local.Engine(normalise=normalise, directory=directory) as engine:
-        local.serve(
-            host,
-            port,
-            engine=engine,
-            api_key=os.environ.get("MINTJAX_SERVE_API_KEY"),
-            announce=lambda url: print(f"mintjax trainer at {url}", flush=True),
-        )
-
-
-@app.command()
-def losses() -> None:
-    """What each trainer makes of the built-in losses: defaults, reductions, what it serves."""
-    from mintjax import losses
-
-    print(losses.describe())
-
-
-def main() -> None:
-    """Run the command line; a mistake of the user's is a message, not a traceback."""
-    try:
-        app()
-    except (MintjaxError, OSError) as error:
-        Console(stderr=True).print(
-            f"[bold red]mintjax:[/] {error}", highlight=False, soft_wrap=True
-        )
-        sys.exit(1)

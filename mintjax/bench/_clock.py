@@ -1,0 +1,67 @@
+"""Several implementations on the same batches, one after the other, by the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from mintjax import gradients
+
+T = TypeVar("T")
+
+
+class Timing(msgspec.Struct, kw_only=True):
+    """What an implementation took, step by step.
+
+    Args:
+        seconds: of each step, those of the warm-up among them.
+        compilations: programs that mintjax had compiled in each step.
+        warm_up: how many steps at the beginning do not count.
+    """
+
+    seconds: list[float]
+    compilations: list[int]
+    warm_up: int
+
+    def quantile(self, q: float) -> float:
+        """A quantile of the steps after the warm-up, in seconds; 0.5 is the median."""
+        return float(np.quantile(self.seconds[self.warm_up :], q))
+
+
+def interleaved(
+    implementations: Mapping[str, Callable[[T], object]],
+    batches: Iterable[T],
+    *,
+    warm_up: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time implementations on the same batches, in turn.
+
+    Each batch is given to all before the next is made, and another one begins each time, so that
+    what else the machine does, and what one leaves in the caches, falls on all alike.
+
+    Args:
+        implementations: by name: functions of a batch.
+        batches: one for each step; made outside of what is timed.
+        warm_up: how many steps at the beginning do not count.
+        on_step: called after each step.
+
+    Returns:
+        The timing of each, by name.
+    """
+    names = list(implementations)
+    timings = {name: Timing(seconds=[], compilations=[], warm_up=warm_up) for name in names}
+    for step, batch in enumerate(batches):
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            compiled = gradients.stats().compilations
+            start = time.perf_counter()
+            implementations[name](batch)
+            timings[name].seconds.append(time.perf_counter() - start)
+            timings[name].compilations.append(gradients.stats().compilations - compiled)
+        on_step()
+    return timings

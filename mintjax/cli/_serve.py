@@ -1,0 +1,48 @@
+"""``mintjax serve``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mintjax.cli._console import AsJson, print_json
+
+
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    normalise: Annotated[
+        bool,
+        typer.Option(
+            "--normalise", help="Divide by sums of weights and numbers of datums, as SkyRL does."
+        ),
+    ] = False,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where checkpoints go; a temporary place if absent.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Run the embedded trainer until Ctrl-C.
+
+    Any client of the protocol can use it. It requires the API key in MINTJAX_SERVE_API_KEY, if that
+    is set.
+    """
+    from mintjax import local
+
+    def announce(url: str) -> None:
+        if json:
+            print_json({"url": url})
+        else:
+            print(f"mintjax trainer at {url}", flush=True)
+
+    with local.Engine(normalise=normalise, directory=directory) as engine:
+        local.serve(
+            host,
+            port,
+            engine=engine,
+            api_key=os.environ.get("MINTJAX_SERVE_API_KEY"),
+            announce=announce,
+        )
