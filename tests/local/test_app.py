@@ -481,7 +481,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         "headers",
-        [{"Content_Type": "application/x-protobuf"}, {"Content_Encoding": "zstd"}],
+        [{"Content_Type": "application/xml"}, {"Content_Encoding": "br"}],
     )
     def test_an_encoding_that_is_not_read(self, http, headers):
         answer = http.post("forward_backward", forward_backward("m"), **headers)
