@@ -10,7 +10,7 @@ passed; without it, it is left out::
 A request or an answer of 256 datums of 2,048 tokens. In one run, in turn, each implementation in a
 process of its own, it times
 
-- ``encode``: a ``forward_backward`` request with ``target_tokens`` and ``weights``, from datums to the
+- ``encode``: a ``forward_backward`` request with targets and weights, from datums to the
   bytes of the body;
 - ``decode``: the answer of a forward pass, from the bytes to one array of logprobs per datum;
 - ``custom_step``: decode, the pairwise loss and its gradient, and encode.
