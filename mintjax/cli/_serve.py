@@ -23,6 +23,15 @@ def serve(
     directory: Annotated[
         Path | None, typer.Option(help="Where checkpoints go; a temporary place if absent.")
     ] = None,
+    protobuf: Annotated[
+        bool, typer.Option("--protobuf", help="Ask clients for protocol buffers.")
+    ] = False,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Ask for such bodies compressed with zstd.")
+    ] = False,
+    refuse_json: Annotated[
+        bool, typer.Option("--refuse-json", help="Take passes as protocol buffers only, as TuFT.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Run the embedded trainer until Ctrl-C.
@@ -30,7 +39,9 @@ def serve(
     Any client of the protocol can use it. It requires the API key in MINTJAX_SERVE_API_KEY, if that
     is set.
     """
-    from mintjax import local
+    from mintjax import local, wire
+
+    config = wire.ClientConfigResponse(proto_write_fwdbwd=protobuf, proto_compress_fwdbwd=compress)
 
     def announce(url: str) -> None:
         if json:
@@ -44,5 +55,7 @@ def serve(
             port,
             engine=engine,
             api_key=os.environ.get("MINTJAX_SERVE_API_KEY"),
+            config=config,
+            json_passes=not refuse_json,
             announce=announce,
         )
