@@ -37,6 +37,14 @@ def test_what_is_encoded_is_decoded_to_the_bit(tokens, column):
     assert back.loss_fn_config == {"beta": 0.1}
 
 
+def test_no_float32_is_rounded_twice():
+    column = np.float32([1.0, 11_420_669 * 2.0**-107, -11_420_669 * 2.0**-107])
+    numbers = json.loads(wire.encode(TensorData(column)))["data"]
+    assert np.float32(numbers).tobytes() == column.tobytes()
+    assert str(column[1]) == "7.038531e-26"
+    assert np.float32(7.038531e-26) != column[1]
+
+
 @given(finite)
 @example(np.float32(0.1))
 @example(np.finfo(np.float32).max)
