@@ -84,6 +84,19 @@ def value_and_logprob_grads(
         ObjectiveError: the objective did not return a scalar and a dict of scalars.
         NonFiniteError: a gradient is NaN or infinite; names datum, position and inputs there.
         Exception: whatever the objective raises, as it is.
+
+    Example:
+        >>> import mintjax
+        >>> def mean_nll(data, logprobs):
+        ...     weights = data["weights"]
+        ...     return -(logprobs * weights).total() / weights.total(), {"rows": len(data)}
+        >>> tokens = mintjax.ModelInput.from_ints([7, 8, 9])
+        >>> datum = mintjax.Datum(tokens, {"target_tokens": [8, 9, 7], "weights": [0, 1, 1]})
+        >>> result = mintjax.value_and_logprob_grads(mean_nll, [datum], [[-3.0, -2.0, -1.0]])
+        >>> result.loss, result.metrics
+        (1.5, {'loss': 1.5, 'rows': 1.0})
+        >>> result.grads
+        [array([-0. , -0.5, -0.5], dtype=float32)]
     """
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)

@@ -33,7 +33,7 @@ MADE_FOR_USERS = {
     "mintjax.TrainingClient",
 }
 PYTREE_PROTOCOL = {"tree_flatten", "tree_unflatten"}
-HEADING = re.compile(r"^(Args|Returns|Yields|Raises|Reference):\n", re.MULTILINE)
+HEADING = re.compile(r"^(Args|Returns|Yields|Raises|Example|Reference):\n", re.MULTILINE)
 # "As :meth:`forward`, and ...": the arguments are that one's.
 AS_ANOTHER = re.compile(r"\b(?:[Aa]s|those of|those that) :(?:func|meth):")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|exc):`~?([\w.]+)`")

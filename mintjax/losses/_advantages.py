@@ -24,6 +24,11 @@ def group_mean_centred(rewards: ArrayLike, *, where: ArrayLike | None = None) ->
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.group_mean_centred([1.0, 0.0, 0.0, 1.0])
+        Array([ 0.5, -0.5, -0.5,  0.5], dtype=float32)
+
     Reference:
         Shao et al. 2024, "DeepSeekMath", section 4.1.2, without the division.
     """
@@ -46,6 +51,11 @@ def rloo(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.rloo([1.0, 0.0, 0.0, 0.0])
+        Array([ 1.   , -0.333, -0.333, -0.333], dtype=float32)
 
     Reference:
         Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; for language models
@@ -81,6 +91,11 @@ def grpo(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.grpo([1.0, 0.0])
+        Array([ 0.707, -0.707], dtype=float32)
 
     Reference:
         Shao et al. 2024, "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open

@@ -24,6 +24,11 @@ def token_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Arra
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.token_mean([[1.0, 2.0], [3.0, 0.0]], where=[[True, True], [True, False]])
+        Array(2., dtype=float32)
+
     Reference:
         Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
         section 3.3.
@@ -46,6 +51,11 @@ def sequence_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.A
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.sequence_mean([[1.0, 2.0], [3.0, 0.0]], where=[[True, True], [True, False]])
+        Array(2.25, dtype=float32)
 
     Reference:
         Shao et al. 2024, "DeepSeekMath", eq. 3.
@@ -73,6 +83,11 @@ def fixed_length_mean(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.fixed_length_mean([[1.0, 2.0], [3.0, 0.0]], 4)
+        Array(0.75, dtype=float32)
 
     Reference:
         Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", section 3.2.

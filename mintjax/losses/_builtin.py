@@ -30,6 +30,11 @@ def cross_entropy(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.cross_entropy([-0.5, -2.0], [1.0, 0.0])
+        Array([0.5, 0. ], dtype=float32)
+
     Reference:
         Goodfellow, Bengio & Courville 2016, "Deep Learning", section 6.2.1.1.
     """
@@ -60,6 +65,11 @@ def importance_sampling(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.importance_sampling([-1.0, -1.0], [-1.0, -1.5], [1.0, -1.0])
+        Array([-1.   ,  1.649], dtype=float32)
 
     Reference:
         Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 6.
@@ -98,6 +108,11 @@ def ppo(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.ppo([-1.0, -1.0, -1.0], [-1.0, -1.5, -1.5], [1.0, 1.0, -1.0])
+        Array([-1.   , -1.2  ,  1.649], dtype=float32)
 
     Reference:
         Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
@@ -143,6 +158,11 @@ def cispo(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.cispo([-1.0, -1.0], [-1.0, -1.5], 1.0)
+        Array([1. , 1.2], dtype=float32)
+
     Reference:
         MiniMax 2025, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
         eq. 4 and 5.
@@ -184,6 +204,11 @@ def dro(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.dro([-1.0, -1.0], [-1.0, -3.0], 1.0)
+        Array([1. , 1.1], dtype=float32)
 
     Reference:
         Richemond et al. 2024, "Offline Regularised Reinforcement Learning for Large Language Models

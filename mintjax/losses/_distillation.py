@@ -34,6 +34,11 @@ def distillation_forward_kl(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.distillation_forward_kl([[-0.5, -1.5]], [[-0.7, -0.7]])
+        Array([0.298], dtype=float32)
+
     Reference:
         Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
@@ -67,6 +72,11 @@ def distillation_reverse_kl(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.distillation_reverse_kl([[-0.5, -1.5]], [[-0.7, -0.7]])
+        Array([-0.057], dtype=float32)
+
     Reference:
         Gu et al. 2023, "MiniLLM: Knowledge Distillation of Large Language Models", eq. 1.
     """
@@ -99,6 +109,11 @@ def brier_score(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.brier_score([[-0.5, -1.5]], [[1.0, 0.0]])
+        Array([0.205], dtype=float32)
 
     Reference:
         Brier 1950, "Verification of Forecasts Expressed in Terms of Probability", eq. 2.

@@ -40,6 +40,11 @@ def dual_clip_ppo(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.dual_clip_ppo([-1.0, -1.0], [-1.5, -5.0], -1.0)
+        Array([1.649, 3.   ], dtype=float32)
+
     Reference:
         Ye et al. 2020, "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning",
         section "Dual-clip PPO".
@@ -91,6 +96,11 @@ def dppo(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.dppo([-6.0, -0.1], [-8.0, -0.5], 1.0)
+        Array([-7.389, -0.   ], dtype=float32)
+
     Reference:
         Qi et al. 2026, "Rethinking the Trust Region in LLM Reinforcement Learning"
         (arXiv:2602.04879), the variant called DPPO-Binary-TV, with the threshold of the authors'
@@ -136,6 +146,11 @@ def truncated_importance_sampling(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.truncated_importance_sampling([-1.0, -1.0], [-1.0, -3.0], 1.0)
+        Array([1., 2.], dtype=float32)
 
     Reference:
         Ionides 2008, "Truncated Importance Sampling", eq. 3; for language models Yao et al. 2025,
@@ -185,6 +200,11 @@ def gspo(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.gspo([[-1.0, -2.0]], [[-1.1, -1.9]], 1.0)
+        Array([[-1., -1.]], dtype=float32)
 
     Reference:
         Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 5 and 7,

@@ -28,6 +28,11 @@ def bradley_terry(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.bradley_terry([-3.0], [-6.0])
+        Array([0.049], dtype=float32)
+
     Reference:
         Bradley & Terry 1952, "Rank Analysis of Incomplete Block Designs"; as a training loss Ouyang
         et al. 2022, "Training language models to follow instructions with human feedback", eq. 1.
@@ -68,6 +73,11 @@ def dpo(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.dpo([-3.0], [-6.0], [-4.0], [-4.0])
+        Array([0.554], dtype=float32)
 
     Reference:
         Rafailov et al. 2023, "Direct Preference Optimization", eq. 7; label smoothing: Mitchell
@@ -116,6 +126,11 @@ def ipo(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.ipo([-3.0], [-6.0], [-4.0], [-4.0])
+        Array([4.], dtype=float32)
 
     Reference:
         Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
@@ -166,6 +181,11 @@ def simpo(
     Raises:
         ValueError: the shapes do not fit.
 
+    Example:
+        >>> from mintjax import losses
+        >>> losses.simpo([-3.0], [-6.0], [3.0], [2.0])
+        Array([0.049], dtype=float32)
+
     Reference:
         Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward",
         eq. 6.
@@ -212,6 +232,11 @@ def orpo(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.orpo([-3.0], [-6.0], [3.0], [2.0])
+        Array([1.009], dtype=float32)
 
     Reference:
         Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
@@ -265,6 +290,11 @@ def kto(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.kto([-3.0], [-4.0], [True], 0.0)
+        Array([0.475], dtype=float32)
 
     Reference:
         Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", the
