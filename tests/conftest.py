@@ -12,6 +12,8 @@ settings.load_profile("default")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need
+
 
 @pytest.fixture
 def x64():
