@@ -12,8 +12,11 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import msgspec
+
 from mintjax import wire
 from mintjax.client.background import Background, begin
+from mintjax.client.encodings import Body
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import Accepted, retrieve
 from mintjax.client.settings import Settings
@@ -73,7 +76,17 @@ class Connection:
         """Send a request that has no place in a line, and wait for its result."""
         body, key = wire.encode(message), self.transport.new_key()
         answer = await self.transport.call(path, body, wire.UntypedFuture, key=key)
-        return await retrieve(self.transport, Accepted(path, body, key, answer.request_id), as_type)
+        accepted = Accepted(path, Body(path, body), key, answer.request_id)
+        return await retrieve(self.transport, accepted, as_type)
+
+    def takes_protobuf(self, body: Body, refusal: APIError) -> bool:
+        """Whether a pass was refused for its encoding; from then on they are protocol buffers."""
+        refused = body.path in ("forward", "forward_backward") and not body.headers
+        if not refused or getattr(refusal, "status_code", 0) != 415:
+            return False
+        logger.info("passes are sent as protocol buffers from now on: %s", refusal)
+        self.limits = msgspec.structs.replace(self.limits, proto_write_fwdbwd=True)
+        return True
 
     async def session(self) -> str:
         """The session's id; the first call opens it.

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from mintjax import wire
 from mintjax.client.background import Carried, begin
 from mintjax.client.connection import Connection
+from mintjax.client.encodings import encode
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import Accepted, retrieve
 from mintjax.client.settings import Progress
@@ -135,18 +136,29 @@ class Lane:
         """
         self._raise_doubt()
         seq_id = self._next_seq
-        body = wire.encode(message(seq_id))
+        body = encode(path, message(seq_id), self._connection.limits)
         key = self._transport.new_key()
         try:
             answer = await self._transport.call(
-                path, body, wire.UntypedFuture, "POST", mutates, key, self.model_id
+                body.path,
+                body.content,
+                wire.UntypedFuture,
+                "POST",
+                mutates,
+                key,
+                self.model_id,
+                body.headers,
             )
         except APIError as error:
+            if self._connection.takes_protobuf(body, error):
+                return await self.post(path, message, mutates=mutates)
             if error.may_have_been_applied:
                 self.in_doubt(f"{path} (number {seq_id}) may or may not have been applied: {error}")
             raise
         self._next_seq = seq_id + 1
-        self._transport.tell(Progress("accepted", path, self.model_id, answer.request_id))
+        self._transport.tell(
+            Progress("accepted", path, self.model_id, answer.request_id, detail=str(body))
+        )
         return Accepted(path, body, key, answer.request_id, self.model_id, mutates)
 
     async def post_all(

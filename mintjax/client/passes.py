@@ -10,6 +10,7 @@ import numpy as np
 
 from mintjax import wire
 from mintjax.errors import APIResponseError, NonFiniteError
+from mintjax.protobuf import EncodedData, encode_datum
 from mintjax.tensors import TensorData, check_finite
 from mintjax.types import Datum, ForwardBackwardOutput
 
@@ -20,12 +21,12 @@ class Chunk(msgspec.Struct):
     """Some datums of a batch, encoded when they were handed over.
 
     Args:
-        data: their JSON.
+        data: their JSON, or their protocol buffers.
         shapes: of the target tokens of each.
         first: position of the first in the batch.
     """
 
-    data: msgspec.Raw
+    data: msgspec.Raw | EncodedData
     shapes: list[Shape | None]
     first: int
 
@@ -34,8 +35,10 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
     """Encode a batch as it is now, in requests of a size that the trainer takes.
 
     Raises:
-        NonFiniteError: a number that JSON does not have; the message names its place.
+        NonFiniteError: a number that no encoding carries; the message names its place.
+        DataError: a token that the encoding does not carry.
     """
+    as_protobuf = limits.proto_write_fwdbwd
     result: list[Chunk] = []
     parts: list[bytes] = []
     size = 0
@@ -44,12 +47,17 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
         nonlocal parts, size
         first = end - len(parts)
         shapes = [_target_shape(datum) for datum in data[first:end]]
-        result.append(Chunk(msgspec.Raw(b"[" + b",".join(parts) + b"]"), shapes, first))
+        encoded = (
+            EncodedData(b"".join(parts))
+            if as_protobuf
+            else msgspec.Raw(b"[" + b",".join(parts) + b"]")
+        )
+        result.append(Chunk(encoded, shapes, first))
         parts, size = [], 0
 
     for i, datum in enumerate(data):
         try:
-            encoded = wire.encode(datum)
+            encoded = encode_datum(datum, i) if as_protobuf else wire.encode(datum)
         except NonFiniteError:
             for name, column in datum.loss_fn_inputs.items():
                 check_finite(column, i, f"input {name!r}")

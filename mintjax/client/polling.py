@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mintjax import errors, wire
+from mintjax.client.encodings import Body
 from mintjax.client.settings import Event, Patience, Progress, retry_after
 from mintjax.client.transport import NoReply, Reply, Transport
 from mintjax.errors import APIError, APIResponseError
@@ -24,7 +25,7 @@ class Accepted(msgspec.Struct):
     """A request that the trainer has taken on, with what it takes to send it again."""
 
     path: str
-    body: bytes
+    body: Body
     key: str
     request_id: str
     model_id: str | None = None
@@ -62,13 +63,16 @@ class _Retrieval:
         self.asked_at = time.monotonic()
         try:
             reply = await self.transport.exchange(
-                _PATH, wire.encode(question), {}, self.policy.poll_timeout
+                _PATH, wire.encode(question), self.accepted.body.accept, self.policy.poll_timeout
             )
         except NoReply as none:
             return await self.pause(none.error)
         if not reply.ok:
             return await self.refused(reply)
+        result = f"{_PATH} ({self.accepted.path})"
         try:
+            if reply.is_protobuf:
+                return self.transport.decode(result, reply.body, as_type, as_protobuf=True)
             envelope = self.transport.decode(_PATH, reply.body, _Envelope)
             if envelope.type == "try_again":
                 return await self.not_yet(envelope)
@@ -82,7 +86,7 @@ class _Retrieval:
                     request_id=self.accepted.request_id,
                     category=envelope.category if known else "unknown",
                 )
-            return self.transport.decode(f"{_PATH} ({self.accepted.path})", reply.body, as_type)
+            return self.transport.decode(result, reply.body, as_type)
         except APIResponseError as garbled:
             return await self.bear(garbled)
 
@@ -100,8 +104,16 @@ class _Retrieval:
             if done.mutates and not self.policy.repeat_unanswered:
                 self.give_up(error)
             await self.pause(error)
+            body = done.body
             again = await self.transport.call(
-                done.path, done.body, wire.UntypedFuture, "POST", True, done.key, done.model_id
+                body.path,
+                body.content,
+                wire.UntypedFuture,
+                "POST",
+                True,
+                done.key,
+                done.model_id,
+                body.headers,
             )
             done.request_id = again.request_id
         elif reply.status in (409, 429) or reply.status >= 500:

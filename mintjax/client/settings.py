@@ -63,7 +63,7 @@ class Progress(msgspec.Struct, frozen=True):
         request_id: the trainer's name of the request, once it has one.
         attempt: how many times it, or the question for its result, was sent.
         seconds: since it was first sent.
-        detail: why there is a retry; the queue's state.
+        detail: how much was sent, and in what encoding; why there is a retry; the queue's state.
     """
 
     event: Event

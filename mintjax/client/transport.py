@@ -11,9 +11,10 @@ from typing import Any, TypeVar, cast
 import httpx
 import msgspec
 
-from mintjax import errors, wire
+from mintjax import errors, protobuf, wire
 from mintjax.client.settings import Patience, Progress, Settings, retry_after
 from mintjax.errors import APIError, APIResponseError, APIStatusError
+from mintjax.types import ForwardBackwardOutput
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ logger = logging.getLogger("mintjax.client")
 
 _SLOWEST_UPLOAD = 20_000  # bytes per second
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_JUDGED_ON_ITS_MERITS = (400, 404, 413, 422)
+_JUDGED_ON_ITS_MERITS = (400, 404, 413, 415, 422)
 
 
 class Reply(msgspec.Struct):
@@ -35,6 +36,11 @@ class Reply(msgspec.Struct):
     def ok(self) -> bool:
         """Whether the status is one of success."""
         return 200 <= self.status < 300
+
+    @property
+    def is_protobuf(self) -> bool:
+        """Whether it says that it is a protocol buffer."""
+        return self.headers.get("content-type", "").lower().startswith(protobuf.MEDIA_TYPE)
 
     @property
     def is_bare_400(self) -> bool:
@@ -115,22 +121,24 @@ class Transport:
         mutates: bool = False,
         key: str | None = None,
         model_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> T:
         """Send a request until it is answered, and decode the answer.
 
         Args:
             path: below ``/api/v1/``.
-            body: its JSON.
+            body: its content.
             as_type: what the answer is.
             mutates: it changes the model, so that twice is not once.
             key: idempotency key of a request that has been sent before.
             model_id: what it concerns, for the log.
+            headers: what the content is, where it is not JSON.
 
         Raises:
             APIError: the trainer refused, or the deadline has passed; ``may_have_been_applied``
                 says whether the request may have taken effect.
         """
-        headers = {"X-Idempotency-Key": key or self.new_key()}
+        headers = {"X-Idempotency-Key": key or self.new_key(), **(headers or {})}
         patience = Patience(self.policy)
         in_doubt, bad_answers = False, 0
         while True:
@@ -237,15 +245,17 @@ class Transport:
         """The text without the API key."""
         return self._settings.key.redact(text)
 
-    def decode(self, path: str, body: bytes, as_type: type[T]) -> T:
-        """Decode an answer.
+    def decode(self, path: str, body: bytes, as_type: type[T], *, as_protobuf: bool = False) -> T:
+        """Decode an answer: JSON, or the result of a pass as a protocol buffer.
 
         Raises:
             APIResponseError: it is not of that type; the message says at which field.
         """
         try:
+            if as_protobuf and as_type is ForwardBackwardOutput:
+                return cast("T", protobuf.decode_output(body))
             return wire.decode(body, as_type)
-        except errors.DataError as error:
+        except (errors.DataError, errors.ConfigError) as error:
             words = self.redact(str(error))
         raise APIResponseError(f"{self.address}: the answer to {path} is {words}")
 

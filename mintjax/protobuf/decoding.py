@@ -103,8 +103,7 @@ def _messages() -> Any:
         if error.name is None or error.name.partition(".")[0] != "google":
             raise
     raise ConfigError(
-        "protocol buffers are to be read, and there is nothing here to read them with: "
-        'pip install "mintjax[protobuf]"'
+        'protocol buffers take the package protobuf: pip install "mintjax[protobuf]"'
     )
 
 
