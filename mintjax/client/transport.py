@@ -205,7 +205,8 @@ class Transport:
                 async with self._http.stream(
                     method, path, content=body or None, headers=dict(headers), timeout=limits
                 ) as response:
-                    answering.reschedule(None)  # httpx watches the rest, part by part
+                    if not answering.expired():  # just now; then the next await ends it
+                        answering.reschedule(None)  # httpx watches the rest, part by part
                     content = await self._read(response)
             self._reached = True
             return Reply(response.status_code, response.headers, content)

@@ -1,0 +1,287 @@
+"""Protocol buffers between the client and a trainer that asks for them, or insists."""
+
+from __future__ import annotations
+
+import httpx
+import jax
+import msgspec
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+
+from mintjax import compression, protobuf, wire
+from mintjax.client import ServiceClient
+from mintjax.errors import APIResponseError, BadRequestError, ConfigError, DataError
+from mintjax.local import Engine
+from mintjax.local.app import application
+from mintjax.objectives import bradley_terry
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
+
+from .data import DATA
+from .double import ADDRESS, KEY, QUICK, Answer, Trainer
+from .faults import BadConnection
+from .test_against_trainer import PATIENT, new_model, same, state, train
+
+MODEL = "mintjax/nano"
+PROTOBUF = protobuf.MEDIA_TYPE
+PLAIN = wire.ClientConfigResponse()
+ASKS = wire.ClientConfigResponse(proto_write_fwdbwd=True, fwdbwd_max_chunk_len=3)
+ASKS_COMPRESSED = wire.ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
+TRAINERS = {
+    "json": {"config": PLAIN},
+    "asks": {"config": ASKS},
+    "compressed": {"config": ASKS_COMPRESSED},
+    "insists": {"json_passes": False},
+    "insists in parts": {
+        "json_passes": False,
+        "config": wire.ClientConfigResponse(fwdbwd_max_chunk_len=3),
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank_promotion():
+    """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine() as engine:
+        yield engine
+
+
+def batch():
+    rng = np.random.default_rng(0)
+
+    def one(length):
+        tokens = rng.integers(0, 256, length + 1)
+        weights = (np.arange(length) >= length // 3).astype(np.float32)
+        inputs = {"target_tokens": tokens[1:], "weights": weights}
+        return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
+
+    return [one(length) for length in (5, 9, 7, 6)]
+
+
+def trained(engine, progress=None, **options):
+    """Weights after a step of a loss by name and one with an objective, and what they returned."""
+    with application(engine, **options) as app:
+        transport = httpx.ASGITransport(app)
+        with ServiceClient(ADDRESS, KEY, transport=transport, on_progress=progress) as service:
+            client = service.create_lora_training_client(MODEL, rank=4, seed=1)
+            outputs = []
+            for submit in (
+                lambda: client.forward_backward(batch(), "cross_entropy"),
+                lambda: client.forward_backward_custom(batch(), bradley_terry()),
+            ):
+                outputs.append(submit().result(60))
+                client.optim_step(AdamParams(learning_rate=1e-2)).result(60)
+            outputs.append(client.forward(batch()).result(60))
+            weights = jax.tree.leaves(engine.model(client.model_id).lora)
+            return [np.asarray(leaf).tobytes() for leaf in weights], outputs
+
+
+@pytest.fixture(scope="module")
+def in_json(engine):
+    return trained(engine, **TRAINERS["json"])
+
+
+@pytest.mark.parametrize("name", ["asks", "compressed", "insists", "insists in parts"])
+def test_either_encoding_trains_to_the_same_bit(engine, in_json, name):
+    if "parts" in name or name == "asks":  # sums of parts are rounded in another order
+        in_json = trained(engine, config=wire.ClientConfigResponse(fwdbwd_max_chunk_len=3))
+    seen = []
+    weights, outputs = trained(engine, seen.append, **TRAINERS[name])
+    assert weights == in_json[0]
+    for mine, theirs in zip(outputs, in_json[1], strict=True):
+        assert mine.metrics == theirs.metrics
+        for one, other in zip(mine.logprobs, theirs.logprobs, strict=True):
+            np.testing.assert_array_equal(one, other)
+    sent = [one.detail for one in seen if one.event == "accepted" and "forward" in one.path]
+    assert sent
+    assert all(f"bytes of {PROTOBUF}" in detail for detail in sent)
+    assert all(("zstd" in detail) == (name == "compressed") for detail in sent)
+
+
+def test_a_bad_connection_changes_not_one_bit(engine):
+    states, met = [], 0
+    for seed, share in enumerate([0.0, 0.1, 0.2, 0.3]):
+        config = ASKS_COMPRESSED if share else PLAIN
+        with application(engine, config=config, poll_seconds=1.0) as app:
+            bad = BadConnection(httpx.ASGITransport(app), seed, share)
+            with ServiceClient(ADDRESS, transport=bad, retry_policy=PATIENT) as service:
+                client = new_model(service)
+                train(client)
+                states.append(state(engine, client))
+                met += len(bad.met)
+    assert met > 10
+    assert all(same(one, states[0]) for one in states)
+
+
+def test_which_encoding_is_used_is_told(engine):
+    seen = []
+    trained(engine, seen.append, **TRAINERS["json"])
+    sent = [one.detail for one in seen if one.event == "accepted"]
+    assert all(detail.endswith(" bytes of application/json") for detail in sent)
+
+
+class Scripted(Trainer):
+    """The double, where passes come and go as protocol buffers."""
+
+    def __init__(self, result: bytes, **options):
+        super().__init__(**options)
+        self.result = result
+
+    async def __call__(self, scope, receive, send):
+        path = scope["path"].removeprefix("/api/v1/")
+        headers = {k.decode().lower(): v.decode() for k, v in scope["headers"]}
+        if headers.get("content-type") == PROTOBUF:
+            await _drain(receive)
+            self.requests.append((path, {}, headers))
+            await _answer(send, b'{"request_id": "passes"}', "application/json")
+        elif path == "retrieve_future" and PROTOBUF in headers.get("accept", ""):
+            await _drain(receive)
+            await _answer(send, self.result, PROTOBUF)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+async def _drain(receive):
+    while (await receive()).get("more_body"):
+        pass
+
+
+async def _answer(send, body, media_type):
+    headers = [(b"content-type", media_type.encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def output(rows=((-1.0, -2.0, -3.0), (-4.0, -5.0))):
+    return protobuf.encode_output(
+        ForwardBackwardOutput(loss_fn_outputs=[{"logprobs": TensorData(row)} for row in rows])
+    )
+
+
+@pytest.fixture
+def connect():
+    made = []
+
+    def connect(trainer):
+        made.append(
+            ServiceClient(ADDRESS, KEY, transport=httpx.ASGITransport(trainer), retry_policy=QUICK)
+        )
+        return made[-1].create_lora_training_client("tiny", rank=4)
+
+    yield connect
+    for service in made:
+        service.close()
+
+
+ASKED = {"proto_write_fwdbwd": True}
+
+
+def test_one_number_is_used_when_json_is_refused(connect):
+    trainer = Scripted(output())
+    trainer.faults["forward_backward"] = [Answer(415, {"detail": "protobuf only"})]
+    client = connect(trainer)
+    rows = client.forward_backward(DATA, "cross_entropy").result(10).logprobs
+    assert [row.tolist() for row in rows] == [[-1, -2, -3], [-4, -5]]
+    keys = [
+        headers["x-idempotency-key"]
+        for path, _, headers in trainer.requests
+        if path == "forward_backward"
+    ]
+    assert len(set(keys)) == len(keys) == 2
+    client.forward(DATA).result(10)
+    assert trainer.paths("forward", "forward_backward") == ["forward_backward"] * 3
+
+
+def test_who_refuses_both_is_believed(connect):
+    trainer = Trainer()
+    trainer.faults["optim_step"] = [Answer(415, {"detail": "no"})]
+    with pytest.raises(BadRequestError, match="415"):
+        connect(trainer).optim_step(AdamParams()).result(10)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (b"\xff\xff\xff", "not a ForwardBackwardOutput"),
+        (output([[-1.0]]), "1 outputs for 2 datums"),
+        (output([[-1.0], [-2.0]]), r"logprobs of shape \[1\]"),
+        (b'{"loss_fn_outputs": []}', "not a ForwardBackwardOutput"),
+    ],
+)
+def test_garbage_is_an_error_of_the_answer(connect, result, words):
+    client = connect(Scripted(result, config=ASKED))
+    with pytest.raises(APIResponseError, match=words):
+        client.forward(DATA).result(10)
+
+
+def test_an_error_is_told_in_json_all_the_same(engine):
+    with (
+        application(engine, config=ASKS) as app,
+        ServiceClient(ADDRESS, KEY, transport=httpx.ASGITransport(app)) as service,
+    ):
+        client = service.create_lora_training_client(MODEL, rank=4)
+        good = client.forward_backward(batch(), "cross_entropy")
+        with pytest.raises(BadRequestError, match="nonsense"):
+            client.forward_backward(batch(), "nonsense").result(60)
+        assert good.result(60).metrics
+        assert client.forward(batch()).result(60).metrics
+        assert engine.model(client.model_id).num_datums == 4
+
+
+def test_a_token_that_is_no_int32_is_not_sent(connect):
+    trainer = Trainer(config=ASKED)
+    client = connect(trainer)
+    data = [Datum(ModelInput.from_ints([2**31]), {"target_tokens": [1]})]
+    with pytest.raises(DataError, match="datum 0, field 'model_input'"):
+        client.forward_backward(data, "cross_entropy")
+    assert not trainer.paths("forward_backward")
+
+
+def test_without_the_extra_nothing_is_sent(connect, monkeypatch):
+    def missing():
+        raise ConfigError('pip install "mintjax[protobuf]"')
+
+    monkeypatch.setattr(protobuf, "require", missing)
+    trainer = Scripted(output(), config=ASKED)
+    client = connect(trainer)
+    with pytest.raises(ConfigError, match="pip install"):
+        client.forward_backward(DATA, "cross_entropy").result(10)
+    assert not trainer.paths("forward_backward")
+    monkeypatch.undo()
+    assert client.forward_backward(DATA, "cross_entropy").result(10).logprobs
+
+
+def test_what_was_changed_after_it_was_handed_over_is_sent_as_it_was(connect):
+    bodies = []
+
+    class Keeps(Scripted):
+        async def __call__(self, scope, receive, send):
+            async def kept():
+                message = await receive()
+                if scope["path"].endswith("forward_backward"):
+                    bodies.append(message["body"])
+                return message
+
+            await super().__call__(scope, kept, send)
+
+    compressed = {"proto_write_fwdbwd": True, "proto_compress_fwdbwd": True}
+    client = connect(Keeps(output(), config=compressed))
+    weights = np.ones(3, np.float32)
+    first = Datum(DATA[0].model_input, {**DATA[0].loss_fn_inputs, "weights": weights})
+    future = client.forward_backward([first, DATA[1]], "cross_entropy")
+    weights[:] = 7
+    future.result(10)
+    request = protobuf.decode_request(compression.decompress(b"".join(bodies), 10_000))
+    assert isinstance(request, wire.ForwardBackwardRequest)
+    sent = request.forward_backward_input.data[0].loss_fn_inputs["weights"]
+    assert sent.tolist() == [1, 1, 1]
+    assert msgspec.structs.asdict(request)["seq_id"] == 1
