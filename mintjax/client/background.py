@@ -10,6 +10,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from mintjax.client.futures import APIFuture
 from mintjax.errors import ClosedError
 
 T = TypeVar("T")
@@ -44,6 +45,9 @@ class Background:
 
     Args:
         at_end: awaited in the loop before it ends, to release what lives there.
+
+    Attributes:
+        thread: the thread.
     """
 
     def __init__(self, at_end: Callable[[], Awaitable[object]]) -> None:
@@ -53,56 +57,36 @@ class Background:
         self._futures: set[Future[Any]] = set()
         self._closed = False
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=self._serve, name="mintjax-client", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._serve, name="mintjax-client", daemon=True)
+        self.thread.start()
 
-    def is_current_thread(self) -> bool:
-        """Whether the caller runs in the loop's own thread."""
-        return threading.current_thread() is self._thread
-
-    def start(self, run: Callable[[Future[T]], Coroutine[Any, Any, T]]) -> Future[T]:
+    def start(
+        self, run: Callable[[APIFuture[T]], Coroutine[Any, Any, T]], future: APIFuture[T]
+    ) -> APIFuture[T]:
         """Run a coroutine in the loop; calls of one thread start in their order.
 
         Args:
-            run: gets the future that its result will be put into, for :func:`begin`.
+            run: gets the future, for :func:`begin`.
+            future: what the result will be put into.
 
         Raises:
             ClosedError: the client was closed, or belongs to the process this one was forked from.
         """
         if os.getpid() != self._pid:
             raise ClosedError("a client does not survive os.fork(); make one in the new process")
-        future: Future[T] = Future()
         self._futures.add(future)  # before the check, so that close() ends it or the check sees it
         future.add_done_callback(self._futures.discard)
+
+        def spawn() -> None:
+            if not self._closed:
+                self.keep_running(_drive(run, future))
+
         with suppress(RuntimeError):  # the loop is closed; the check below says so
-            self._loop.call_soon_threadsafe(self._spawn, run, future)
+            self._loop.call_soon_threadsafe(spawn)
         if self._closed:
             self._futures.discard(future)
             raise ClosedError("the client is closed; make a new ServiceClient")
         return future
-
-    def close(self) -> None:
-        """End every future with ClosedError and the thread with them; within a second."""
-        if self._closed:
-            return
-        self._closed = True
-        for future in list(self._futures):
-            _settle(future, error=ClosedError("the client was closed before this was answered"))
-        if os.getpid() != self._pid:
-            return
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._stop)
-        if not self.is_current_thread():
-            self._thread.join(_SECONDS_TO_CLOSE)
-
-    def _spawn(
-        self,
-        run: Callable[[Future[T]], Coroutine[Any, Any, T]],
-        future: Future[T],
-    ) -> None:
-        if self._closed:
-            return
-        self.keep_running(_drive(run, future))
 
     def keep_running(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start a task that ends with the loop; only from within the loop."""
@@ -110,10 +94,19 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._loop.stop()
+    def close(self) -> None:
+        """End every future with ClosedError and the thread with them; within a second."""
+        if self._closed:
+            return
+        self._closed = True
+        for future in list(self._futures):
+            _fail(future, ClosedError("the client was closed before this was answered"))
+        if os.getpid() != self._pid:
+            return
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self.thread:
+            self.thread.join(_SECONDS_TO_CLOSE)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -125,37 +118,29 @@ class Background:
             self._loop.close()
 
     async def _finish(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._at_end()
         await self._loop.shutdown_asyncgens()
 
 
 async def _drive(
-    run: Callable[[Future[T]], Coroutine[Any, Any, T]],
-    future: Future[T],
+    run: Callable[[APIFuture[T]], Coroutine[Any, Any, T]], future: APIFuture[T]
 ) -> None:
     try:
         result = await run(future)
     except Withdrawn:
         return
     except Carried as carried:
-        _settle(future, error=carried.error)
-    except asyncio.CancelledError:
-        _settle(future, error=ClosedError("the client was closed before this was answered"))
+        _fail(future, carried.error)
     except BaseException as error:
-        _settle(future, error=error)
+        _fail(future, error)
     else:
-        _settle(future, result=result)
-
-
-def _settle(
-    future: Future[Any],
-    *,
-    result: Any = None,
-    error: BaseException | None = None,
-) -> None:
-    with suppress(InvalidStateError):  # cancelled or closed meanwhile
-        if error is None:
+        with suppress(InvalidStateError):  # cancelled or closed meanwhile
             future.set_result(result)
-        else:
-            future.set_exception(error)
+
+
+def _fail(future: Future[Any], error: BaseException) -> None:
+    with suppress(InvalidStateError):  # as above
+        future.set_exception(error)

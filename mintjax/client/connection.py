@@ -9,20 +9,24 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import msgspec
 
 from mintjax import wire
 from mintjax.client.background import Background, begin
-from mintjax.client.encodings import Body
 from mintjax.client.futures import APIFuture
-from mintjax.client.polling import Accepted, retrieve
+from mintjax.client.polling import retrieve
 from mintjax.client.settings import Settings
-from mintjax.client.transport import Transport
-from mintjax.errors import APIError, APIResponseError, AuthenticationError, BillingError
-from mintjax.surrogates import Reduction
+from mintjax.client.transport import Request, Transport
+from mintjax.custom_step import Findings
+from mintjax.errors import (
+    APIError,
+    APIResponseError,
+    APIStatusError,
+    AuthenticationError,
+    BillingError,
+)
 
 T = TypeVar("T")
 
@@ -38,9 +42,7 @@ class Connection:
         settings: which trainer, and how.
 
     Attributes:
-        reduction: what the trainer makes of losses, once that was measured.
-        refused: losses that it does not serve by name.
-        warned: whether the user was warned that nothing was measured.
+        findings: what was found out about the trainer.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,9 +50,7 @@ class Connection:
         self._version = _version()
         self.transport = Transport(settings, self._version)
         self.limits = wire.ClientConfigResponse()
-        self.reduction: Reduction | None = None
-        self.refused: set[str] = set()
-        self.warned = False
+        self.findings = Findings()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
         self._session_id: str | None = None
@@ -58,30 +58,44 @@ class Connection:
         self.background = Background(self.transport.aclose)
         self.close = weakref.finalize(self, self.background.close)
 
-    def start(self, run: Callable[[], Coroutine[Any, Any, T]]) -> APIFuture[T]:
-        """Run something that has no place in a line.
+    def submit(
+        self,
+        run: Callable[[APIFuture[T]], Coroutine[Any, Any, T]],
+        seen: Callable[[BaseException], None] | None = None,
+    ) -> APIFuture[T]:
+        """Run something in the client's loop; it gets its future, to :func:`begin` it.
+
+        Args:
+            run: what to run.
+            seen: told of an error when somebody gets it.
 
         Raises:
             ClosedError: the client was closed.
         """
+        return self.background.start(run, APIFuture(self.background.thread, self, seen))
 
-        async def begun(future: Future[T]) -> T:
+    def start(self, run: Callable[[], Coroutine[Any, Any, T]]) -> APIFuture[T]:
+        """Run something that has no place in a line; raises as :meth:`submit`."""
+
+        async def begun(future: APIFuture[T]) -> T:
             begin(future)
             return await run()
 
-        future = self.background.start(begun)
-        return APIFuture(future, self.background.is_current_thread, self)
+        return self.submit(begun)
 
-    async def accepted(self, path: str, message: Any, as_type: type[T]) -> T:
+    async def ask(self, path: str, message: Any, as_type: type[T]) -> T:
+        """Send a request that is answered at once."""
+        return await self.transport.call(Request(path, wire.encode(message)), as_type)
+
+    async def run(self, path: str, message: Any, as_type: type[T]) -> T:
         """Send a request that has no place in a line, and wait for its result."""
-        body, key = wire.encode(message), self.transport.new_key()
-        answer = await self.transport.call(path, body, wire.UntypedFuture, key=key)
-        accepted = Accepted(path, Body(path, body), key, answer.request_id)
-        return await retrieve(self.transport, accepted, as_type)
+        request = Request(path, wire.encode(message))
+        await self.transport.submit(request)
+        return await retrieve(self.transport, request, as_type)
 
-    def takes_protobuf(self, body: Body, refusal: APIError) -> bool:
+    def takes_protobuf(self, request: Request, refusal: APIError) -> bool:
         """Whether a pass was refused for its encoding; from then on they are protocol buffers."""
-        refused = body.path in ("forward", "forward_backward") and not body.headers
+        refused = request.path in ("forward", "forward_backward") and not request.headers
         if not refused or getattr(refusal, "status_code", 0) != 415:
             return False
         logger.info("passes are sent as protocol buffers from now on: %s", refusal)
@@ -97,12 +111,9 @@ class Connection:
         async with self._opening:
             if self._session_id is None:
                 self.limits = await self._client_config()
-                request = wire.CreateSessionRequest(
-                    self._version, user_metadata=self.settings.user_metadata or {}
-                )
-                answer = await self.transport.call(
-                    "create_session", wire.encode(request), wire.CreateSessionResponse
-                )
+                metadata = self.settings.user_metadata or {}
+                request = wire.CreateSessionRequest(self._version, user_metadata=metadata)
+                answer = await self.ask("create_session", request, wire.CreateSessionResponse)
                 for kind in ("info", "warning", "error"):
                     if message := getattr(answer, f"{kind}_message"):
                         getattr(logger, kind)("the trainer says: %s", message)
@@ -111,16 +122,13 @@ class Connection:
             return self._session_id
 
     async def _client_config(self) -> wire.ClientConfigResponse:
-        request = wire.encode(wire.ClientConfigRequest(self._version))
+        request = wire.ClientConfigRequest(self._version)
         try:
-            return await self.transport.call("client/config", request, wire.ClientConfigResponse)
+            return await self.ask("client/config", request, wire.ClientConfigResponse)
         except (AuthenticationError, BillingError):
             raise
-        except APIResponseError as error:
+        except (APIResponseError, APIStatusError) as error:
             logger.info("no use of client/config: %s", error)
-        except APIError as error:
-            if not getattr(error, "status_code", 0):
-                raise
         return wire.ClientConfigResponse()  # small trainers have no such endpoint
 
 
@@ -129,14 +137,15 @@ async def _heartbeat(transport: Transport, session_id: str) -> None:
     last, warned = time.monotonic(), False
     while True:
         await asyncio.sleep(transport.policy.heartbeat)
-        if await transport.sign_of_life("session_heartbeat", body):
+        silence = time.monotonic() - last
+        if await transport.arrives(Request("session_heartbeat", body)):
             last, warned = time.monotonic(), False
-        elif time.monotonic() - last > _WARN_WITHOUT_HEARTBEAT and not warned:
+        elif silence > _WARN_WITHOUT_HEARTBEAT and not warned:
             warned = True
             logger.warning(
                 "no heartbeat has reached %s for %.0f s; the session may end there",
                 transport.address,
-                time.monotonic() - last,
+                silence,
             )
 
 

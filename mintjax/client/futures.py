@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from mintjax.errors import APITimeoutError
 
@@ -15,24 +16,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class APIFuture(Generic[T]):
+class APIFuture(concurrent.futures.Future[T]):
     """The result of a request, for threads and for asyncio alike.
 
     ``future.result()`` blocks; ``await future`` works in any event loop. Both may be called any
-    number of times, from anywhere.
+    number of times, from anywhere. It is a ``concurrent.futures.Future``, so that what waits for
+    those takes it too. ``cancel()`` withdraws the request, and is True, as long as nothing that
+    changes the model has been sent for it. Callbacks run in the client's thread; they must not
+    block.
+
+    Args:
+        thread: the client's, in which nobody can wait.
+        keep_alive: a client that nobody else holds lives until it has its results.
+        seen: told of an error when somebody gets it.
     """
 
     def __init__(
         self,
-        future: concurrent.futures.Future[T],
-        blocks_loop: Callable[[], bool],
+        thread: threading.Thread,
         keep_alive: object,
         seen: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self._future = future
-        self._blocks_loop = blocks_loop
-        self._keep_alive = keep_alive  # a client that nobody else holds lives until its results
-        self._seen = seen  # told of an error when somebody gets it
+        super().__init__()
+        self._thread = thread
+        self._keep_alive = keep_alive
+        self._seen = seen
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result.
@@ -46,7 +54,25 @@ class APIFuture(Generic[T]):
             RuntimeError: called in the client's own event loop, which would wait for itself.
         """
         self.exception(timeout)
-        return self._future.result()
+        return super().result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as :meth:`result` does, and return the error, or None where there is none.
+
+        Raises:
+            RuntimeError: called in the client's own event loop, which would wait for itself.
+        """
+        if not self.done() and threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "in the client's own event loop this would wait for itself for ever; await the "
+                "future, or wait in another thread"
+            )
+        with suppress(TimeoutError):
+            error = super().exception(timeout)
+            if error is not None and self._seen is not None:
+                self._seen(error)
+            return error
+        raise _late(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Wait for the result without blocking the running event loop; see :meth:`result`.
@@ -60,53 +86,15 @@ class APIFuture(Generic[T]):
             with suppress(RuntimeError):  # that loop has been closed: nobody is waiting
                 loop.call_soon_threadsafe(done.set)
 
-        self._future.add_done_callback(wake)
+        self.add_done_callback(wake)
         with suppress(TimeoutError):
             await asyncio.wait_for(done.wait(), timeout)
-        if not self._future.done():
+        if not self.done():
             raise _late(timeout)
         return self.result()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
-
-    def done(self) -> bool:
-        """Whether there is a result or an error."""
-        return self._future.done()
-
-    def cancel(self) -> bool:
-        """Withdraw the request, if nothing that changes the model has been sent for it.
-
-        Returns:
-            True if it will take no effect; False if it is too late.
-        """
-        return self._future.cancel()
-
-    def cancelled(self) -> bool:
-        """Whether it was withdrawn."""
-        return self._future.cancelled()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait as :meth:`result` does, and return the error, or None where there is none.
-
-        Raises:
-            RuntimeError: called in the client's own event loop, which would wait for itself.
-        """
-        if not self._future.done() and self._blocks_loop():
-            raise RuntimeError(
-                "in the client's own event loop this would wait for itself for ever; await the "
-                "future, or wait in another thread"
-            )
-        with suppress(TimeoutError):
-            error = self._future.exception(timeout)
-            if error is not None and self._seen is not None:
-                self._seen(error)
-            return error
-        raise _late(timeout)
-
-    def add_done_callback(self, callback: Callable[[APIFuture[T]], object]) -> None:
-        """Call ``callback(self)`` once it is done, in the client's thread; it must not block."""
-        self._future.add_done_callback(lambda _: callback(self))
 
     def __repr__(self) -> str:
         state = "cancelled" if self.cancelled() else "done" if self.done() else "pending"
@@ -129,16 +117,6 @@ def submitted(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     return call
 
 
-def finished(method: Callable[P, APIFuture[T]]) -> Callable[P, T]:
-    """The method, returning when the result is there."""
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return method(*args, **kwargs).result()
-
-    return call
-
-
 def awaited(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """The method as a coroutine function that returns the result."""
 
@@ -147,3 +125,15 @@ def awaited(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any
         return await method(*args, **kwargs)
 
     return call
+
+
+def both(
+    method: Callable[P, APIFuture[T]],
+) -> tuple[Callable[P, T], Callable[P, Coroutine[Any, Any, T]]]:
+    """The method, returning when the result is there; for threads, and as :func:`awaited`."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return method(*args, **kwargs).result()
+
+    return call, awaited(method)

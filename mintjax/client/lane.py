@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from mintjax import wire
-from mintjax.client.background import Carried, begin
+import msgspec
+
+from mintjax.client.background import Carried, Withdrawn, begin
 from mintjax.client.connection import Connection
 from mintjax.client.encodings import encode
 from mintjax.client.futures import APIFuture
-from mintjax.client.polling import Accepted, retrieve
-from mintjax.client.settings import Progress
+from mintjax.client.polling import retrieve
+from mintjax.client.transport import Request
 from mintjax.errors import AmbiguousRequestError, APIError, ClosedError, NotSentError
 
 T = TypeVar("T")
 
-Finish = Callable[[], Awaitable[T]]
-"""What is left to do once a request no longer holds its place in the line."""
+_computing: ContextVar[object] = ContextVar("_computing", default=None)
+"""The line that is held while this thread computes an objective."""
 
 
 class Lane:
@@ -36,28 +37,23 @@ class Lane:
     """
 
     def __init__(self, connection: Connection, model_id: str) -> None:
+        self.connection = connection
         self.model_id = model_id
-        self._connection = connection
-        self._transport = connection.transport
-        self._pipelined = connection.settings.pipelined
-        self._turn = asyncio.Lock()  # first come, first served
-        self._idle = asyncio.Event()
-        self._under_way = 0
+        self.line = asyncio.Lock()  # first come, first served
+        self.under_way: set[asyncio.Task[Any]] = set()
         self._next_seq = 1
         self._doubt: str | None = None
-        self._failures = 0
+        self._failures: list[str] = []
         self._failures_seen = 0
-        self._failure = ""
         self._closed = False
-        self._computing = threading.local()
 
     def submit(
-        self, send: Callable[[Future[Any]], Awaitable[Finish[T]]], *, mutates: bool = False
+        self, run: Callable[[Turn], Coroutine[Any, Any, T]], *, mutates: bool = False
     ) -> APIFuture[T]:
         """Take the next place in the line.
 
         Args:
-            send: called when its turn comes, with the future, to send what is to be sent.
+            run: called when its turn has come.
             mutates: it changes the model. If the trainer fails it, what was submitted before the
                 user saw that error is not sent: it was meant for another model than this now is.
 
@@ -66,7 +62,7 @@ class Lane:
             AmbiguousRequestError: what an earlier request has done to the model is unknown.
             RuntimeError: called by an objective, whose own step would have to end first.
         """
-        if getattr(self._computing, "active", False):
+        if _computing.get() is self:
             raise RuntimeError(
                 "an objective cannot submit requests to the model that is being trained with it: "
                 "they would wait for its own step to end"
@@ -74,60 +70,28 @@ class Lane:
         if self._closed:
             raise ClosedError(f"model {self.model_id} was unloaded; create a new training client")
         self._raise_doubt()
-
         seen = self._failures_seen
 
-        async def run(future: Future[T]) -> T:
+        async def in_line(future: APIFuture[T]) -> T:
+            await self.line.acquire()
+            turn = Turn(self, future)
             try:
-                async with self._turn:
-                    self._raise_doubt()
-                    if seen < self._failures and not future.cancelled():
-                        raise NotSentError(f"not sent, because {self._failure}; submit it again?")
-                    finish = await send(future)
-                    if not self._pipelined:
-                        return await finish()
-                    self._under_way += 1
-                try:
-                    return await finish()
-                finally:
-                    self._under_way -= 1
-                    if not self._under_way:
-                        self._idle.set()
+                if future.cancelled():
+                    raise Withdrawn
+                self._raise_doubt()
+                if seen < len(self._failures):
+                    raise NotSentError(f"not sent, because {self._failures[-1]}; submit it again?")
+                return await run(turn)
             except APIError as error:
                 if mutates and not isinstance(error, NotSentError):
-                    self._failures += 1
-                    self._failure = f"a request before it failed ({error})"
+                    self._failures.append(f"a request before it failed ({error})")
                 raise
+            finally:
+                turn.leave()
 
-        background = self._connection.background
-        future = background.start(run)
-        return APIFuture(future, background.is_current_thread, self._connection, self._user_saw)
+        return self.connection.submit(in_line, self._user_saw)
 
-    def request(
-        self,
-        path: str,
-        message: Callable[[int], Any],
-        as_type: type[T],
-        *,
-        mutates: bool,
-        before: Callable[[], None] = lambda: None,
-    ) -> APIFuture[T]:
-        """Submit a request that needs only its number; ``message(seq_id)`` is what it says.
-
-        ``before`` is called when its turn has come; what it raises, the future raises.
-        """
-
-        async def send(future: Future[Any]) -> Finish[T]:
-            begin(future)
-            before()
-            accepted = await self.post(path, message, mutates=mutates)
-            return lambda: self.result(accepted, as_type)
-
-        return self.submit(send, mutates=mutates)
-
-    async def post(
-        self, path: str, message: Callable[[int], Any], *, mutates: bool = False
-    ) -> Accepted:
+    async def post(self, path: str, message: Any, mutates: bool) -> Request:
         """Send the next request of the model; its turn must have come.
 
         Raises:
@@ -135,102 +99,32 @@ class Lane:
                 whether it was applied (nothing more can be sent).
         """
         self._raise_doubt()
-        seq_id = self._next_seq
-        body = encode(path, message(seq_id), self._connection.limits)
-        key = self._transport.new_key()
+        number = self._next_seq
+        numbered = msgspec.structs.replace(message, seq_id=number)
+        request = encode(path, numbered, self.connection.limits, self.model_id, mutates)
         try:
-            answer = await self._transport.call(
-                body.path,
-                body.content,
-                wire.UntypedFuture,
-                "POST",
-                mutates,
-                key,
-                self.model_id,
-                body.headers,
-            )
+            await self.connection.transport.submit(request)
         except APIError as error:
-            if self._connection.takes_protobuf(body, error):
-                return await self.post(path, message, mutates=mutates)
+            if self.connection.takes_protobuf(request, error):
+                return await self.post(path, message, mutates)
             if error.may_have_been_applied:
-                self.in_doubt(f"{path} (number {seq_id}) may or may not have been applied: {error}")
+                self.in_doubt(f"{path} (number {number}) may or may not have been applied: {error}")
             raise
-        self._next_seq = seq_id + 1
-        self._transport.tell(
-            Progress("accepted", path, self.model_id, answer.request_id, detail=str(body))
-        )
-        return Accepted(path, body, key, answer.request_id, self.model_id, mutates)
-
-    async def post_all(
-        self,
-        path: str,
-        messages: Sequence[Callable[[int], Any]],
-        as_type: type[T],
-        *,
-        mutates: bool = False,
-    ) -> Callable[[], Awaitable[list[T]]]:
-        """Send the parts of one request one after another; what is returned waits for them all.
-
-        A part that fails beside others that are applied leaves the model in doubt.
-        """
-        sent: list[Accepted] = []
-        done: list[T] = []
-        for i, message in enumerate(messages):
-            try:
-                accepted = await self.post(path, message, mutates=mutates)
-                if not self._pipelined:
-                    done.append(await self.result(accepted, as_type))
-            except APIError as error:
-                if mutates and i > 0:
-                    self._part_failed(path, error, f"part {i + 1}", len(messages))
-                raise
-            sent.append(accepted)
-
-        async def finish() -> list[T]:
-            if not self._pipelined:
-                return done
-            results = await asyncio.gather(
-                *(self.result(accepted, as_type) for accepted in sent), return_exceptions=True
-            )
-            failed = [r for r in results if isinstance(r, BaseException)]
-            if failed and mutates and len(failed) < len(results):
-                self._part_failed(path, failed[0], f"{len(failed)} parts", len(results))
-            if failed:
-                raise failed[0]
-            return [r for r in results if not isinstance(r, BaseException)]
-
-        return finish
-
-    async def result(self, accepted: Accepted, as_type: type[T]) -> T:
-        """Wait for the result of an accepted request."""
-        return await retrieve(self._transport, accepted, as_type)
-
-    async def compute(self, work: Callable[[], T]) -> T:
-        """Run a user's function in a worker thread, while holding the place in the line."""
-
-        def guarded() -> T | Carried:
-            self._computing.active = True
-            try:
-                return work()
-            except BaseException as error:
-                return Carried(error)
-            finally:
-                self._computing.active = False
-
-        outcome = await asyncio.to_thread(guarded)
-        if isinstance(outcome, Carried):
-            raise outcome
-        return outcome
-
-    async def idle(self) -> None:
-        """Wait until every request that has left the line has its result."""
-        while self._under_way:
-            self._idle.clear()
-            await self._idle.wait()
+        self._next_seq = number + 1
+        return request
 
     def in_doubt(self, reason: str) -> None:
         """Send nothing more: nobody knows what the model is now."""
         self._doubt = self._doubt or reason
+
+    def part_failed(self, path: str, error: BaseException, parts: int) -> None:
+        """Note that a request that changes the model was applied in part."""
+        reason = (
+            f"{path} was sent in {parts} parts for its size, and not all succeeded: the gradients "
+            "of some are, or may be, accumulated in the trainer"
+        )
+        error.add_note(reason)
+        self.in_doubt(f"{reason} ({error})")
 
     def close(self) -> None:
         """Take no more submissions."""
@@ -238,15 +132,7 @@ class Lane:
 
     def _user_saw(self, error: BaseException) -> None:
         if isinstance(error, APIError):
-            self._failures_seen = self._failures
-
-    def _part_failed(self, path: str, error: BaseException, which: str, parts: int) -> None:
-        reason = (
-            f"{path} was sent in {parts} parts for its size, and {which} failed: the gradients of "
-            "the others are, or may be, accumulated in the trainer"
-        )
-        error.add_note(reason)
-        self.in_doubt(f"{reason} ({error})")
+            self._failures_seen = len(self._failures)
 
     def _raise_doubt(self) -> None:
         if self._doubt is not None:
@@ -256,3 +142,111 @@ class Lane:
             )
             error.may_have_been_applied = True
             raise error
+
+
+class Turn:
+    """A place in the line, from the moment its turn has come.
+
+    Args:
+        lane: the line; it is held until :meth:`leave`.
+        future: what the result will be put into.
+
+    Attributes:
+        future: the same.
+        computing_seconds: what :meth:`compute` has taken so far.
+    """
+
+    def __init__(self, lane: Lane, future: APIFuture[Any]) -> None:
+        self.future = future
+        self.computing_seconds = 0.0
+        self._lane = lane
+        self._holds = True
+
+    def begin(self) -> None:
+        """From here on the request can no longer be cancelled.
+
+        Raises:
+            Withdrawn: it was cancelled before, or the client closed.
+        """
+        begin(self.future)
+
+    def leave(self) -> None:
+        """Let the next one have its turn."""
+        if self._holds:
+            self._holds = False
+            self._lane.line.release()
+
+    async def request(
+        self,
+        path: str,
+        messages: Sequence[Any],
+        as_type: type[T],
+        *,
+        mutates: bool,
+        accepted: Callable[[], None] = lambda: None,
+        leave: bool = True,
+    ) -> list[T]:
+        """Send the parts of one request one after another, and wait for the results of all.
+
+        Args:
+            path: below ``/api/v1/``.
+            messages: msgspec structs with a ``seq_id``, which is filled in.
+            as_type: what each result is.
+            mutates: it changes the model; then a part that fails beside others that are applied
+                leaves the model in doubt.
+            accepted: called when the trainer has accepted all.
+            leave: leave the line then.
+        """
+        lane, transport = self._lane, self._lane.connection.transport
+        pipelined = lane.connection.settings.pipelined
+        sent: list[Request] = []
+        results: list[T] = []
+        try:
+            for message in messages:
+                request = await lane.post(path, message, mutates)
+                if pipelined:
+                    sent.append(request)
+                else:
+                    results.append(await retrieve(transport, request, as_type))
+        except APIError as error:
+            if mutates and (sent or results):
+                lane.part_failed(path, error, len(messages))
+            raise
+        accepted()
+        if leave and pipelined:
+            task = asyncio.current_task()
+            assert task is not None
+            lane.under_way.add(task)
+            task.add_done_callback(lane.under_way.discard)
+            self.leave()
+        answers = await asyncio.gather(
+            *(retrieve(transport, request, as_type) for request in sent), return_exceptions=True
+        )
+        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failed and mutates and len(failed) < len(answers):
+            lane.part_failed(path, failed[0], len(messages))
+        if failed:
+            raise failed[0]
+        return results + [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    async def alone(self) -> None:
+        """Wait until all that has left the line has its result."""
+        if self._lane.under_way:
+            await asyncio.wait(self._lane.under_way)
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Run a user's function in a worker thread, while holding the place in the line."""
+
+        def guarded() -> T | Carried:
+            _computing.set(self._lane)
+            try:
+                return work()
+            except BaseException as error:
+                return Carried(error)
+
+        started = time.perf_counter()
+        outcome = await asyncio.to_thread(guarded)
+        self.computing_seconds += time.perf_counter() - started
+        if isinstance(outcome, Carried):
+            raise outcome
+        return outcome

@@ -1,15 +1,16 @@
-"""Batches on their way to the trainer, and back: chunks, finite numbers, metrics."""
+"""Batches on their way to the trainer, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import msgspec
 import numpy as np
 
 from mintjax import wire
 from mintjax.errors import APIResponseError, NonFiniteError
+from mintjax.metrics import combine_metrics
 from mintjax.protobuf import EncodedData, encode_datum
 from mintjax.tensors import TensorData, check_finite
 from mintjax.types import Datum, ForwardBackwardOutput
@@ -72,90 +73,61 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
     return result
 
 
-def messages(
-    parts: Sequence[Chunk],
-    model_id: str,
-    loss_fn: str,
-    loss_fn_config: Mapping[str, float] | None,
-    *,
-    backward: bool,
-) -> list[Callable[[int], Any]]:
-    """The requests of one pass, each still without its number."""
-
-    def message(chunk: Chunk) -> Callable[[int], Any]:
-        config = None if loss_fn_config is None else dict(loss_fn_config)
-        given = wire.ForwardBackwardInput(cast("list[Datum]", chunk.data), loss_fn, config)
-        kind = wire.ForwardBackwardRequest if backward else wire.ForwardRequest
-        return lambda seq_id: kind(given, model_id, seq_id)
-
-    return [message(chunk) for chunk in parts]
-
-
-def combined(
-    parts: Sequence[Chunk], outputs: Sequence[ForwardBackwardOutput]
-) -> ForwardBackwardOutput:
-    """The outputs of a batch's chunks as that of the batch.
-
-    Raises:
-        APIResponseError: there are not as many as datums, or logprobs are not shaped as targets.
-    """
-    for chunk, output in zip(parts, outputs, strict=True):
-        _check_shapes(chunk, output)
-    counts = [len(chunk.shapes) for chunk in parts]
-    return ForwardBackwardOutput(
-        loss_fn_outputs=[one for output in outputs for one in output.loss_fn_outputs],
-        metrics=combine_metrics([output.metrics for output in outputs], counts),
-        loss_fn_output_type=outputs[0].loss_fn_output_type,
-    )
-
-
-def combine_metrics(
-    parts: Sequence[Mapping[str, float]], counts: Sequence[int]
-) -> dict[str, float]:
-    """Combine metrics of several chunks by the suffix of their names.
-
-    ``sum``, ``mean`` (weighted by datums), ``min``, ``max``, ``slack`` (max - weighted mean),
-    ``hash2``. Values that cannot be combined (``unique``, unknown suffixes, none) are all kept,
-    where they differ: as ``name``, ``name_1``, ``name_2``, ...
+class Pass:
+    """A pass over a batch, encoded as the batch was when this was made.
 
     Args:
-        parts: each chunk's metrics; a name need not be in all of them.
-        counts: each chunk's number of datums.
+        limits: the trainer's.
+        data: the batch.
+        loss_fn: the loss to take of it.
+        config: its hyperparameters.
+        backward: add the gradient to what is accumulated.
+
+    Raises:
+        NonFiniteError: a number that no encoding carries; the message names its place.
+        DataError: a token that the encoding does not carry.
     """
-    if len(parts) == 1:
-        return dict(parts[0])
-    result: dict[str, float] = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        present = [(part[name], n) for part, n in zip(parts, counts, strict=True) if name in part]
-        values = np.array([value for value, _ in present])
-        weights = np.array([n for _, n in present])
-        reduce = _REDUCTIONS.get(name.rpartition(":")[2])
-        if reduce is not None:
-            result[name] = float(reduce(values, weights))
-            continue
-        same = bool((values == values[0]).all()) and not name.endswith(":unique")
-        for i, value in enumerate(values[:1] if same else values):
-            result[f"{name}_{i}" if i else name] = float(value)
-    return result
 
+    def __init__(
+        self,
+        limits: wire.ClientConfigResponse,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: Mapping[str, float] | None = None,
+        *,
+        backward: bool,
+    ) -> None:
+        self.loss_fn = loss_fn
+        self.backward = backward
+        self.path = "forward_backward" if backward else "forward"
+        self.datums = len(data)
+        self._config = None if config is None else dict(config)
+        self._chunks = chunks(data, limits)
 
-def _hash(values: np.ndarray[Any, Any], _: object) -> float:
-    return float(hash(tuple(sorted(int(value) for value in values))))
+    def messages(self, model_id: str) -> list[wire.ForwardRequest | wire.ForwardBackwardRequest]:
+        """The requests, still without their numbers."""
+        kind = wire.ForwardBackwardRequest if self.backward else wire.ForwardRequest
+        inputs = [
+            wire.ForwardBackwardInput(cast("list[Datum]", chunk.data), self.loss_fn, self._config)
+            for chunk in self._chunks
+        ]
+        return [kind(given, model_id) for given in inputs]
 
+    def output(self, parts: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+        """The outputs of all requests as that of the batch.
 
-def _mean(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> float:
-    return float(np.average(values, weights=weights))
-
-
-_REDUCTIONS: dict[str, Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], float]] = {
-    "sum": lambda values, _: float(values.sum()),
-    "mean": _mean,
-    "min": lambda values, _: float(values.min()),
-    "max": lambda values, _: float(values.max()),
-    "slack": lambda values, weights: float(values.max()) - _mean(values, weights),
-    "hash2": _hash,
-    "hash_unordered": _hash,
-}
+        Raises:
+            APIResponseError: there are not as many as datums, or logprobs are not shaped as
+                targets.
+        """
+        for chunk, output in zip(self._chunks, parts, strict=True):
+            _check_shapes(chunk, output)
+        counts = [len(chunk.shapes) for chunk in self._chunks]
+        return ForwardBackwardOutput(
+            loss_fn_outputs=[one for output in parts for one in output.loss_fn_outputs],
+            metrics=combine_metrics([output.metrics for output in parts], counts),
+            loss_fn_output_type=parts[0].loss_fn_output_type,
+        )
 
 
 def _target_shape(datum: Datum) -> Shape | None:
@@ -177,6 +149,10 @@ def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
                     "beyond float32"
                 )
         logprobs = one.get("logprobs")
+        if logprobs is not None and logprobs.dtype != np.float32:
+            raise APIResponseError(
+                f"datum {chunk.first + i}: the trainer returned logprobs of {logprobs.dtype.name}"
+            )
         if logprobs is None or shape is None or logprobs.shape == shape:
             continue
         if logprobs.ndim != 1 or logprobs.size != int(np.prod(shape)):

@@ -44,8 +44,8 @@ class SamplingClient:
             model_path=model_path,
             type="create_sampling_session",
         )
-        answer = await connection.transport.call(
-            "create_sampling_session", wire.encode(request), wire.CreateSamplingSessionResponse
+        answer = await connection.ask(
+            "create_sampling_session", request, wire.CreateSamplingSessionResponse
         )
         return cls(connection, answer.sampling_session_id)
 
@@ -102,7 +102,7 @@ class SamplingClient:
         message = wire.SampleRequest(
             prompt, params, self._session, next(self._numbers), num_samples, prompt_logprobs
         )
-        return lambda: self._connection.accepted("asample", message, SampleResponse)
+        return lambda: self._connection.run("asample", message, SampleResponse)
 
 
 def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:

@@ -10,11 +10,11 @@ import msgspec
 
 from mintjax import wire
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture, awaited, finished
-from mintjax.client.models import make_model, probe
+from mintjax.client.futures import APIFuture, both
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
-from mintjax.client.training import TrainingClient
+from mintjax.client.training import TrainingClient, make_model, probe
+from mintjax.client.transport import Request
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.surrogates import Reduction
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
@@ -131,8 +131,9 @@ class ServiceClient:
             lambda: make_model(self._connection, base_model, config, user_metadata)
         )
 
-    create_lora_training_client = finished(_create_lora_training_client)
-    create_lora_training_client_async = awaited(_create_lora_training_client)
+    create_lora_training_client, create_lora_training_client_async = both(
+        _create_lora_training_client
+    )
 
     def _create_training_client_from_state(
         self, path: str, user_metadata: dict[str, str] | None = None
@@ -148,8 +149,9 @@ class ServiceClient:
         """
         return self._connection.start(lambda: self._from_state(path, user_metadata, False))
 
-    create_training_client_from_state = finished(_create_training_client_from_state)
-    create_training_client_from_state_async = awaited(_create_training_client_from_state)
+    create_training_client_from_state, create_training_client_from_state_async = both(
+        _create_training_client_from_state
+    )
 
     def _create_training_client_from_state_with_optimizer(
         self, path: str, user_metadata: dict[str, str] | None = None
@@ -157,12 +159,10 @@ class ServiceClient:
         """As :meth:`create_training_client_from_state`, with the optimizer's state too."""
         return self._connection.start(lambda: self._from_state(path, user_metadata, True))
 
-    create_training_client_from_state_with_optimizer = finished(
-        _create_training_client_from_state_with_optimizer
-    )
-    create_training_client_from_state_with_optimizer_async = awaited(
-        _create_training_client_from_state_with_optimizer
-    )
+    (
+        create_training_client_from_state_with_optimizer,
+        create_training_client_from_state_with_optimizer_async,
+    ) = both(_create_training_client_from_state_with_optimizer)
 
     def _create_sampling_client(
         self, model_path: str | None = None, base_model: str | None = None
@@ -181,24 +181,21 @@ class ServiceClient:
         connection = self._connection
         return connection.start(lambda: SamplingClient.open(connection, model_path, base_model))
 
-    create_sampling_client = finished(_create_sampling_client)
-    create_sampling_client_async = awaited(_create_sampling_client)
+    create_sampling_client, create_sampling_client_async = both(_create_sampling_client)
 
     def _get_server_capabilities(self) -> APIFuture[ServerCapabilities]:
         """Which base models the trainer offers."""
+        request = Request("get_server_capabilities", method="GET")
         call = self._connection.transport.call
-        path = "get_server_capabilities"
-        return self._connection.start(lambda: call(path, b"", ServerCapabilities, method="GET"))
+        return self._connection.start(lambda: call(request, ServerCapabilities))
 
-    get_server_capabilities = finished(_get_server_capabilities)
-    get_server_capabilities_async = awaited(_get_server_capabilities)
+    get_server_capabilities, get_server_capabilities_async = both(_get_server_capabilities)
 
     def _get_client_config(self) -> APIFuture[wire.ClientConfigResponse]:
         """The flags by which the trainer tells clients what to send; defaults if it has none."""
         return self._connection.start(self._client_config)
 
-    get_client_config = finished(_get_client_config)
-    get_client_config_async = awaited(_get_client_config)
+    get_client_config, get_client_config_async = both(_get_client_config)
 
     def probe(self, base_model: str | None = None) -> Reduction:
         """Measure, by a few steps on a throwaway model, what the trainer makes of losses.
@@ -233,7 +230,7 @@ class ServiceClient:
             message: what to send: a msgspec struct.
             as_type: what the result is.
         """
-        return self._connection.start(lambda: self._connection.accepted(path, message, as_type))
+        return self._connection.start(lambda: self._connection.run(path, message, as_type))
 
     def close(self) -> None:
         """End the thread, and every future that is still open with ClosedError; within a second."""
@@ -273,15 +270,15 @@ class ServiceClient:
         return client
 
     async def _weights_info(self, path: str) -> _WeightsInfo:
+        ask = self._connection.ask
         await self._connection.session()
-        call = self._connection.transport.call
         try:
-            return await call("weights_info", wire.encode(_WeightsInfoRequest(path)), _WeightsInfo)
+            return await ask("weights_info", _WeightsInfoRequest(path), _WeightsInfo)
         except APIStatusError as error:
             model_id = path.removeprefix("tinker://").partition("/")[0]
             if error.status_code not in (404, 405) or model_id == path:
                 raise
         # A trainer without that endpoint may still hold the model that the checkpoint is of.
         request = wire.ModelRequest(model_id, "get_info")
-        info = await call("get_info", wire.encode(request), GetInfoResponse)
+        info = await ask("get_info", request, GetInfoResponse)
         return _WeightsInfo(info.model_data.model_name, info.lora_rank)

@@ -82,25 +82,32 @@ class Patience:
         self._policy = policy
         self.started = time.monotonic()
         self.attempts = 1
-        self._first = self.started
         self._delays = 0
+        self._borne = 0
 
     @property
     def seconds(self) -> float:
         """Since the start, or since the last :meth:`renew`."""
         return time.monotonic() - self.started
 
-    def retry(self, path: str, why: object, model_id: str | None) -> Progress:
-        """The coming attempt, for those who watch."""
-        seconds = time.monotonic() - self._first
-        return Progress("retry", path, model_id, None, self.attempts, seconds, str(why))
-
     def renew(self) -> None:
-        """The trainer has answered: begin anew."""
+        """Begin anew: the trainer has answered."""
         self.started, self._delays = time.monotonic(), 0
 
-    async def wait(self, deadline: float, retry_after: float | None = None) -> bool:
-        """Sleep until the next attempt is due, or return False where there is no time for it."""
+    async def wait(
+        self, deadline: float, retry_after: float | None = None, bear: int | None = None
+    ) -> bool:
+        """Sleep until the next attempt is due, or return False where there is to be none.
+
+        Args:
+            deadline: seconds in all.
+            retry_after: seconds before which the trainer wants no further attempt, or None.
+            bear: how many failures of this kind to bear with; None for any number.
+        """
+        if bear is not None:
+            self._borne += 1
+            if self._borne > bear:
+                return False
         delay = self._policy.first_delay * 2 ** min(self._delays, 60)
         delay = min(delay, self._policy.longest_delay) * random.uniform(0.5, 1.0)
         delay = max(delay, retry_after or 0.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -13,18 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax import wire
+from mintjax.accumulated import Accumulated
 from mintjax.batch import Batch, check_data
-from mintjax.client.background import begin
 from mintjax.client.connection import Connection
-from mintjax.client.custom import Accumulated, CustomStep
-from mintjax.client.custom import logprobs as logprobs_of
-from mintjax.client.futures import APIFuture, awaited, finished, submitted
-from mintjax.client.lane import Finish, Lane
-from mintjax.client.passes import Chunk, chunks, combined, messages
+from mintjax.client.futures import APIFuture, both, submitted
+from mintjax.client.lane import Lane, Turn
+from mintjax.client.passes import Pass
 from mintjax.client.sampling import SamplingClient
+from mintjax.custom_step import custom_step
+from mintjax.custom_step import logprobs as logprobs_of
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
-from mintjax.surrogates import FORWARD_LOSS_FN, SENT, SUM, Reduction, carrier, forward_data
+from mintjax.probe import measure_reduction
+from mintjax.surrogates import (
+    FORWARD_LOSS_FN,
+    SENT,
+    SUM,
+    Reduction,
+    carrier,
+    forward_data,
+)
 from mintjax.types import (
     AdamParams,
     CustomStepOutput,
@@ -32,6 +40,7 @@ from mintjax.types import (
     ForwardBackwardOutput,
     GetInfoResponse,
     LoadWeightsResponse,
+    LoraConfig,
     OptimStepResponse,
     SaveWeightsResponse,
 )
@@ -135,17 +144,19 @@ class TrainingClient:
         What the objective raises reaches the caller from the future, as it is; then there is no
         backward pass, no number is lost, and the next submission goes on.
         """
-        step = CustomStep(
-            check_data(list(data), SENT),
-            objective,
-            single_pass,
-            datums_in_step,
-            self._connection,
-            self._accumulated,
-            self._post,
-            self._lane.compute,
-        )
-        return self._lane.submit(step.send, mutates=True)
+        batch = check_data(list(data), SENT)
+        encode = partial(Pass, self._connection.limits)
+        forward = encode(forward_data(batch), FORWARD_LOSS_FN, backward=False)
+
+        async def run(turn: Turn) -> CustomStepOutput:
+            divisor = self._divisor(len(batch), datums_in_step)
+            send = partial(self._send, turn, divisor=divisor)
+            findings, datums = self._connection.findings, divisor or len(batch)
+            return await custom_step(
+                turn, send, encode, forward, batch, objective, findings, datums, single_pass
+            )
+
+        return self._lane.submit(run, mutates=True)
 
     def logprobs(self, data: Sequence[Datum] | Batch) -> list[npt.NDArray[np.float32]]:
         """The logprobs of the target tokens, in nats; waits for them.
@@ -179,19 +190,16 @@ class TrainingClient:
         """
         batch = check_data(list(data), SENT)
 
-        async def send(future: Future[Any]) -> Finish[ForwardBackwardOutput]:
-            reduction = self._connection.reduction or SUM
-            datums = len(batch)
-            if reduction.over_datums:
-                datums = self._accumulated.check(datums, None)
-            carried = carrier(reduction, batch, logprobs, grads, datums)
-            begin(future)
-            parts = chunks(carried, self._connection.limits)
-            finish = await self._post(parts, reduction.loss_fn, None, backward=True)
-            self._accumulated.add(len(batch), datums if reduction.over_datums else None)
-            return finish
+        async def run(turn: Turn) -> ForwardBackwardOutput:
+            reduction = self._connection.findings.reduction or SUM
+            divisor = self._divisor(len(batch))
+            carried = carrier(reduction, batch, logprobs, grads, divisor or len(batch))
+            turn.begin()
+            limits = self._connection.limits
+            given = Pass(limits, carried, reduction.loss_fn, backward=True)
+            return await self._send(turn, given, divisor=divisor)
 
-        return self._lane.submit(send, mutates=True).result()
+        return self._lane.submit(run, mutates=True).result()
 
     def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
         """Update the weights with the accumulated gradient, and forget it.
@@ -203,12 +211,10 @@ class TrainingClient:
             DataError: one of them is not finite; nothing was sent.
         """
         params = {k: float(v) for k, v in msgspec.structs.asdict(adam_params).items()}
-        for name, value in params.items():
-            if not math.isfinite(value):
-                raise DataError(f"{value} is not finite; nothing was sent", field=name)
-        return self._lane.request(
+        _check_finite(params)
+        return self.submit(
             "optim_step",
-            lambda seq_id: wire.OptimStepRequest(AdamParams(**params), self.model_id, seq_id),
+            wire.OptimStepRequest(AdamParams(**params), self.model_id),
             OptimStepResponse,
             mutates=True,
             before=self._accumulated.step,
@@ -222,18 +228,12 @@ class TrainingClient:
         Raises:
             MintjaxError: it cannot be told; the message says what was measured.
         """
-        from mintjax.client.models import probe  # which makes training clients
-
         return probe(self._connection, self.get_info().model_data.model_name)
 
     def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer state under a name, to train on from."""
-        return self.submit(
-            "save_weights",
-            lambda seq_id: wire.SaveWeightsRequest(self.model_id, name, seq_id, "save_weights"),
-            SaveWeightsResponse,
-            mutates=False,
-        )
+        request = wire.SaveWeightsRequest(self.model_id, name, type="save_weights")
+        return self.submit("save_weights", request, SaveWeightsResponse, mutates=False)
 
     def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
         """Load the weights of a path that :meth:`save_state` gave; the optimizer starts afresh."""
@@ -245,12 +245,9 @@ class TrainingClient:
 
     def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`."""
-        return self.submit(
-            "save_weights_for_sampler",
-            lambda seq_id: self._sampler_request(seq_id, name),
-            SaveWeightsResponse,
-            mutates=False,
-        )
+        path = "save_weights_for_sampler"
+        request = wire.SaveWeightsForSamplerRequest(self.model_id, name, type=path)
+        return self.submit(path, request, SaveWeightsResponse, mutates=False)
 
     def _save_weights_and_get_sampling_client(
         self, name: str | None = None
@@ -261,76 +258,81 @@ class TrainingClient:
             name: keep the weights under this name; for this client only if None.
         """
 
-        async def send(future: Future[Any]) -> Finish[SamplingClient]:
-            begin(future)
-            accepted = await self._lane.post(
-                "save_weights_for_sampler", lambda seq_id: self._sampler_request(seq_id, name)
+        async def run(turn: Turn) -> SamplingClient:
+            turn.begin()
+            path, connection = "save_weights_for_sampler", self._connection
+            number = None if name is not None else next(connection.sampling_numbers)
+            request = wire.SaveWeightsForSamplerRequest(self.model_id, name, number, type=path)
+            (saved,) = await turn.request(
+                path, [request], wire.SaveWeightsForSamplerResponse, mutates=False
             )
+            if saved.sampling_session_id is not None:
+                return SamplingClient(connection, saved.sampling_session_id)
+            if saved.path is None:
+                raise APIResponseError(
+                    f"the answer to {path} holds neither a path nor a sampling_session_id"
+                )
+            return await SamplingClient.open(connection, saved.path)
 
-            async def opened() -> SamplingClient:
-                saved = await self._lane.result(accepted, wire.SaveWeightsForSamplerResponse)
-                if saved.sampling_session_id is not None:
-                    return SamplingClient(self._connection, saved.sampling_session_id)
-                if saved.path is None:
-                    raise APIResponseError(
-                        "the answer to save_weights_for_sampler holds neither a path nor a "
-                        "sampling_session_id"
-                    )
-                return await SamplingClient.open(self._connection, saved.path)
+        return self._lane.submit(run)
 
-            return opened
-
-        return self._lane.submit(send)
-
-    save_weights_and_get_sampling_client = finished(_save_weights_and_get_sampling_client)
-    save_weights_and_get_sampling_client_async = awaited(_save_weights_and_get_sampling_client)
+    save_weights_and_get_sampling_client, save_weights_and_get_sampling_client_async = both(
+        _save_weights_and_get_sampling_client
+    )
 
     def _create_sampling_client(self, model_path: str) -> APIFuture[SamplingClient]:
         """A sampling client for the weights at ``model_path``, which a save for a sampler gave."""
         return self._connection.start(lambda: SamplingClient.open(self._connection, model_path))
 
-    create_sampling_client = finished(_create_sampling_client)
-    create_sampling_client_async = awaited(_create_sampling_client)
+    create_sampling_client, create_sampling_client_async = both(_create_sampling_client)
 
     def _get_info(self) -> APIFuture[GetInfoResponse]:
         """What the trainer says of the model: base model, tokenizer, rank."""
-        body = wire.encode(wire.ModelRequest(self.model_id, "get_info"))
-        transport = self._connection.transport
-        return self._connection.start(lambda: transport.call("get_info", body, GetInfoResponse))
+        request = wire.ModelRequest(self.model_id, "get_info")
+        return self._connection.start(
+            lambda: self._connection.ask("get_info", request, GetInfoResponse)
+        )
 
-    get_info = finished(_get_info)
-    get_info_async = awaited(_get_info)
+    get_info, get_info_async = both(_get_info)
 
     def unload(self) -> APIFuture[None]:
         """Free the model once all submitted before is done; what was not saved is gone."""
 
-        async def send(future: Future[Any]) -> Finish[None]:
-            begin(future)
-            await self._lane.idle()
+        async def run(turn: Turn) -> None:
+            turn.begin()
+            await turn.alone()
             request = wire.ModelRequest(self.model_id, "unload_model")
-            await self._connection.accepted("unload_model", request, dict)
+            await self._connection.run("unload_model", request, dict)
 
-            async def nothing() -> None:
-                return None
-
-            return nothing
-
-        future = self._lane.submit(send)
+        future = self._lane.submit(run)
         self._lane.close()
         return future
 
     def submit(
-        self, path: str, message: Callable[[int], Any], as_type: type[T], *, mutates: bool
+        self,
+        path: str,
+        message: Any,
+        as_type: type[T],
+        *,
+        mutates: bool,
+        before: Callable[[], None] = lambda: None,
     ) -> APIFuture[T]:
         """Take the next place in the line for a request of a trainer's own.
 
         Args:
             path: below ``/api/v1/``.
-            message: given the request's ``seq_id``, what to send: a msgspec struct.
+            message: what to send: a msgspec struct with a ``seq_id``, which is filled in.
             as_type: what the result is.
             mutates: whether it changes the model.
+            before: called when its turn has come; what it raises, the future raises.
         """
-        return self._lane.request(path, message, as_type, mutates=mutates)
+
+        async def run(turn: Turn) -> T:
+            turn.begin()
+            before()
+            return (await turn.request(path, [message], as_type, mutates=mutates))[0]
+
+        return self._lane.submit(run, mutates=mutates)
 
     def __enter__(self) -> Self:
         return self
@@ -370,55 +372,79 @@ class TrainingClient:
         *,
         backward: bool,
     ) -> APIFuture[ForwardBackwardOutput]:
-        for name, value in (loss_fn_config or {}).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise DataError(f"{value} is not finite; nothing was sent", field=name)
-        data = list(data)
-        check_data(data)
-        parts = chunks(data, self._connection.limits)
+        _check_finite(loss_fn_config or {})
+        batch, limits = check_data(list(data)), self._connection.limits
+        given = Pass(limits, batch, loss_fn, loss_fn_config, backward=backward)
 
-        async def send(future: Future[Any]) -> Finish[ForwardBackwardOutput]:
-            begin(future)
-            finish = await self._post(parts, loss_fn, loss_fn_config, backward=backward)
-            if backward:
-                self._accumulated.add(len(data))
-            return finish
+        async def run(turn: Turn) -> ForwardBackwardOutput:
+            turn.begin()
+            return await self._send(turn, given)
 
-        return self._lane.submit(send, mutates=backward)
+        return self._lane.submit(run, mutates=backward)
 
-    async def _post(
-        self,
-        parts: Sequence[Chunk],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float] | None,
-        *,
-        backward: bool,
-    ) -> Finish[ForwardBackwardOutput]:
-        finish = await self._lane.post_all(
-            "forward_backward" if backward else "forward",
-            messages(parts, self.model_id, loss_fn, loss_fn_config, backward=backward),
+    async def _send(
+        self, turn: Turn, given: Pass, *, leave: bool = True, divisor: int | None = None
+    ) -> ForwardBackwardOutput:
+        def accepted() -> None:
+            if given.backward:
+                self._accumulated.add(given.datums, divisor)
+
+        parts = await turn.request(
+            given.path,
+            given.messages(self.model_id),
             ForwardBackwardOutput,
-            mutates=backward,
+            mutates=given.backward,
+            accepted=accepted,
+            leave=leave,
+        )
+        return given.output(parts)
+
+    def _divisor(self, datums: int, announced: int | None = None) -> int | None:
+        return self._accumulated.divisor(
+            self._connection.findings.reduction or SUM, datums, announced
         )
 
-        async def whole() -> ForwardBackwardOutput:
-            return combined(parts, await finish())
-
-        return whole
-
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        return self._lane.request(
+        return self.submit(
             "load_weights",
-            lambda seq_id: wire.LoadWeightsRequest(
-                self.model_id, path, seq_id, optimizer, "load_weights"
-            ),
+            wire.LoadWeightsRequest(self.model_id, path, optimizer=optimizer, type="load_weights"),
             LoadWeightsResponse,
             mutates=True,
             before=self._accumulated.forget,
         )
 
-    def _sampler_request(self, seq_id: int, name: str | None) -> wire.SaveWeightsForSamplerRequest:
-        number = None if name is not None else next(self._connection.sampling_numbers)
-        return wire.SaveWeightsForSamplerRequest(
-            self.model_id, name, number, seq_id, "save_weights_for_sampler"
-        )
+
+async def make_model(
+    connection: Connection,
+    base_model: str,
+    config: LoraConfig,
+    user_metadata: dict[str, str] | None = None,
+) -> TrainingClient:
+    """Have the trainer make a model, within the client's loop."""
+    request = wire.CreateModelRequest(
+        session_id=await connection.session(),
+        model_seq_id=next(connection.model_numbers),
+        base_model=base_model,
+        lora_config=config,
+        user_metadata=user_metadata,
+    )
+    made = await connection.run("create_model", request, wire.CreateModelResponse)
+    return TrainingClient(connection, made.model_id)
+
+
+def probe(connection: Connection, base_model: str) -> Reduction:
+    """Measure the trainer's reduction on a throwaway model, and remember it.
+
+    Raises:
+        MintjaxError: it cannot be told.
+    """
+    made = connection.start(lambda: make_model(connection, base_model, LoraConfig(8, 0)))
+    with made.result() as model:
+        connection.findings.reduction = measure_reduction(model)
+    return connection.findings.reduction
+
+
+def _check_finite(numbers: Mapping[str, float]) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"{value} is not finite; nothing was sent", field=name)

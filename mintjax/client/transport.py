@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import httpx
 import msgspec
 
 from mintjax import errors, protobuf, wire
-from mintjax.client.settings import Patience, Progress, Settings, retry_after
+from mintjax.client.settings import Event, Patience, Progress, Settings, retry_after
 from mintjax.errors import APIError, APIResponseError, APIStatusError
 from mintjax.types import ForwardBackwardOutput
 
@@ -22,7 +23,41 @@ logger = logging.getLogger("mintjax.client")
 
 _SLOWEST_UPLOAD = 20_000  # bytes per second
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_JUDGED_ON_ITS_MERITS = (400, 404, 413, 415, 422)
+_KINDS: dict[int, type[APIStatusError]] = {
+    401: errors.AuthenticationError,
+    402: errors.BillingError,
+    403: errors.AuthenticationError,
+    404: errors.NotFoundError,
+    429: errors.RateLimitError,
+}
+
+
+class Request(msgspec.Struct):
+    """A request, with all that it takes to send it again.
+
+    Args:
+        path: below ``/api/v1/``.
+        body: its content.
+        model_id: what it concerns, for the log.
+        mutates: it changes the model, so that twice is not once.
+        address: where it goes, if not to ``path``: passes as protocol buffers have but one place.
+        method: of HTTP.
+        headers: what the content is, where it is not JSON, or what the answer is to be.
+        key: the idempotency key.
+        started: when it was made, in seconds.
+        request_id: the trainer's name for it, once accepted.
+    """
+
+    path: str
+    body: bytes = b""
+    model_id: str | None = None
+    mutates: bool = False
+    address: str = ""
+    method: str = "POST"
+    headers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    key: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
+    started: float = msgspec.field(default_factory=time.monotonic)
+    request_id: str = ""
 
 
 class Reply(msgspec.Struct):
@@ -33,37 +68,32 @@ class Reply(msgspec.Struct):
     body: bytes
 
     @property
-    def ok(self) -> bool:
-        """Whether the status is one of success."""
-        return 200 <= self.status < 300
-
-    @property
     def is_protobuf(self) -> bool:
         """Whether it says that it is a protocol buffer."""
         return self.headers.get("content-type", "").lower().startswith(protobuf.MEDIA_TYPE)
 
-    @property
-    def is_bare_400(self) -> bool:
-        """Whether this is a proxy's 400, which says nothing, and not the trainer's."""
-        return self.status == 400 and not detail(self.body)
 
-
-class NoReply(Exception):
-    """There was none.
+class Failure(msgspec.Struct):
+    """An attempt that brought no result.
 
     Args:
         error: what to raise if there is to be no further attempt.
-        sent: whether the request may have reached the trainer.
+        unclear: whether the request may have been applied.
+        bear: how many failures of this kind to bear with; None for any number.
+        wait: seconds before which there should be no further attempt, or None.
+        reply: what came, if anything.
     """
 
-    def __init__(self, error: APIError, *, sent: bool) -> None:
-        super().__init__()
-        self.error = error
-        self.sent = sent
+    error: APIError
+    unclear: bool = False
+    bear: int | None = 0
+    wait: float | None = None
+    reply: Reply | None = None
 
-
-class TooLarge(APIError):
-    """An answer beyond the limit; asking again would not help."""
+    @property
+    def status(self) -> int:
+        """Of the reply; 0 if there was none."""
+        return self.reply.status if self.reply else 0
 
 
 class Transport:
@@ -88,18 +118,24 @@ class Transport:
             trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
         )
+        self.aclose = self._http.aclose
 
-    def tell(self, progress: Progress, level: int = logging.DEBUG) -> None:
+    def tell(
+        self, event: Event, of: Request, attempt: int, detail: str = "", level: int = logging.DEBUG
+    ) -> None:
         """Log what has happened to a request, and call the user's callback."""
+        seconds = time.monotonic() - of.started
+        name = of.request_id or None
+        progress = Progress(event, of.path, of.model_id, name, attempt, seconds, detail)
         logger.log(
             level,
             "%s%s: %s%s (attempt %d, %.3f s)",
-            progress.path,
-            f" of model {progress.model_id}" if progress.model_id else "",
-            progress.event,
-            f", {progress.detail}" if progress.detail else "",
-            progress.attempt,
-            progress.seconds,
+            of.path,
+            f" of model {of.model_id}" if of.model_id else "",
+            event,
+            f", {detail}" if detail else "",
+            attempt,
+            seconds,
             extra=msgspec.structs.asdict(progress),
         )
         if self._settings.on_progress is not None:
@@ -108,134 +144,112 @@ class Transport:
             except Exception:
                 logger.exception("on_progress failed")
 
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
+    async def submit(self, request: Request) -> None:
+        """Send a request until the trainer has accepted it, for its result to be asked for."""
+        request.request_id = (await self.call(request, wire.UntypedFuture)).request_id
+        what = ", ".join(request.headers.values()) or "application/json"
+        self.tell("accepted", request, 1, f"{len(request.body):,} bytes of {what}")
 
-    async def call(
-        self,
-        path: str,
-        body: bytes,
-        as_type: type[T],
-        method: str = "POST",
-        mutates: bool = False,
-        key: str | None = None,
-        model_id: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> T:
+    async def call(self, request: Request, as_type: type[T]) -> T:
         """Send a request until it is answered, and decode the answer.
-
-        Args:
-            path: below ``/api/v1/``.
-            body: its content.
-            as_type: what the answer is.
-            mutates: it changes the model, so that twice is not once.
-            key: idempotency key of a request that has been sent before.
-            model_id: what it concerns, for the log.
-            headers: what the content is, where it is not JSON.
 
         Raises:
             APIError: the trainer refused, or the deadline has passed; ``may_have_been_applied``
                 says whether the request may have taken effect.
         """
-        headers = {"X-Idempotency-Key": key or self.new_key(), **(headers or {})}
         patience = Patience(self.policy)
-        in_doubt, bad_answers = False, 0
+        in_doubt = False
+
+        def read(reply: Reply) -> T:
+            return self.decode(request.path, reply, as_type)
+
         while True:
-            wait: float | None = None
+            outcome = await self.attempt(request, read, self._settings.timeout)
+            if not isinstance(outcome, Failure):
+                return outcome
+            if outcome.status in (400, 404, 413, 415, 422) and outcome.bear == 0:
+                in_doubt = False  # a trainer that had applied it would have said so
+            in_doubt |= outcome.unclear
             deadline = self.policy.deadline
-            try:
-                reply = await self.exchange(
-                    path, body, headers, self._settings.timeout, method=method
-                )
-            except NoReply as none:
-                error, unclear, again = none.error, none.sent, True
-                if not self._reached:
-                    deadline = min(deadline, self.policy.first_contact)
-            else:
-                if reply.ok:
-                    try:
-                        return self.decode(path, reply.body, as_type)
-                    except APIResponseError as garbled:
-                        error = garbled
-                else:
-                    error = self.refusal(reply)
-                unclear, again, wait = _verdict(reply)
-                if reply.ok or reply.is_bare_400:
-                    bad_answers += 1
-                    again = bad_answers <= self.policy.bad_answers
-                elif reply.status in _JUDGED_ON_ITS_MERITS:
-                    in_doubt = False  # a trainer that had applied it would have said so
-            in_doubt |= unclear
-            again &= not (in_doubt and mutates and not self.policy.repeat_unanswered)
-            if not again or not await patience.wait(deadline, wait):
-                raise self._final(error, path, patience, in_doubt, mutates)
-            self.tell(patience.retry(path, error, model_id), logging.INFO)
+            if not self._reached:
+                deadline = min(deadline, self.policy.first_contact)
+            again = self.policy.repeat_unanswered or not (in_doubt and request.mutates)
+            if not (again and await patience.wait(deadline, outcome.wait, outcome.bear)):
+                raise self._final(outcome.error, request, patience, in_doubt)
+            why = str(outcome.error)
+            self.tell("retry", request, patience.attempts, why, logging.INFO)
 
-    async def sign_of_life(self, path: str, body: bytes) -> bool:
+    async def arrives(self, request: Request) -> bool:
         """One attempt, of which only the success matters."""
-        try:
-            return (await self.exchange(path, body, {}, self._settings.timeout)).ok
-        except (NoReply, APIError):
-            return False
+        outcome = await self.attempt(request, lambda reply: reply, self._settings.timeout)
+        return not isinstance(outcome, Failure)
 
-    @staticmethod
-    def new_key() -> str:
-        """An idempotency key."""
-        return uuid.uuid4().hex
+    async def attempt(
+        self, request: Request, read: Callable[[Reply], T], timeout: float
+    ) -> T | Failure:
+        """Send a request once.
 
-    async def exchange(
-        self,
-        path: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        timeout: float,
-        *,
-        method: str = "POST",
-    ) -> Reply:
-        """One attempt.
-
-        Raises:
-            NoReply: no complete answer came.
+        Args:
+            request: what to send.
+            read: makes the result of a successful reply; an APIResponseError that it raises is a
+                failure, any other error goes through.
+            timeout: seconds for the answer.
         """
-        limits = httpx.Timeout(timeout, connect=min(timeout, 15.0))
-        failure: tuple[type[Exception], str]
         try:
-            async with asyncio.timeout(timeout + len(body) / _SLOWEST_UPLOAD) as answering:
-                async with self._http.stream(
-                    method, path, content=body or None, headers=dict(headers), timeout=limits
-                ) as response:
-                    if not answering.expired():  # just now; then the next await ends it
-                        answering.reschedule(None)  # httpx watches the rest, part by part
-                    content = await self._read(response)
-            self._reached = True
-            return Reply(response.status_code, response.headers, content)
+            reply = await self._exchange(request, timeout)
+        except APIError as error:
+            return Failure(error, unclear=True)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as caught:
-            failure = (type(caught), str(caught) or type(caught).__name__)
-        # Outside the handler: httpx's exceptions hold the request, and with it the key.
-        kind, words = failure
-        words = self.redact(words)
-        if issubclass(kind, (httpx.TimeoutException, TimeoutError)):
-            error = errors.APITimeoutError(f"{self.address}: no answer to {path} ({kind.__name__})")
-        else:
-            error = errors.APIConnectionError(f"{self.address}: no answer to {path} ({words})")
-        raise NoReply(error, sent=not issubclass(kind, _UNSENT))
+            return self._unanswered(request.path, caught)
+        if 200 <= reply.status < 300:
+            try:
+                return read(reply)
+            except APIResponseError as garbled:
+                return Failure(garbled, True, self.policy.bad_answers, reply=reply)
+        error, wait = self._refusal(reply), retry_after(reply.headers)
+        if reply.status in (408, 409, 429) or reply.status >= 500:
+            return Failure(error, reply.status != 429, None, wait, reply)
+        from_proxy = reply.status == 400 and not _words(reply.body)
+        return Failure(error, bear=self.policy.bad_answers if from_proxy else 0, reply=reply)
 
-    async def _read(self, response: httpx.Response) -> bytes:
+    async def _exchange(self, request: Request, timeout: float) -> Reply:
+        limits = httpx.Timeout(timeout, connect=min(timeout, 15.0))
+        headers = {"X-Idempotency-Key": request.key, **request.headers}
         content = bytearray()
-        async for part in response.aiter_bytes():
-            content += part
-            self.check_size(len(content))
-        return bytes(content)
+        async with asyncio.timeout(timeout + len(request.body) / _SLOWEST_UPLOAD) as answering:
+            async with self._http.stream(
+                request.method,
+                request.address or request.path,
+                content=request.body or None,
+                headers=headers,
+                timeout=limits,
+            ) as response:
+                if not answering.expired():  # just now; then the next await ends it
+                    answering.reschedule(None)  # httpx watches the rest, part by part
+                async for part in response.aiter_bytes():
+                    content += part
+                    self.check_size(len(content))
+        self._reached = True
+        return Reply(response.status_code, response.headers, bytes(content))
+
+    def _unanswered(self, path: str, caught: Exception) -> Failure:
+        # The error is raised elsewhere: httpx's exceptions hold the request, and with it the key.
+        name = type(caught).__name__
+        if isinstance(caught, (httpx.TimeoutException, TimeoutError)):
+            kind, words = errors.APITimeoutError, name
+        else:
+            kind, words = errors.APIConnectionError, self.redact(str(caught)) or name
+        error = kind(f"{self.address}: no answer to {path} ({words})")
+        return Failure(error, unclear=not isinstance(caught, _UNSENT), bear=None)
 
     def check_size(self, size: int) -> None:
         """Refuse an answer beyond the limit.
 
         Raises:
-            TooLarge: it is.
+            APIError: it is; asking again would not help.
         """
         if size > self._settings.max_response_bytes:
-            error = TooLarge(
+            error = APIError(
                 f"an answer of {size:,} bytes or more is beyond the limit of "
                 f"{self._settings.max_response_bytes:,}; pass max_response_bytes to allow it"
             )
@@ -246,51 +260,44 @@ class Transport:
         """The text without the API key."""
         return self._settings.key.redact(text)
 
-    def decode(self, path: str, body: bytes, as_type: type[T], *, as_protobuf: bool = False) -> T:
+    def decode(self, path: str, reply: Reply, as_type: type[T]) -> T:
         """Decode an answer: JSON, or the result of a pass as a protocol buffer.
 
         Raises:
             APIResponseError: it is not of that type; the message says at which field.
         """
         try:
-            if as_protobuf and as_type is ForwardBackwardOutput:
-                return cast("T", protobuf.decode_output(body))
-            return wire.decode(body, as_type)
+            if reply.is_protobuf and as_type is ForwardBackwardOutput:
+                return cast("T", protobuf.decode_output(reply.body))
+            return wire.decode(reply.body, as_type)
         except (errors.DataError, errors.ConfigError) as error:
             words = self.redact(str(error))
         raise APIResponseError(f"{self.address}: the answer to {path} is {words}")
 
-    def refusal(self, reply: Reply) -> APIError:
+    def _refusal(self, reply: Reply) -> APIError:
         """The typed error of a status other than success, with the trainer's own words."""
-        words = self.redact(detail(reply.body)) or "no detail given"
-        status = reply.status
+        status, words = reply.status, self.redact(_words(reply.body)) or "no detail given"
         if status < 400:
             return APIResponseError(
                 f"{self.address} answered with HTTP {status}, which is not followed: the API key "
                 "goes to no other address. Is base_url the trainer's own?"
             )
         if status == 402:
-            return errors.BillingError(402, f"billing is paused for this account: {words}")
+            words = f"billing is paused for this account: {words}"
         if status in (401, 403):
-            return errors.AuthenticationError(
-                status, f"{words} (is the API key the one for this server?)"
-            )
-        kinds: dict[int, type[APIStatusError]] = {
-            404: errors.NotFoundError,
-            429: errors.RateLimitError,
-        }
-        default = errors.BadRequestError if status < 500 else errors.InternalServerError
-        return kinds.get(status, default)(status, words)
+            words += " (is the API key the one for this server?)"
+        other = errors.BadRequestError if status < 500 else errors.InternalServerError
+        return _KINDS.get(status, other)(status, words)
 
     def _final(
-        self, error: APIError, path: str, patience: Patience, in_doubt: bool, mutates: bool
+        self, error: APIError, request: Request, patience: Patience, in_doubt: bool
     ) -> APIError:
         tried = f"{patience.attempts} attempts in {patience.seconds:.1f} s"
-        if in_doubt and mutates and not isinstance(error, APIStatusError):
+        if in_doubt and request.mutates and not isinstance(error, APIStatusError):
             error = errors.AmbiguousRequestError(
-                f"{path} was sent and not answered ({tried}; last: {error}). It may or may not "
-                "have been applied: compare a forward pass with what you expect, or go on from a "
-                "checkpoint with create_training_client_from_state"
+                f"{request.path} was sent and not answered ({tried}; last: {error}). It may or may "
+                "not have been applied: compare a forward pass with what you expect, or go on from "
+                "a checkpoint with create_training_client_from_state"
             )
         elif isinstance(error, errors.APIConnectionError):
             error = type(error)(f"{error}; {tried}")
@@ -300,31 +307,15 @@ class Transport:
         return error
 
 
-def _verdict(reply: Reply) -> tuple[bool, bool, float | None]:
-    """Of a reply that is not the result: may it have been applied? retry? not before?"""
-    status = reply.status
-    wait = retry_after(reply.headers)
-    if status == 429:
-        return False, True, wait
-    if status in (408, 409) or status >= 500:
-        return True, True, wait
-    if reply.ok:  # and yet not to be decoded
-        return True, True, None
-    return False, reply.is_bare_400, None
-
-
-def detail(body: bytes) -> str:
+def _words(body: bytes) -> str:
     """The words in which a trainer refuses, or nothing."""
     try:
-        answer = msgspec.json.decode(body)
+        answer = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
-    if not isinstance(answer, dict):
-        return ""
-    answer = cast("dict[str, Any]", answer)
     words = answer.get("detail") or answer.get("error") or answer.get("message") or ""
     if isinstance(words, list):  # FastAPI's own validation errors
-        words = "; ".join(_validation_error(item) for item in cast("list[Any]", words))
+        words = "; ".join(map(_validation_error, cast("list[Any]", words)))
     return str(words)[:2000]
 
 
@@ -332,6 +323,7 @@ def _validation_error(item: Any) -> str:
     if not isinstance(item, dict):
         return str(item)
     error = cast("dict[str, Any]", item)
-    location = error.get("loc")
-    where = ".".join(map(str, cast("list[Any]", location))) if isinstance(location, list) else ""
-    return f"{where}: {error.get('msg', error)}" if where else str(error.get("msg", error))
+    location, words = error.get("loc"), str(error.get("msg", error))
+    if not isinstance(location, list):
+        return words
+    return f"{'.'.join(map(str, cast('list[Any]', location)))}: {words}"

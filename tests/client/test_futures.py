@@ -153,7 +153,7 @@ def test_closing_ends_every_future_at_once(connect, trainer, caplog):
     thread.join(5)
     assert len(errors) == 1
     hold.release()
-    assert not service._connection.background._thread.is_alive()
+    assert not service._connection.background.thread.is_alive()
     service.close()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     for late in (lambda: clients[0].forward(DATA), service.get_server_capabilities):
@@ -185,7 +185,7 @@ def test_closing_from_the_clients_own_thread(connect):
     service = connect()
     client = service.create_lora_training_client("tiny")
     client.forward(DATA).add_done_callback(lambda _: service.close())
-    service._connection.background._thread.join(5)
+    service._connection.background.thread.join(5)
     with pytest.raises(ClosedError):
         client.forward(DATA)
 
@@ -195,7 +195,7 @@ def test_a_forgotten_client_ends_its_thread(connect, trainer):
 
     service = ServiceClient(ADDRESS, transport=httpx.ASGITransport(trainer))
     client = service.create_lora_training_client("tiny")
-    thread, gone = service._connection.background._thread, weakref.ref(service._connection)
+    thread, gone = service._connection.background.thread, weakref.ref(service._connection)
     del service
     future = client.forward(DATA)  # what it made keeps the connection
     del client

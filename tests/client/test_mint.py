@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mintjax.client import mint
+from mintjax import mint
 from mintjax.errors import DataError, NonFiniteError
 from mintjax.tensors import TensorData
 from mintjax.types import AdamParams, ModelInput

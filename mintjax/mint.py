@@ -55,7 +55,7 @@ class _ReverseKLRequest(msgspec.Struct):
     reference_model_path: str
     data: list[ReverseKLDatum]
     temperature: float
-    seq_id: int
+    seq_id: int | None = None
     type: str = "mint_forward_backward_reverse_kl"
 
 
@@ -97,12 +97,9 @@ def forward_backward_reverse_kl(
             or datum.weights.shape != datum.target_tokens.shape
         ):
             raise DataError("inputs, targets and weights must be equally long", datum=i)
-    given = list(data)
     return training_client.submit(
         "mint/forward_backward_reverse_kl",
-        lambda seq_id: _ReverseKLRequest(
-            training_client.model_id, reference_model_path, given, temperature, seq_id
-        ),
+        _ReverseKLRequest(training_client.model_id, reference_model_path, list(data), temperature),
         ReverseKLOutput,
         mutates=True,
     )
