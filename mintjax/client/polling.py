@@ -14,12 +14,13 @@ from mintjax import errors, protobuf, wire
 from mintjax.client.settings import Event, Patience
 from mintjax.client.transport import Failure, Reply, Request, Transport
 from mintjax.errors import APIResponseError
+from mintjax.types import ForwardBackwardOutput
 
 T = TypeVar("T")
 
 _PATH = "retrieve_future"
 _FAST_ANSWER = 0.5  # seconds; a trainer that does not hold the question open is asked less often
-_LARGEST_EXCUSE = 1 << 20  # bytes; what is larger is the result, and is read once
+_LARGEST_EXCUSE = 1 << 20  # bytes; an answer to a pass that is larger has its result in it
 
 
 class _NotYet(msgspec.Struct):
@@ -74,11 +75,12 @@ class _Retrieval:
     def read(self, reply: Reply, as_type: type[T]) -> T | _NotYet:
         """The result, or what came in its place."""
         result = f"{_PATH} ({self.request.path})"
-        if reply.is_protobuf or len(reply.body) > _LARGEST_EXCUSE:
+        large = as_type is ForwardBackwardOutput and len(reply.body) > _LARGEST_EXCUSE
+        if reply.is_protobuf or large:
             return self.transport.decode(result, reply, as_type)
         answer = self.transport.decode(_PATH, reply, _NotYet)
-        large = answer.status == "complete_metadata" and self.metadata_only
-        if answer.type == "try_again" or large:
+        withheld = answer.status == "complete_metadata" and self.metadata_only
+        if answer.type == "try_again" or withheld:
             return answer
         if answer.error is not None:
             known = answer.category in ("user", "server")
