@@ -45,7 +45,11 @@ _counts = dict.fromkeys(Stats._fields, 0)
 
 
 def stats() -> Stats:
-    """What was compiled so far in this process."""
+    """What was compiled so far in this process.
+
+    Returns:
+        The counts as they are now; take the difference of two to see what a step compiled.
+    """
     return Stats(**_counts)
 
 
@@ -185,7 +189,7 @@ class Program:
             _pack("", rows, layout, dtype),
             {name: _column(batch, name, layout, dtype, _pack) for name in plan.columns},
         )
-        buffer = np.array(grads).reshape(-1, *rows[0].shape[1:])
+        buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         starts: list[int] = layout.row_start.tolist()
         return summary, [buffer[s : s + n] for s, n in zip(starts, batch.lengths, strict=False)]
 
@@ -259,11 +263,11 @@ def _gradient(
 ) -> tuple[Summary, Array]:
     def read(name: str) -> Any:
         value = jnp.asarray(column(name))
-        return Ragged(_tiles.fill_padding(value, layout), layout) if value.ndim > 1 else value
+        return Ragged(value, layout) if value.ndim > 1 else value
 
     def value(tiles: Array) -> tuple[Array, Summary]:
         data = Batch.of_columns(names, layout.lengths.shape[0], read)
-        return evaluate(objective, data, Ragged(_tiles.fill_padding(tiles, layout), layout))
+        return evaluate(objective, data, Ragged(tiles, layout))
 
     (_, summary), grads = jax.value_and_grad(value, has_aux=True)(logprobs)
     return summary, grads

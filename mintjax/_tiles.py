@@ -30,7 +30,8 @@ class Layout(NamedTuple):
         lengths: tokens of each row, int32 ``[B]``.
         row_start: flat position of each row's first token, int32 ``[B]``.
         tile_row: the row that each tile belongs to, int32 ``[tiles]``.
-        tile_count: how many tokens of each tile are real, int32 ``[tiles]``; 0 for a spare tile.
+        tile_count: how many tokens of each tile are real, int32 ``[tiles]``; 0 or less for a spare
+            tile.
         row_mask: which rows are real, bool ``[B]``, or None where all are.
     """
 
@@ -61,21 +62,18 @@ def layout_of(lengths: Sequence[int] | npt.NDArray[Any], rows: int | None = None
         lengths: tokens of each row, ``[B]``.
         rows: pad the batch with empty rows up to so many; none are added if None.
     """
-    length = np.asarray(lengths, np.int32)
-    row_mask = None
-    if rows is not None:
-        row_mask = np.arange(rows) < length.size
-        length = np.concatenate([length, np.zeros(rows - length.size, np.int32)])
-    tiles = -(-length // TILE)
-    ends = np.cumsum(tiles)
+    count = len(lengths)
+    length = np.zeros(rows or count, np.int32)
+    length[:count] = lengths
+    tiles = (length + (TILE - 1)) // TILE
+    ends = tiles.cumsum(dtype=np.int32)
+    row_start = (ends - tiles) * TILE
     total = bucket(int(ends[-1]))
-    row_start = ((ends - tiles) * TILE).astype(np.int32)
-    tile_row = np.full(total, length.size - 1, np.int32)
-    tile_row[: ends[-1]] = np.repeat(np.arange(length.size, dtype=np.int32), tiles)
-    tile_count = np.zeros(total, np.int32)
-    tile_count[: ends[-1]] = TILE
-    full = tiles > 0
-    tile_count[ends[full] - 1] = length[full] - (tiles[full] - 1) * TILE
+    tiles[-1] += total - ends[-1]  # the spare ones, behind the last row's end
+    numbers = np.arange(max(total, len(length)), dtype=np.int32)
+    tile_row = numbers[: len(length)].repeat(tiles)
+    tile_count = np.minimum((row_start + length)[tile_row] - numbers[:total] * TILE, TILE)
+    row_mask = None if rows is None else numbers[:rows] < count
     return Layout(length, row_start, tile_row, tile_count, row_mask)
 
 
@@ -91,7 +89,10 @@ def empty(layout: Layout, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[
 def pack(
     rows: Sequence[Array], layout: Layout, dtype: Any, flat: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[Any]:
-    """Copy NumPy rows into a tiled buffer; what lies between them is arbitrary.
+    """Copy NumPy rows into a tiled buffer, and fill what lies between them with their own tokens.
+
+    The gap behind a row repeats its first tokens, and a spare tile the first of all: the same ones
+    in every column, so that a function of several meets nothing there that it has not met.
 
     Args:
         rows: one array per row.
@@ -99,30 +100,24 @@ def pack(
         dtype: what they are converted to.
         flat: the buffer, as :func:`empty` makes it; a new one if None.
     """
-    tiles = len(layout.tile_row)
-    trailing = rows[0].shape[1:]
     if flat is None:
-        flat = empty(layout, trailing, dtype)
-    starts: list[int] = layout.row_start.tolist()
-    for row, start in zip(rows, starts, strict=False):
-        flat[start : start + len(row)] = row
-    return flat.reshape(tiles, TILE, *trailing)
+        flat = empty(layout, rows[0].shape[1:], dtype)
+    pieces: list[Array] = []
+    gaps: list[int] = (-layout.lengths % TILE).tolist()
+    for row, gap in zip(rows, gaps, strict=False):
+        pieces.append(row)
+        if gap:
+            pieces.append(row[:gap] if gap <= len(row) else np.resize(row, (gap, *row.shape[1:])))
+    used = np.count_nonzero(layout.tile_count > 0) * TILE
+    np.concatenate(pieces, out=flat[:used], casting="same_kind")
+    flat[used:] = flat[0] if used else 0
+    return flat.reshape(-1, TILE, *flat.shape[1:])
 
 
 def mask(layout: Layout) -> Array:
     """Which positions hold a token: bool ``[tiles, TILE]``."""
     xp: Any = jnp if isinstance(layout.tile_count, jax.Array) else np
     return xp.arange(TILE, dtype=xp.int32)[None, :] < layout.tile_count[:, None]
-
-
-def fill_padding(tiles: Array, layout: Layout) -> Array:
-    """Fill what lies between rows with copies of real tokens: their tile's own first."""
-    xp: Any = jnp if isinstance(layout.tile_count, jax.Array) else np
-    used = widen(layout.tile_count[:, None] > 0, tiles)
-    # Padding gets no gradient, so that a NaN in its cotangent cannot reach the token it copies.
-    source = tiles if xp is np else jax.lax.stop_gradient(tiles)
-    first = xp.where(used, source[:, :1], source[:1, :1])
-    return xp.where(widen(mask(layout), tiles), tiles, first)
 
 
 def widen(per_token: Array, like: Array) -> Array:

@@ -118,8 +118,7 @@ class RemoteLogprobs:
                     datum=i,
                     field="logprobs",
                 )
-        packed = _tiles.pack(rows, self._layout, np.float32)
-        return _tiles.fill_padding(packed, self._layout)
+        return _tiles.pack(rows, self._layout, np.float32)
 
     def _backward(self, token: Array, tiles: Array, cotangent: Array) -> np.float32:
         self._versions.check(token)
@@ -178,6 +177,10 @@ def remote_logprobs(trainer: Trainer, data: Sequence[Datum] | Batch) -> RemoteLo
         trainer: a :class:`~mintjax.trainers.Trainer`, such as a training client.
         data: at least one datum, each with ``target_tokens``. Pass the same ``Batch`` to the
             objective to have its columns laid out once.
+
+    Returns:
+        A function from ``params`` to the logprobs, in nats, as a Ragged; its own ``params`` is
+        where to start.
 
     Raises:
         DataError: the data cannot be used.

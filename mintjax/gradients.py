@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -41,6 +42,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_TYPE_CODE = operator.attrgetter("dtype.char")
+
 
 class LogprobGradients(NamedTuple):
     """What :func:`value_and_logprob_grads` returns.
@@ -48,7 +51,8 @@ class LogprobGradients(NamedTuple):
     Args:
         loss: the objective's value.
         metrics: the objective's metrics as floats; ``"loss"`` is there too.
-        grads: ``d loss / d logprobs``, one array per datum, in order, in the shape of its logprobs.
+        grads: ``d loss / d logprobs``, one array per datum, in order, in the shape of its logprobs;
+            read-only, as JAX's arrays are.
     """
 
     loss: float
@@ -188,12 +192,16 @@ def _in_columns_or_rows(
 def _logprob_rows(
     batch: Batch, logprobs: Sequence[npt.ArrayLike] | Ragged
 ) -> list[npt.NDArray[Any]]:
-    rows = [np.asarray(row) for row in logprobs]
+    rows: list[npt.NDArray[Any]] = [
+        row if isinstance(row, np.ndarray) else np.asarray(row) for row in logprobs
+    ]
     if len(rows) != len(batch):
         raise DataError(f"{len(rows)} rows of logprobs for {len(batch)} datums", field="logprobs")
     check_shapes("logprobs", rows, batch.lengths)
     if not rows[0].ndim:
         raise DataError("a row of logprobs needs an axis of tokens", datum=0, field="logprobs")
+    if set(map(_TYPE_CODE, rows)) == {"f"}:
+        return rows
     return [row if row.dtype.kind == "f" else row.astype(np.float32) for row in rows]
 
 
@@ -243,13 +251,16 @@ def _check_finite(
     rows: Sequence[npt.NDArray[Any]],
     grads: Sequence[npt.NDArray[Any]],
 ) -> None:
-    # Rows cut from one buffer are looked at together; what lies between them is 0.
+    # Rows cut from one buffer are looked at together; between them are repetitions of their tokens.
     shared = grads[0].base
     if shared is None or any(grad.base is not shared for grad in (grads[0], grads[-1])):
         shared = np.concatenate([grad.ravel() for grad in grads])
     if np.isfinite(shared).all():
         return
-    i, grad = next((i, g) for i, g in enumerate(grads) if not np.isfinite(g).all())
+    found = next(((i, g) for i, g in enumerate(grads) if not np.isfinite(g).all()), None)
+    if found is None:
+        return
+    i, grad = found
     flat = grad.ravel()
     position = int(np.argmin(np.isfinite(flat)))
     index = np.unravel_index(position, grad.shape)

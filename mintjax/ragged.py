@@ -61,6 +61,14 @@ class Ragged(Operators, metaclass=_NotAnArray):
     ``zip`` and slices work, single rows only where the lengths are not traced.
 
     Build one with :meth:`from_rows` or :meth:`from_packed`.
+
+    Example:
+        >>> from mintjax import Ragged
+        >>> logprobs = Ragged.from_rows([[-1.0, -2.0], [-3.0]])
+        >>> (logprobs * 2).sum()
+        Array([-6., -6.], dtype=float32)
+        >>> [row.tolist() for row in logprobs - logprobs.mean()]
+        [[0.5, -0.5], [0.0]]
     """
 
     __slots__ = ("_layout", "_rows", "_tiles")
@@ -160,8 +168,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         if self._tiles is None:
             rows = cast("tuple[Array, ...]", self._rows)
             if all(isinstance(row, np.ndarray) for row in rows):
-                packed = _tiles.pack(rows, self._layout, rows[0].dtype)
-                self._tiles = _tiles.fill_padding(packed, self._layout)
+                self._tiles = _tiles.pack(rows, self._layout, rows[0].dtype)
             else:
                 self._tiles = _concatenate(rows, self._layout)
         return self._tiles
@@ -409,10 +416,11 @@ class Ragged(Operators, metaclass=_NotAnArray):
         keep = _tiles.widen(_tiles.mask(self._layout), tiles)
         if where is not None:
             keep = keep & _tiles.widen(jnp.asarray(self._align(where)) != 0, tiles)
-        return jnp.where(keep, tiles, jnp.asarray(fill, tiles.dtype))
+        dtype = jax.dtypes.canonicalize_dtype(tiles.dtype)
+        return jnp.where(keep, tiles, jnp.asarray(fill, dtype))
 
     def _float_dtype(self) -> Any:
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return jax.dtypes.canonicalize_dtype(jnp.promote_types(self.dtype, jnp.float32))
 
     # What it is not
 

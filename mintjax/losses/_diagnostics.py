@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -48,8 +50,10 @@ def policy_sums(
     Reference:
         Schulman 2020, "Approximating KL Divergence".
     """
+    # Nothing here is differentiated, so that masking the results is enough, and the ratio is held
+    # in bounds behind the exponential, which the loss beside it takes of the same numbers.
     arrays = aligned(
-        where,
+        None,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
         advantages=advantages,
@@ -57,8 +61,10 @@ def policy_sums(
         clip_high_threshold=clip_high_threshold,
     )
     target, sampling, advantages, low, high = map(jax.lax.stop_gradient, arrays)
-    log_ratio = jnp.clip(target - sampling, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    ratio = jnp.exp(log_ratio)
+    unbounded = target - sampling
+    log_ratio = jnp.clip(unbounded, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    bound = math.exp(_LARGEST_LOG_RATIO)
+    ratio = jnp.clip(jnp.exp(unbounded), 1 / bound, bound)
     per_token = {
         "tokens": jnp.ones_like(ratio),
         "clipped": jnp.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0)),

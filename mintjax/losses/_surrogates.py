@@ -13,7 +13,7 @@ from mintjax.losses._arrays import torch_clip
 
 def ratio_surrogate(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
     """``exp(log_ratio) * advantages``, 0 where the advantage is 0 although the ratio overflows."""
-    return jnp.exp(jnp.where(_counts_for_nothing(log_ratio, advantages), 0, log_ratio)) * advantages
+    return _exp_unless(_counts_for_nothing(log_ratio, advantages), log_ratio) * advantages
 
 
 def clipped_surrogate(
@@ -27,8 +27,25 @@ def clipped_surrogate(
     ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
     clipped = jnp.where(advantages > 0, ratio > high, ratio < low)
     idle = clipped | _counts_for_nothing(log_ratio, advantages)
-    unclipped = jnp.exp(jnp.where(idle, 0, log_ratio)) * advantages
+    unclipped = _exp_unless(idle, log_ratio) * advantages
     return jnp.where(clipped, torch_clip(ratio, low, high) * advantages, unclipped)
+
+
+@jax.custom_jvp
+def _exp_unless(idle: jax.Array, x: jax.Array) -> jax.Array:
+    """``exp(x)``, but a constant 1 where ``idle``, even if the exponential overflows there.
+
+    That of ``jnp.where(idle, 0, x)`` would be as safe, but a second exponential beside ``exp(x)``.
+    """
+    return jnp.where(idle, 1, jnp.exp(x))
+
+
+@_exp_unless.defjvp
+def _exp_unless_jvp(  # pyright: ignore[reportUnusedFunction]
+    primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[jax.Array, jax.Array]:
+    value = _exp_unless(*primals)
+    return value, value * jnp.where(primals[0], 0, tangents[1])
 
 
 def _counts_for_nothing(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ class PolicyObjective(LossObjective):
     aggregation: Aggregation
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """The loss of each token; all arguments have one shape."""
         raise NotImplementedError
@@ -75,7 +75,10 @@ class PolicyObjective(LossObjective):
         sampling = on_tokens(self.column(data, "logprobs"), logprobs)
         advantages = on_tokens(self.column(data, "advantages"), logprobs)
         where = token_mask(data, logprobs)
-        values = self.token_losses(logprobs.tiles, sampling, advantages, where)
+        # Padding repeats real tokens: only what weights hide must be kept out of the arithmetic.
+        hidden = where if "weights" in data else None
+        values = self.token_losses(logprobs.tiles, sampling, advantages, hidden)
+        values = jnp.where(where, values, 0)
         bounds = self.bounds_given(sampling)
         sums = losses.policy_sums(logprobs.tiles, sampling, advantages, **bounds, where=where)
         values = weighted(values, data, logprobs, where)
@@ -106,7 +109,7 @@ class importance_sampling(PolicyObjective):
         return named("importance_sampling", self)
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """``-r * A``."""
         return losses.importance_sampling(target, sampling, advantages, where=where)
@@ -139,7 +142,7 @@ class ppo(PolicyObjective):
         return named("ppo", self, **self.bounds())
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """``-min(r * A, clip(r) * A)``."""
         return losses.ppo(target, sampling, advantages, **self.bounds(), where=where)
@@ -172,7 +175,7 @@ class cispo(PolicyObjective):
         return named("cispo", self, **self.bounds())
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """``-sg(clip(r)) * lp * A``."""
         return losses.cispo(target, sampling, advantages, **self.bounds(), where=where)
@@ -196,7 +199,7 @@ class dro(PolicyObjective):
         return named("dro", self, beta=self.beta)
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """``-(lp * A - beta / 2 * (lp - q)**2)``."""
         return losses.dro(target, sampling, advantages, beta=self.beta, where=where)

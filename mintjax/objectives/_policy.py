@@ -38,7 +38,7 @@ class dual_clip_ppo(PolicyObjective):
         }
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """PPO's, bounded where the advantage is negative."""
         return losses.dual_clip_ppo(
@@ -71,7 +71,7 @@ class dppo(PolicyObjective):
         return {"clip_low_threshold": 1 - relative, "clip_high_threshold": 1 + relative}
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """``-r * A`` within the trust region."""
         return losses.dppo(
@@ -100,7 +100,7 @@ class truncated_importance_sampling(PolicyObjective):
         return {"clip_high_threshold": self.truncation_threshold}
 
     def token_losses(
-        self, target: Array, sampling: Array, advantages: Array, where: Array
+        self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
         """``-sg(min(r, c)) * lp * A``."""
         return losses.truncated_importance_sampling(
