@@ -12,7 +12,7 @@ from mintjax import compression, protobuf, wire
 from mintjax.errors import BadRequestError, ConfigError, DataError
 from mintjax.local.endpoints import Answer
 from mintjax.tensors import TensorData
-from mintjax.types import ForwardBackwardOutput
+from mintjax.types import ForwardBackwardOutput, SampleResponse
 
 M = TypeVar("M")
 
@@ -22,6 +22,10 @@ JSON = "application/json"
 
 class ProtobufResult(bytes):
     """A result as a protocol buffer, where others are JSON."""
+
+
+class SampleResult(bytes):
+    """What was sampled, as JSON; nothing in its request says how it will be asked for."""
 
 
 class _Numbered(msgspec.Struct):
@@ -118,16 +122,21 @@ def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
     """Encode a result; as a protocol buffer if that is wanted and there is a message for it."""
     if as_protobuf and isinstance(answer, ForwardBackwardOutput):
         return ProtobufResult(protobuf.encode_output(answer))
-    return wire.encode(answer)
+    content = wire.encode(answer)
+    return SampleResult(content) if isinstance(answer, SampleResponse) else content
 
 
 def acceptable(request: Request, result: bytes) -> tuple[bytes, str]:
     """A result in an encoding that the request accepts, and its media type."""
-    if not isinstance(result, ProtobufResult):
-        return result, JSON
-    if protobuf.MEDIA_TYPE in request.headers.get("accept", "").lower():
+    accepted = protobuf.MEDIA_TYPE in request.headers.get("accept", "").lower()
+    if accepted and isinstance(result, SampleResult):
+        sampled = wire.decode(result, SampleResponse)
+        return protobuf.encode_sample(sampled), protobuf.MEDIA_TYPE
+    if accepted and isinstance(result, ProtobufResult):
         return result, protobuf.MEDIA_TYPE
-    return wire.encode(protobuf.decode_output(result)), JSON
+    if isinstance(result, ProtobufResult):
+        return wire.encode(protobuf.decode_output(result)), JSON
+    return result, JSON
 
 
 def _given(request: Request, header: str, default: str) -> str:

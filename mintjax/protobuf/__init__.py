@@ -5,7 +5,13 @@ five. What is read goes through them, for it may be anybody's: they need the ext
 """
 
 from mintjax.protobuf.decoding import decode_output, decode_request, number_of, require
-from mintjax.protobuf.encoding import EncodedData, encode_datum, encode_output, encode_request
+from mintjax.protobuf.encoding import (
+    EncodedData,
+    encode_datum,
+    encode_output,
+    encode_request,
+    encode_sample,
+)
 
 __all__ = [
     "MEDIA_TYPE",
@@ -15,6 +21,7 @@ __all__ = [
     "encode_datum",
     "encode_output",
     "encode_request",
+    "encode_sample",
     "number_of",
     "require",
 ]

@@ -102,9 +102,7 @@ def _messages() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "google":
             raise
-    raise ConfigError(
-        'protocol buffers take the package protobuf: pip install "mintjax[protobuf]"'
-    )
+    raise ConfigError('protocol buffers take the package protobuf: pip install "mintjax[protobuf]"')
 
 
 def _parse(kind: Any, body: Body) -> Any:

@@ -8,6 +8,7 @@ order: the numbers come last, so that all before them is one small head.
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from mintjax import wire
 from mintjax.errors import DataError
 from mintjax.tensors import check_finite, first_not_finite
-from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput
+from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput, SampleResponse
 
 Part: TypeAlias = bytes | memoryview
 Request: TypeAlias = wire.ForwardRequest | wire.ForwardBackwardRequest
@@ -106,6 +107,24 @@ def encode_output(output: ForwardBackwardOutput) -> bytes:
         parts += _record(run, kind, len(output.loss_fn_outputs) - len(run))
     for name, value in output.metrics.items():
         parts.append(_message(b"\x1a", _text(b"\x0a", name), b"\x11", struct.pack("<d", value)))
+    return b"".join(parts)
+
+
+def encode_sample(response: SampleResponse) -> bytes:
+    """Encode what was sampled, as ``SampleResponse``.
+
+    A prompt token without a logprob has NaN, which is how the format says so.
+    """
+    parts: list[bytes] = []
+    for sequence in response.sequences:
+        tokens = _bytes(b"\x12", np.asarray(sequence.tokens, "<i4").tobytes())
+        fields = [b"\x08\x01" if sequence.stop_reason == "length" else b"", tokens]
+        if sequence.logprobs is not None:
+            fields.append(_bytes(b"\x1a", np.asarray(sequence.logprobs, "<f4").tobytes()))
+        parts.append(_message(b"\x0a", *fields))
+    if response.prompt_logprobs is not None:
+        prompt = [math.nan if one is None else one for one in response.prompt_logprobs]
+        parts.append(_bytes(b"\x12", np.asarray(prompt, "<f4").tobytes()))
     return b"".join(parts)
 
 
