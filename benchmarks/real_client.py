@@ -1,11 +1,18 @@
-"""The official client and mintjax's own drive one trainer through the same training, step by step.
+"""The official clients and mintjax's own drive one trainer through the same training.
 
-    python -m benchmarks.real_client                     both, on a trainer of its own; compares
+    python -m benchmarks.real_client [--sdk-038 PYTHON]  all, on trainers of its own; compares
     python -m benchmarks.real_client URL --client mint   one client, on a trainer that is running
 
-Needs the extra ``bench`` (``mindlab-toolkit==0.2.0``, ``tinker==0.22.0``, torch) for the official
-client. Each step is printed as one JSON object. Data and seeds are fixed, so that two runs against
-fresh models of the same trainer must agree.
+Needs the ``bench`` extra (``mindlab-toolkit==0.2.0``, ``tinker==0.22.0``, torch). What is newer
+speaks protocol buffers only and needs an environment of its own, whose Python is passed; without
+it, it is left out::
+
+    python -m venv sdk038 && sdk038/bin/pip install tinker==0.38.0 torch
+
+The trainers are three: one that asks for JSON, one that asks for protocol buffers, and one that
+asks for them compressed. Each step is printed as one JSON object. Data and seeds are fixed, so that
+all runs must agree. Then the messages of ``tinker==0.38.0`` read ours, and the reverse, value for
+value.
 """
 
 from __future__ import annotations
@@ -13,11 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).parent
 
 TOLERANCE = 1e-4
 """How far two clients' numbers may differ, relative to the larger, or to 1."""
@@ -45,6 +57,19 @@ class Kit:
 def mint_kit() -> Kit:
     """The official client under MinT's compatibility layer, which lets ``sk-`` keys pass."""
     import mint  # pyright: ignore[reportMissingImports]
+
+    return sdk_kit(mint.ServiceClient)
+
+
+def tinker_kit() -> Kit:
+    """The official client itself, of whatever version there is."""
+    import tinker  # pyright: ignore[reportMissingImports]
+
+    return sdk_kit(tinker.ServiceClient)
+
+
+def sdk_kit(client: Callable[..., Any]) -> Kit:
+    """The official client, made by ``client``."""
     import tinker  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -58,7 +83,7 @@ def mint_kit() -> Kit:
         return loss, {"loss": loss.item(), "margin": margins.mean().item()}
 
     def service(base_url: str, api_key: str) -> Any:
-        return mint.ServiceClient(base_url=base_url, api_key=api_key)
+        return client(base_url=base_url, api_key=api_key)
 
     return Kit(tinker.types, service, pairwise)
 
@@ -82,7 +107,7 @@ def mintjax_kit() -> Kit:
     return Kit(mintjax, ServiceClient, pairwise)
 
 
-KITS = {"mint": mint_kit, "mintjax": mintjax_kit}
+KITS = {"mint": mint_kit, "mintjax": mintjax_kit, "tinker": tinker_kit}
 
 
 def batch(types: Any, seed: int, columns: tuple[str, ...]) -> list[Any]:
@@ -175,28 +200,110 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base_url", nargs="?", help="a running trainer; starts its own if left out")
-    parser.add_argument("--client", choices=KITS, action="append", help="default: both")
-    parser.add_argument("--api-key", default="sk-local")
+    parser.add_argument("--client", choices=KITS, action="append", help="default: all there are")
+    parser.add_argument("--sdk-038", help="Python that has tinker 0.38.0")
+    parser.add_argument("--api-key", default="tml-local")
     parser.add_argument("--base-model", default="mintjax/tiny")
     options = parser.parse_args(arguments)
+    clients: list[str] = options.client or ["mint", "mintjax"]
+    runs: dict[str, list[Step]] = {}
     if options.base_url is not None:
-        return _compare(options.base_url, options)
+        for name in clients:
+            runs[name] = _run(name, options.base_url, options)
+    else:
+        _with_own_trainers(clients, options, runs)
+    first = next(iter(runs.values()))
+    largest = {name: differences(first, run) for name, run in runs.items()}
+    print(json.dumps({"summary": True, "steps": len(first), "largest_difference": largest}))
+    if options.base_url is None and options.sdk_038:
+        for check in ("ours_read_by_the_sdk", "the_sdk_s_read_here"):
+            print(json.dumps({"messages": check, **globals()[check](options.sdk_038)}))
+    return 0 if max(largest.values()) <= TOLERANCE else 1
+
+
+def _with_own_trainers(
+    clients: list[str], options: argparse.Namespace, runs: dict[str, list[Step]]
+) -> None:
     from mintjax import local
+    from mintjax.wire import ClientConfigResponse
 
-    with local.running_server(api_key=options.api_key) as base_url:
-        return _compare(base_url, options)
+    configs = {
+        "json": ClientConfigResponse(),
+        "protobuf": ClientConfigResponse(proto_write_fwdbwd=True),
+        "zstd": ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True),
+    }
+    for encoding, config in configs.items():
+        with local.running_server(api_key=options.api_key, config=config) as base_url:
+            for name in clients:
+                runs[f"{name}, {encoding}"] = _run(name, base_url, options)
+            if encoding == "json":
+                continue
+            if options.sdk_038:
+                runs[f"tinker 0.38, {encoding}"] = _run_apart(base_url, options)
+            else:
+                print("SKIPPED: tinker==0.38.0; pass --sdk-038 PYTHON of an environment with it")
 
 
-def _compare(base_url: str, options: argparse.Namespace) -> int:
-    runs: list[list[Step]] = []
-    for name in options.client or KITS:
-        runs.append([])
-        for step in drive(KITS[name](), base_url, options.api_key, options.base_model):
-            runs[-1].append(step)
-            print(json.dumps({"client": name, **step}), flush=True)
-    largest = max((differences(runs[0], run) for run in runs[1:]), default=None)
-    print(json.dumps({"summary": True, "steps": len(runs[0]), "largest_difference": largest}))
-    return 0 if largest is None or largest <= TOLERANCE else 1
+def _run(name: str, base_url: str, options: argparse.Namespace) -> list[Step]:
+    steps: list[Step] = []
+    for step in drive(KITS[name](), base_url, options.api_key, options.base_model):
+        steps.append(step)
+        print(json.dumps({"client": name, **step}), flush=True)
+    return steps
+
+
+def _run_apart(base_url: str, options: argparse.Namespace) -> list[Step]:
+    command = [options.sdk_038, "-m", "benchmarks.real_client", base_url, "--client", "tinker"]
+    command += ["--api-key", options.api_key, "--base-model", options.base_model]
+    done = _python(command)
+    print(done, end="", flush=True)
+    steps = [json.loads(line) for line in done.splitlines()]
+    return [
+        {name: value for name, value in step.items() if name != "client"}
+        for step in steps
+        if "call" in step
+    ]
+
+
+def _python(command: list[str], given: str = "") -> str:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    return subprocess.run(
+        command, input=given, env=environment, check=True, text=True, stdout=subprocess.PIPE
+    ).stdout
+
+
+def ours_read_by_the_sdk(python: str) -> dict[str, Any]:
+    """Random messages of ours, as the SDK's classes read them.
+
+    Raises:
+        AssertionError: a value is another.
+    """
+    from benchmarks import sdk_messages
+    from mintjax import protobuf
+
+    request, output = sdk_messages.request_of_mintjax(), sdk_messages.output_of_mintjax()
+    bodies = [protobuf.encode_request(request).hex(), protobuf.encode_output(output).hex()]
+    command = [python, str(HERE / "sdk_messages.py"), "read"]
+    read = json.loads(_python(command, json.dumps(bodies)))
+    assert read == [sdk_messages.plain_request(request), sdk_messages.plain_output(output)]
+    return {"values": sum(map(sdk_messages.count, read))}
+
+
+def the_sdk_s_read_here(python: str) -> dict[str, Any]:
+    """The SDK's messages, as they are read here.
+
+    Raises:
+        AssertionError: a value is another.
+    """
+    from benchmarks import sdk_messages
+    from mintjax import protobuf
+
+    golden = json.loads(_python([python, str(HERE / "sdk_messages.py"), "write"]))
+    request = protobuf.decode_request(bytes.fromhex(golden["request"]))
+    output = protobuf.decode_output(bytes.fromhex(golden["output"]))
+    read = [sdk_messages.plain_request(request), sdk_messages.plain_output(output)]
+    assert read == [golden["request_values"], golden["output_values"]]
+    return {"values": sum(map(sdk_messages.count, read))}
 
 
 def _sum_of_logprobs(output: Any) -> float:
