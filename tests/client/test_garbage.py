@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from fractions import Fraction
 from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mintjax import protobuf
 from mintjax.client import ServiceClient
-from mintjax.errors import APIError, APIResponseError, DataError
-from mintjax.types import AdamParams, ModelInput, SamplingParams
+from mintjax.errors import APIError, APIResponseError, DataError, RequestFailedError
+from mintjax.protobuf import messages_pb2 as messages
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, ForwardBackwardOutput, ModelInput, SamplingParams
 
 from .data import DATA
 from .double import ADDRESS, QUICK, Answer, Trainer
@@ -27,16 +32,57 @@ TRUE = {
     ],
     "metrics": {"loss:sum": 15.0},
 }
+RICH = {
+    "loss_fn_output_type": "ArrayRecord",
+    "loss_fn_outputs": [
+        {
+            "logprobs": {"data": [-1e-7, -2, -3.25], "dtype": "float32"},
+            "ranks": {"data": [1, 2**62, -3], "dtype": "int64", "shape": [3]},
+            "sparse": {
+                "data": [0.5, 2],
+                "dtype": "float32",
+                "shape": [2, 3],
+                "sparse_crow_indices": [0, 1, 2],
+                "sparse_col_indices": [2, 0],
+            },
+        },
+        {
+            "logprobs": {"data": [-0.1, -16777216.0], "dtype": "float32", "shape": [2]},
+            "top": {"data": [1, 2, 3, 4], "dtype": "int64", "shape": [2, 2]},
+        },
+    ],
+    "metrics": {"loss:sum": 1.5e3, "tokens:mean": 2},
+    "another": {"field": [1, {"a": None}]},
+}
+MESSAGE = protobuf.encode_output(
+    ForwardBackwardOutput(
+        loss_fn_outputs=[
+            {
+                "logprobs": TensorData([-1e-7, -2.0, -3.25]),
+                "ranks": TensorData([1, 2**62, -3]),
+                "top": TensorData([[1.0, 2.0]]),
+            },
+            {
+                "logprobs": TensorData([-0.1, -16777216.0]),
+                "ranks": TensorData([7]),
+                "top": TensorData([[3.0, 4.0], [5.0, 6.0]]),
+            },
+        ],
+        metrics={"loss:sum": 1.5e3, "tokens:mean": 2.0},
+    )
+)
 LEAVES = (
     st.none()
     | st.booleans()
     | st.integers(-(2**70), 2**70)
+    | st.integers(-3, 5)
     | st.floats()
     | st.text(max_size=6)
-    | st.sampled_from(["float32", "int64", "try", "logprobs", "complete_metadata"])
+    | st.sampled_from(["float32", "int64", "try_again", "logprobs", "complete_metadata"])
 )
 NAMES = ["type", "error", "status", "category", "data", "dtype", "shape", "metrics", "logprobs"]
-NAMES += ["loss_fn_outputs", "request_id", "model_id", "sequences", "detail"]
+NAMES += ["loss_fn_outputs", "request_id", "model_id", "sequences", "detail", "queue_state"]
+NAMES += ["sparse_crow_indices", "sparse_col_indices", "response_payload_size"]
 JSON = st.recursive(
     LEAVES,
     lambda inner: (
@@ -62,19 +108,38 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A true answer in which one place, or a few bytes, are not what they were."""
-    answer: Any = json.loads(json.dumps(TRUE))
-    place = draw(st.sampled_from(places(TRUE)))
-    if not place:
-        return json.dumps(draw(JSON)).encode()
-    holder = answer
-    for key in place[:-1]:
-        holder = holder[key]
-    holder[place[-1]] = draw(JSON)
-    body = bytearray(json.dumps(answer).encode())
-    for at in draw(st.lists(st.integers(0, len(body) - 1), max_size=2)):
-        body[at] = draw(st.integers(0, 255))
-    return bytes(body[: draw(st.integers(0, len(body)))] if draw(st.booleans()) else body)
+    """A true answer of which a few places, and then a few bytes, are not what they were."""
+    answer: Any = json.loads(json.dumps(draw(st.sampled_from([TRUE, RICH]))))
+    for _ in range(draw(st.integers(0, 3))):
+        place = draw(st.sampled_from(places(answer)))
+        if not place:
+            return json.dumps(draw(JSON)).encode()
+        holder = answer
+        for key in place[:-1]:
+            holder = holder[key]
+        act = draw(st.sampled_from(["replace", "replace", "drop", "add", "swap"]))
+        if act == "replace":
+            holder[place[-1]] = draw(JSON)
+        elif act == "drop":
+            del holder[place[-1]]
+        elif act == "add" and isinstance(holder, dict):
+            holder[draw(st.sampled_from(NAMES))] = draw(JSON)
+        elif act == "add":
+            holder.insert(place[-1], draw(LEAVES))
+        else:
+            other = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else [0, -1]))
+            holder[place[-1]], holder[other] = holder[other], holder[place[-1]]
+    body = json.dumps(answer).encode()
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        at, to = sorted(draw(st.integers(0, len(body))) for _ in range(2))
+        with_what = draw(
+            st.sampled_from(
+                [b"", b"0", b"-", b",", b"e9", b"]", b"}", b"\xff", b'"', body[at:to] * 2]
+            )
+            | st.binary(max_size=2)
+        )
+        body = body[:at] + with_what + body[draw(st.sampled_from([at, at + 1, to])) :]
+    return body
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +164,133 @@ def meaning(body: bytes) -> Any:
     return json.loads(body.decode(errors="replace"))
 
 
-@given(body=damaged() | st.binary(max_size=60), status=st.sampled_from([200] * 6 + [400, 404, 500]))
+def array_of(tensor: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """What a plain reader of the protocol makes of a tensor."""
+    values = np.array([Fraction(number) for number in tensor["data"]], object)
+    shape = tensor.get("shape")
+    if tensor.get("sparse_crow_indices") is not None:
+        dense = np.zeros(shape, object)
+        starts = tensor["sparse_crow_indices"]
+        for row, (start, end) in enumerate(itertools.pairwise(starts)):
+            dense[row, tensor["sparse_col_indices"][start:end]] = values[start:end]
+        values = dense
+    elif shape is not None:
+        values = values.reshape(shape)
+    return values.astype(float).astype("float32") if tensor["dtype"] == "float32" else values
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(body=damaged() | st.binary(max_size=60), status=st.sampled_from([200] * 9 + [400, 404, 500]))
 @example(body=json.dumps(TRUE).encode(), status=200)
+@example(body=json.dumps(RICH).encode(), status=200)
 @example(body=b'{"loss_fn_outputs": [{"logprobs": {"data": [1e999]}}]}', status=200)
 def test_any_result_of_a_pass(client, trainer, body, status):
+    trainer.requests.clear()  # else Hypothesis prints them all
     trainer.faults["retrieve_future"] = [Answer(status, body)]
     try:
         output = client.forward(DATA).result(10)
         rows = output.logprobs
     except (APIError, DataError):  # the latter: there are none
+        assert (body, status) not in [(json.dumps(true).encode(), 200) for true in (TRUE, RICH)]
         return
     finally:
         trainer.faults.clear()
-    if status != 200 or meaning(body).get("type") == "try_again":
+    answer = meaning(body) if status == 200 else {}
+    if answer.get("type") == "try_again" or answer.get("status") == "complete_metadata":
         return  # asked again, and answered well
-    for one, row, datum in zip(meaning(body)["loss_fn_outputs"], rows, DATA, strict=True):
+    if status != 200:
+        raise AssertionError(f"a result out of status {status}")
+    for row, datum in zip(rows, DATA, strict=True):
         assert row.shape == datum.loss_fn_inputs["target_tokens"].shape
-        assert np.isfinite(row).all()
-        np.testing.assert_array_equal(row.ravel(), np.float32(one["logprobs"]["data"]))
+        assert row.dtype == np.float32
+    for one, theirs in zip(output.loss_fn_outputs, answer["loss_fn_outputs"], strict=True):
+        assert one.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert one[name].dtype == tensor["dtype"]
+            assert np.isfinite(one[name]).all()
+            np.testing.assert_array_equal(one[name], array_of(tensor))
+    assert output.metrics == answer.get("metrics", {})
+
+
+@st.composite
+def damaged_message(draw: st.DrawFn) -> bytes:
+    """A true answer in protocol buffers, of which some fields, or bytes, are not what they were."""
+    message = messages.ForwardBackwardOutput.FromString(MESSAGE)
+    for _ in range(draw(st.integers(0, 2))):
+        record = message.loss_fn_outputs[0]
+        field = record.fields[draw(st.sampled_from(["logprobs", "ranks", "top", "new"]))]
+        where = draw(st.sampled_from(["data", "offsets", "dtype", "shape", "count", "another"]))
+        if where == "data":
+            field.data = field.data[draw(st.integers(0, 8)) :] + draw(st.binary(max_size=8))
+        elif where == "offsets":
+            offsets = np.frombuffer(field.offsets, "<i8").tolist() or [0]
+            offsets[draw(st.integers(0, len(offsets) - 1))] = draw(
+                st.integers(-9, 30) | st.sampled_from([2**31, 2**62, -(2**63)])
+            )
+            field.offsets = np.array(offsets, "<i8").tobytes()
+        elif where == "dtype":
+            field.dtype = draw(st.integers(0, 5))
+        elif where == "shape":
+            field.trailing_shape[:] = draw(st.lists(st.integers(-1, 3), max_size=3))
+        elif where == "count":
+            record.num_datums = draw(st.integers(-1, 4) | st.just(2**62))
+        else:
+            message.loss_fn_outputs.append(record)
+    body = message.SerializeToString()
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        at, to = sorted(draw(st.integers(0, len(body))) for _ in range(2))
+        body = body[:at] + draw(st.binary(max_size=2)) + body[draw(st.sampled_from([at + 1, to])) :]
+    return body
+
+
+def rows_of(field: Any) -> list[np.ndarray[Any, Any]]:
+    """What a plain reader of the protocol makes of a field."""
+    code = {1: "<f4", 2: "<i8", 3: "<i4", 4: "<u2"}[field.dtype]
+    starts = np.frombuffer(field.offsets, "<i8").tolist()
+    rows = [np.frombuffer(field.data[a:b], code) for a, b in itertools.pairwise(starts)]
+    if field.dtype == 4:
+        rows = [(row.astype("<u4") << 16).view("<f4") for row in rows]
+    return [row.reshape(-1, *field.trailing_shape) for row in rows]
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(body=damaged_message() | st.binary(max_size=60))
+@example(body=MESSAGE)
+def test_any_result_of_a_pass_in_protocol_buffers(client, trainer, body):
+    trainer.requests.clear()
+    answer = Answer(200, body, {"Content-Type": protobuf.MEDIA_TYPE})
+    trainer.faults["retrieve_future"] = [answer]
+    try:
+        output = client.forward(DATA).result(10)
+        rows = output.logprobs
+    except (APIError, DataError):
+        assert body != MESSAGE
+        return
+    finally:
+        trainer.faults.clear()
+    for row, datum in zip(rows, DATA, strict=True):
+        assert row.shape == datum.loss_fn_inputs["target_tokens"].shape
+        assert row.dtype == np.float32
+    message = messages.ForwardBackwardOutput.FromString(body)
+    records = message.loss_fn_outputs
+    for name in {name for record in records for name in record.fields}:
+        theirs = [
+            row
+            for record in records
+            for row in (rows_of(record.fields[name]) if name in record.fields else [])
+        ]
+        ours = [one[name] for one in output.loss_fn_outputs if name in one]
+        for one, other in zip(ours, theirs, strict=True):
+            assert np.isfinite(one).all()
+            np.testing.assert_array_equal(one, other)
+    assert output.metrics == dict(message.metrics)
+
+
+def test_a_long_error_is_an_error(client, trainer):
+    words = "no " * 500_000
+    trainer.faults["retrieve_future"] = [Answer(200, {"error": words, "category": "user"})]
+    with pytest.raises(RequestFailedError, match="no no"):
+        client.optim_step(AdamParams()).result(10)
 
 
 @given(body=JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60))
