@@ -15,7 +15,7 @@ import optax
 from mintjax import objectives
 from mintjax.client import ServiceClient, TrainingClient
 from mintjax.errors import DataError, MintjaxError
-from mintjax.gradients import Objective, value_and_logprob_grads
+from mintjax.gradients import Objective, loss_and_metrics
 from mintjax.types import AdamParams, Datum, ModelInput
 
 Encode = Callable[[str], list[int]]
@@ -285,4 +285,4 @@ def _accuracy(model: TrainingClient, data: list[Datum], objective: Objective) ->
         for d in data
     ]
     logprobs = model.forward(sent, "cross_entropy").result().logprobs
-    return value_and_logprob_grads(objective, data, logprobs).metrics["pair_accuracy"]
+    return loss_and_metrics(objective, data, logprobs)[1]["pair_accuracy"]
