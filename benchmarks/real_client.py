@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+SDK_MESSAGES = ROOT / "tests" / "protobuf" / "sdk_messages.py"
 
 TOLERANCE = 1e-4
 """How far two clients' numbers may differ, relative to the larger, or to 1."""
@@ -266,7 +267,7 @@ def _run_apart(base_url: str, options: argparse.Namespace) -> list[Step]:
 
 
 def _python(command: list[str], given: str = "") -> str:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, input=given, env=environment, check=True, text=True, stdout=subprocess.PIPE
     ).stdout
@@ -278,12 +279,12 @@ def ours_read_by_the_sdk(python: str) -> dict[str, Any]:
     Raises:
         AssertionError: a value is another.
     """
-    from benchmarks import sdk_messages
     from mintjax import protobuf
+    from tests.protobuf import sdk_messages
 
     request, output = sdk_messages.request_of_mintjax(), sdk_messages.output_of_mintjax()
     bodies = [protobuf.encode_request(request).hex(), protobuf.encode_output(output).hex()]
-    command = [python, str(HERE / "sdk_messages.py"), "read"]
+    command = [python, str(SDK_MESSAGES), "read"]
     read = json.loads(_python(command, json.dumps(bodies)))
     assert read == [sdk_messages.plain_request(request), sdk_messages.plain_output(output)]
     return {"values": sum(map(sdk_messages.count, read))}
@@ -295,10 +296,10 @@ def the_sdk_s_read_here(python: str) -> dict[str, Any]:
     Raises:
         AssertionError: a value is another.
     """
-    from benchmarks import sdk_messages
     from mintjax import protobuf
+    from tests.protobuf import sdk_messages
 
-    golden = json.loads(_python([python, str(HERE / "sdk_messages.py"), "write"]))
+    golden = json.loads(_python([python, str(SDK_MESSAGES), "write"]))
     request = protobuf.decode_request(bytes.fromhex(golden["request"]))
     output = protobuf.decode_output(bytes.fromhex(golden["output"]))
     read = [sdk_messages.plain_request(request), sdk_messages.plain_output(output)]

@@ -185,10 +185,11 @@ class FutureRetrieveRequest(msgspec.Struct, omit_defaults=True):
     allow_metadata_only: bool = False
 
 
-class UntypedFuture(msgspec.Struct):
-    """The answer to a request whose result comes later."""
+class UntypedFuture(msgspec.Struct, omit_defaults=True):
+    """The answer to a request whose result comes later; if to sample, with a name per sample."""
 
     request_id: str
+    sample_sequence_ids: list[str] | None = None
 
 
 class TryAgain(msgspec.Struct):

@@ -181,7 +181,11 @@ class _Http:
                 number=number,
                 key=None if header is None else (path, header),
             )
-            return _json(wire.UntypedFuture(request_id))
+            accepted = wire.UntypedFuture(request_id)
+            if isinstance(message, wire.SampleRequest):
+                names = (f"{request_id}:{i}" for i in range(message.num_samples))
+                accepted.sample_sequence_ids = list(names)
+            return _json(accepted)
 
         return self._route(path, "POST", respond)
 

@@ -8,7 +8,8 @@ import pytest
 from mintjax import compression, protobuf, wire
 from mintjax.local import encodings
 from mintjax.local.app import application
-from mintjax.types import AdamParams, LoraConfig
+from mintjax.protobuf import messages_pb2 as messages
+from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 
 from .conftest import BASE_MODEL
 from .data import batch
@@ -93,6 +94,33 @@ class TestPasses:
         accepted = http.post("forward", a_pass(wire.ForwardRequest, make_model()))
         answer = retrieve(http, accepted, f"{PROTOBUF}, application/json")
         assert answer.headers["content-type"] == "application/json"
+
+
+class TestSampling:
+    def test_who_reads_nothing_else_gets_a_protocol_buffer(self, http):
+        session = http.post("create_session", wire.CreateSessionRequest("1")).json()["session_id"]
+        request = wire.CreateSamplingSessionRequest(session, 0, base_model=BASE_MODEL)
+        opened = http.post("create_sampling_session", request).json()["sampling_session_id"]
+        params = SamplingParams(max_tokens=3, seed=1)
+        sample = wire.SampleRequest(
+            ModelInput.from_ints([1, 2]), params, opened, 0, 2, prompt_logprobs=True
+        )
+        accepted = http.post("asample", sample)
+        assert len(set(accepted.json()["sample_sequence_ids"])) == 2
+        in_json = retrieve(http, accepted, "application/json").json()
+        answer = retrieve(http, accepted, PROTOBUF)
+        message = messages.SampleResponse.FromString(answer.content)
+        assert len(message.sequences) == len(in_json["sequences"]) == 2
+        for one, other in zip(message.sequences, in_json["sequences"], strict=True):
+            assert np.frombuffer(one.tokens, "<i4").tolist() == other["tokens"]
+            assert np.frombuffer(one.logprobs, "<f4").tolist() == [
+                float(np.float32(value)) for value in other["logprobs"]
+            ]
+            name = messages.StopReason.Name(one.stop_reason)
+            assert name == f"STOP_REASON_{other['stop_reason'].upper()}"
+        first, second = np.frombuffer(message.prompt_logprobs, "<f4")
+        assert np.isnan(first)
+        assert in_json["prompt_logprobs"] == [None, pytest.approx(float(second))]
 
 
 class TestRefusals:

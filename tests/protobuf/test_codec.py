@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import ml_dtypes
@@ -18,6 +20,8 @@ from mintjax.protobuf import messages_pb2 as messages
 from mintjax.ragged import Ragged
 from mintjax.tensors import TensorData
 from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput, ModelInput
+
+from . import sdk_messages
 
 Request = wire.ForwardRequest | wire.ForwardBackwardRequest
 
@@ -419,6 +423,20 @@ class TestGarbage:
             for array in row.values():
                 assert array.dtype in (np.float32, np.int64)
                 assert np.isfinite(array).all()
+
+
+class TestTheOfficialClient:
+    """What the message classes of the official client wrote, and what is in it."""
+
+    golden = json.loads((Path(__file__).parent / "golden.json").read_text())
+
+    def test_its_request(self):
+        request = protobuf.decode_request(bytes.fromhex(self.golden["request"]))
+        assert sdk_messages.plain_request(request) == self.golden["request_values"]
+
+    def test_its_output(self):
+        output = protobuf.decode_output(bytes.fromhex(self.golden["output"]))
+        assert sdk_messages.plain_output(output) == self.golden["output_values"]
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
