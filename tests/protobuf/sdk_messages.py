@@ -3,9 +3,10 @@
     python tests/protobuf/sdk_messages.py write > tests/protobuf/golden.json
     python tests/protobuf/sdk_messages.py read < bodies.json
 
-Run with a Python that has ``tinker==0.38.0`` (``benchmarks/real_client.py`` says how to make one). ``write``
-prints a request and an output, in hex, with the values that are in them; ``read`` takes a list of
-the two, in hex, and prints their values. Values are plain JSON, floats in their shortest text.
+Run with a Python that has ``tinker==0.38.0``; ``benchmarks/real_client.py`` says how to make one,
+and runs both. ``write`` prints a request and an output, in hex, with the values that are in them;
+``read`` takes a list of the two, in hex, and prints their values. Values are plain JSON, floats in
+their shortest text.
 """
 
 from __future__ import annotations
