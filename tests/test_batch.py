@@ -3,6 +3,8 @@ import pytest
 
 from mintjax import Batch, Datum, ModelInput, Ragged
 from mintjax.batch import check_data
+from mintjax.errors import DataError
+from mintjax.ragged import RowAccessError
 
 
 def datum(n, **columns):
@@ -76,3 +78,24 @@ def test_what_a_loss_requires_is_checked():
 
     with pytest.raises(DataError, match="datum 0, field 'advantages': it is needed"):
         check_data([datum(2)], required=("target_tokens", "advantages"))
+
+
+def test_a_batch_of_columns_has_no_datums_to_give():
+    whole = Batch([datum(3, reward=1.0), datum(5, reward=2.0)])
+    columns = Batch.of_columns(whole.names, 2, lambda name: whole[name])
+    np.testing.assert_array_equal(columns["weights"].sum(), [3, 5])
+    assert len(columns[:1]) == 1
+    for ask in (lambda: columns[0], lambda: columns.rows("weights"), lambda: columns.lengths):
+        with pytest.raises(RowAccessError):
+            ask()
+
+
+def test_targets_outside_the_vocabulary_are_named():
+    data = [datum(3), datum(4, target_tokens=[1, 2, 300, 0])]
+    with pytest.raises(DataError, match="datum 1, field 'target_tokens': 300 at position 2 is out"):
+        check_data(data, vocab_size=256)
+
+
+def test_a_column_is_one_number_in_all_datums_or_in_none():
+    with pytest.raises(DataError, match=r"shape \[3\], where datum 0 has a single number"):
+        Batch([datum(2, reward=1.0), datum(3, reward=np.ones(3))])["reward"]

@@ -1,10 +1,11 @@
 import collections
+import sys
 
 import numpy as np
 import pytest
 
 from mintjax import demo, objectives
-from mintjax.errors import DataError
+from mintjax.errors import DataError, MintjaxError
 from mintjax.local import trainer
 
 
@@ -94,3 +95,29 @@ def test_a_short_run_learns_its_few_pairs(loss):
     if loss == "dpo":  # against itself the untrained model prefers nothing
         assert steps[0].loss == pytest.approx(np.log(2), rel=1e-4)
     assert hasattr(objectives, loss)
+
+
+class Tokenized:
+    """A model of which only its tokenizer is asked."""
+
+    def __init__(self, tokenizer_id):
+        self.tokenizer_id = tokenizer_id
+
+    def get_info(self):
+        return self
+
+    @property
+    def model_data(self):
+        return self
+
+
+def test_a_tokenizer_is_named_or_missed():
+    assert demo.encoder(Tokenized("mintjax/bytes"))("é") == [195, 169]
+    with pytest.raises(MintjaxError, match="does not say which tokenizer"):
+        demo.encoder(Tokenized(None))
+
+
+def test_a_tokenizer_of_another_trainer_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MintjaxError, match="'Qwen/Qwen3-8B': pip install tokenizers"):
+        demo.encoder(Tokenized("Qwen/Qwen3-8B"))

@@ -373,3 +373,9 @@ def test_a_gradient_that_needs_no_logprobs_is_known_without_them(name):
 def test_a_gradient_that_needs_logprobs_is_not_taken_for_one_that_does_not(name):
     data, _ = make([3, 200, 7, 5])
     assert constant_logprob_grads(NOT_LINEAR[name], data) is None
+
+
+def test_a_row_of_logprobs_is_an_axis_of_tokens():
+    data = [Datum(ModelInput.from_ints([1]), {"target_tokens": [2]})]
+    with pytest.raises(DataError, match="needs an axis of tokens"):
+        value_and_logprob_grads(lambda data, logprobs: (logprobs.total(), {}), data, [-1.0])

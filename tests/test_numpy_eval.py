@@ -17,6 +17,7 @@ PROGRAMS = {
     "powers": lambda x: x**3 + x**-2 + jnp.sqrt(abs(x)) + jax.lax.rsqrt(abs(x)) + abs(x) ** 0.3,
     "comparisons": lambda x: jnp.where((x > 0) & (x < 1) | ~(x >= -1), x, -2 * x),
     "clip": lambda x: jnp.clip(x, -0.5, 0.7) + jnp.sign(x) + jnp.floor(x) + jnp.ceil(x),
+    "clamp": lambda x: jax.lax.clamp(-0.5, x, 0.7),
     "reductions": lambda x: x.max() + x.min() + x.prod() + x.mean() + x.var() + x.argmax(),
     "logical": lambda x: 1.0 * (x > 5).any() + (x < 5).all() + jnp.isfinite(x).sum(),
     "slices": lambda x: x[2:9:3].sum() + x[::-1][:4].sum() + x[-1],

@@ -240,3 +240,37 @@ def test_shapes_repeat_when_lengths_do_not():
 
 def test_repr_says_what_it_holds_and_not_the_numbers():
     assert repr(Ragged.from_rows(rows_of([2, 3]))) == "Ragged(rows=2, lengths=[2 3], dtype=float32)"
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "max", "min", "logsumexp", "var", "last"])
+def test_rows_of_doubles_are_taken_as_jax_takes_them(name):
+    rows = [np.array([-1.0, -2.0]), np.array([-3.0])]
+    plain = Ragged.from_rows([row.astype(np.float32) for row in rows])
+    np.testing.assert_array_equal(
+        getattr(Ragged.from_rows(rows), name)(), getattr(plain, name)(), strict=True
+    )
+
+
+def test_arrays_of_other_layouts_are_brought_to_one():
+    rows = rows_of([3, 5, 2, 5])
+    x = Ragged.from_rows(rows)
+    assert_rows(x[1:3] + Ragged.from_rows(rows[1:3]), [r + r for r in rows[1:3]])
+    assert_rows(Ragged.from_rows(rows[1:3]) - x[1:3], [r - r for r in rows[1:3]])
+
+
+def test_numbers_of_tokens_spread_over_candidates():
+    rows = rows_of([3, 5])
+    wide = [np.stack([row, 2 * row], axis=1) for row in rows]
+    x, y = Ragged.from_rows(rows), Ragged.from_rows(wide)
+    expected = [row[:, None] * both for row, both in zip(rows, wide, strict=True)]
+    assert_rows(x * y, expected)
+    assert_rows(y * x, expected)
+
+
+def test_every_operator_is_that_of_arrays():
+    rows = rows_of([3, 5])
+    x = Ragged.from_rows(rows)
+    assert_rows(1 + x, [1 + r for r in rows])
+    assert_rows(x <= rows[0][0], [r <= rows[0][0] for r in rows])
+    assert_rows(x < rows[0][0], [r < rows[0][0] for r in rows])
+    assert_rows(x != rows[0][0], [r != rows[0][0] for r in rows])

@@ -286,6 +286,16 @@ BAD_PASSES = {
         400,
         "field 'weights'",
     ),
+    "weights for candidates where there are none": (
+        lambda m: [
+            columns["weights"].update(
+                data=columns["weights"]["data"] * 2, shape=[len(columns["weights"]["data"]), 2]
+            )
+            for columns in (datum["loss_fn_inputs"] for datum in m["data"])
+        ],
+        400,
+        "datum 0, field 'weights'",
+    ),
     "candidates of candidates": (
         lambda m: [
             datum["loss_fn_inputs"]["target_tokens"]["shape"].extend([1, 1]) for datum in m["data"]

@@ -156,3 +156,18 @@ def test_describe_has_every_trainer_and_loss():
     tuft = next(line for line in text.splitlines() if "TuFT" in line)
     assert "0.9 / 1.1" in tuft
     assert "0.01" in tuft
+
+
+def test_a_weight_has_a_derivative_too():
+    logprobs, weights = np.array([-0.5, -2.0, -np.inf]), np.array([1.0, 0.5, 0.0])
+    tangents = (np.zeros(3), np.ones(3))
+    value, slope = jax.jvp(losses.cross_entropy, (logprobs, weights), tangents)
+    np.testing.assert_allclose(value, [0.5, 1.0, 0.0])
+    np.testing.assert_allclose(slope[:2], [0.5, 2.0])
+
+
+def test_a_brier_score_may_be_of_probabilities_that_sum_to_one():
+    logprobs, outcomes = np.log([[0.2, 0.3], [0.1, 0.4]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    expected = [0.6**2 + 0.6**2, 0.2**2 + 0.2**2]
+    score = losses.brier_score(logprobs, outcomes, renormalise=True)
+    np.testing.assert_allclose(score, expected, rtol=1e-5)

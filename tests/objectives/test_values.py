@@ -212,3 +212,12 @@ def test_kto_takes_its_point_of_reference_from_the_batch_or_from_you():
     far = mintjax.value_and_logprob_grads(objectives.kto(kl=50.0), data, EXAMPLE.logprobs)
     assert far.metrics["kl"] == 50.0
     assert far.loss != from_batch.loss
+
+
+def test_a_column_that_only_some_datums_have_is_named_with_the_objective():
+    first, *others = EXAMPLE.data
+    without = {n: c for n, c in first.loss_fn_inputs.items() if n != "advantages"}
+    data = [*others, mintjax.Datum(first.model_input, without)]
+    rows = [*EXAMPLE.logprobs[1:], EXAMPLE.logprobs[0]]
+    with pytest.raises(DataError, match=r"datum 3, field 'advantages'.*ppo reads it"):
+        mintjax.value_and_logprob_grads(objectives.ppo(), data, rows)

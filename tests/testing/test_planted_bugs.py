@@ -180,3 +180,38 @@ def test_a_kink_is_no_bug():
         datum.loss_fn_inputs["logprobs"] = datum.loss_fn_inputs["logprobs"].from_numpy(row)
     testing.check_gradient(on_policy, *example)
     assert np.isfinite(example.logprobs[0]).all()
+
+
+@jax.custom_jvp
+def slope_of_the_row(x: Any) -> Any:
+    """The identity, with a derivative that depends on where it stands."""
+    return x
+
+
+@slope_of_the_row.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[0] * jnp.arange(primals[0].size).reshape(primals[0].shape)
+
+
+def test_a_gradient_that_depends_on_the_order_is_seen_where_the_loss_does_not():
+    def objective(data: Any, logprobs: Any) -> Any:
+        return logprobs.map(slope_of_the_row).total(), {}
+
+    example = find(BATCHES, lambda e: len({len(row) for row in e.logprobs}) > 1, settings=QUICK)
+    with pytest.raises(testing.LawError, match=r"check_permutation: the gradient is .* at datum"):
+        testing.check_permutation(objective, *example)
+
+
+def test_what_is_not_finite_breaks_every_law():
+    def metric(data: Any, logprobs: Any) -> Any:
+        return logprobs.total(), {"ratio": jnp.float32(jnp.inf)}
+
+    def gradient(data: Any, logprobs: Any) -> Any:
+        return jnp.sqrt(logprobs.total() * 0), {}
+
+    example = find(BATCHES, lambda e: True, settings=QUICK)
+    with pytest.raises(testing.LawError, match=r"check_finite: \{'ratio': inf\}"):
+        testing.check_finite(metric, *example)
+    for law in (testing.check_finite, testing.check_gradient, testing.check_permutation):
+        with pytest.raises(testing.LawError, match=f"{law.__name__}: .*(nan|inf)"):
+            law(gradient, *example)
