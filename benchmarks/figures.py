@@ -55,9 +55,9 @@ def transport(rows: Rows) -> Figure:
         times = [row["median_ms"] for row in mine]
         colours = [OURS if name.startswith("mintjax") else SDK for name in names]
         bars = axis.barh(names, times, color=colours)
-        axis.bar_label(bars, [f" {time:.1f}" for time in times])
+        axis.bar_label(bars, [f" {time:,.0f}" if time > 100 else f" {time:.1f}" for time in times])
         axis.set(title=operation.replace("_", " "), xscale="log", xlabel="ms")
-        axis.margins(x=0.25)
+        axis.set_xlim(0.4 * min(times), 12 * max(times))
         axis.invert_yaxis()
     return figure
 

@@ -20,7 +20,8 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 import mintjax
-from mintjax import Datum, ModelInput, objectives
+from mintjax import Datum, ModelInput, bench, objectives
 
 BETA = 0.1
 OBJECTIVES = {
@@ -39,11 +40,9 @@ OBJECTIVES = {
     "dro": objectives.dro(),
 }
 PAIRED = ("bradley_terry", "dpo")
-COLUMNS = {
-    "bradley_terry": ("weights",),
-    "dpo": ("weights", "ref_logprobs"),
-    **dict.fromkeys(("ppo", "cispo", "dro"), ("logprobs", "advantages")),
-}
+COUNTERPARTS = {loss: bench.counterpart(objective) for loss, objective in OBJECTIVES.items()}
+TORCH = {loss: found[0] for loss, found in COUNTERPARTS.items() if found}
+COLUMNS = {loss: found[1] for loss, found in COUNTERPARTS.items() if found}
 LOW, HIGH, DRO_BETA = 0.8, 1.2, 0.05
 
 
@@ -92,45 +91,6 @@ def with_sdk(loss: str, batch: Batch) -> list[Any]:
 def with_torch_from_numpy(loss: str, batch: Batch) -> list[Any]:
     leaves = [torch.from_numpy(row).requires_grad_(True) for row in batch.rows]
     return [grad.numpy() for grad in with_torch(loss, batch, leaves)]
-
-
-def torch_pairs(lps: list[torch.Tensor], weights: Any, ref_logprobs: Any = None) -> torch.Tensor:
-    scores = [torch.dot(lp, w) for lp, w in zip(lps, weights, strict=True)]
-    if ref_logprobs is not None:
-        refs = [torch.dot(r, w) for r, w in zip(ref_logprobs, weights, strict=True)]
-        scores = [BETA * (s - r) for s, r in zip(scores, refs, strict=True)]
-    margins = torch.stack(scores[::2]) - torch.stack(scores[1::2])
-    return -torch.nn.functional.logsigmoid(margins).mean()
-
-
-def torch_tokens(token_loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def loss(lps: list[torch.Tensor], logprobs: Any, advantages: Any) -> torch.Tensor:
-        rows = zip(lps, logprobs, advantages, strict=True)
-        return torch.stack([token_loss(*row).sum() for row in rows]).sum()
-
-    return loss
-
-
-def torch_ppo(lp: torch.Tensor, q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    ratio = torch.exp(lp - q)
-    return -torch.min(ratio * a, torch.clamp(ratio, LOW, HIGH) * a)
-
-
-def torch_cispo(lp: torch.Tensor, q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    return -(torch.clamp(torch.exp(lp - q), LOW, HIGH).detach() * lp * a)
-
-
-def torch_dro(lp: torch.Tensor, q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    return -(lp * a - 0.5 * DRO_BETA * (lp - q) ** 2)
-
-
-TORCH: dict[str, Callable[..., torch.Tensor]] = {
-    "bradley_terry": torch_pairs,
-    "dpo": torch_pairs,
-    "ppo": torch_tokens(torch_ppo),
-    "cispo": torch_tokens(torch_cispo),
-    "dro": torch_tokens(torch_dro),
-}
 
 
 def with_numpy(loss: str, batch: Batch) -> list[Any]:
@@ -194,16 +154,18 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Medians over ``steps``, each implementation in turn on each step's batch."""
     rng = np.random.default_rng(datums)
+
+    def batches() -> Iterator[Batch]:
+        for step in range(warm_up + steps):
+            batch = Batch(rng, CASES[case](rng, datums), loss)
+            if step == 0:
+                check(loss, batch, names)
+            yield batch
+
     compiled = mintjax.gradients.stats().compilations
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in range(warm_up + steps):
-        batch = Batch(rng, CASES[case](rng, datums), loss)
-        if step == 0:
-            check(loss, batch, names)
-        for name in np.roll(names, step):
-            start = time.perf_counter()
-            IMPLEMENTATIONS[name](loss, batch)
-            seconds[name].append(time.perf_counter() - start)
+    timings = bench.interleaved(
+        {name: partial(IMPLEMENTATIONS[name], loss) for name in names}, batches(), warm_up=warm_up
+    )
     compiled = mintjax.gradients.stats().compilations - compiled
     return [
         {
@@ -211,10 +173,10 @@ def measure(
             "datums": datums,
             "case": case,
             "implementation": name,
-            "median_ms": 1e3 * statistics.median(seconds[name][warm_up:]),
+            "median_ms": 1e3 * timing.quantile(0.5),
             "compilations": compiled if name == "mintjax" else 0,
         }
-        for name in names
+        for name, timing in timings.items()
     ]
 
 

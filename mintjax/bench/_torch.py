@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -51,19 +51,14 @@ def gradient(loss: TorchLoss, columns: Sequence[str]) -> Callable[[Arrays], list
 
     def run(arrays: Arrays) -> list[npt.NDArray[np.float32]]:
         leaves = [torch.from_numpy(row).requires_grad_(True) for row in arrays.logprobs]
-        loss(leaves, **as_tensors(arrays, columns)).backward()
+        rows = {
+            name: [torch.from_numpy(np.asarray(d.loss_fn_inputs[name])) for d in arrays.data]
+            for name in columns
+        }
+        loss(leaves, **rows).backward()
         return [leaf.grad.numpy() for leaf in leaves]
 
     return run
-
-
-def as_tensors(arrays: Arrays, columns: Sequence[str]) -> Mapping[str, Rows]:
-    """Columns of a batch as rows of tensors, which share the arrays' memory."""
-    torch = import_torch()
-    return {
-        name: [torch.from_numpy(np.asarray(d.loss_fn_inputs[name])) for d in arrays.data]
-        for name in columns
-    }
 
 
 def import_torch() -> Any:
@@ -78,8 +73,8 @@ def import_torch() -> Any:
         raise ConfigError("torch is not installed: pip install torch") from None
 
 
-def _scores(torch: Any, rows: Rows, weights: Rows) -> Tensor:
-    return torch.stack([torch.dot(row, w) for row, w in zip(rows, weights, strict=True)])
+def _scores(torch: Any, rows: Rows, weights: Rows) -> list[Tensor]:
+    return [torch.dot(row, w) for row, w in zip(rows, weights, strict=True)]
 
 
 def _preference(torch: Any, scores: Tensor) -> Tensor:
@@ -88,15 +83,16 @@ def _preference(torch: Any, scores: Tensor) -> Tensor:
 
 def _bradley_terry(torch: Any, objective: Any) -> TorchLoss:
     def loss(rows: Rows, *, weights: Rows) -> Tensor:
-        return _preference(torch, _scores(torch, rows, weights))
+        return _preference(torch, torch.stack(_scores(torch, rows, weights)))
 
     return loss
 
 
 def _dpo(torch: Any, objective: Any) -> TorchLoss:
     def loss(rows: Rows, *, weights: Rows, ref_logprobs: Rows) -> Tensor:
-        gain = _scores(torch, rows, weights) - _scores(torch, ref_logprobs, weights)
-        rewards, smoothing = objective.beta * gain, objective.label_smoothing
+        scores, references = (_scores(torch, r, weights) for r in (rows, ref_logprobs))
+        gains = torch.stack([s - r for s, r in zip(scores, references, strict=True)])
+        rewards, smoothing = objective.beta * gains, objective.label_smoothing
         loss = (1 - smoothing) * _preference(torch, rewards)
         return loss + smoothing * _preference(torch, -rewards) if smoothing else loss
 
@@ -105,7 +101,7 @@ def _dpo(torch: Any, objective: Any) -> TorchLoss:
 
 def _cross_entropy(torch: Any, objective: Any) -> TorchLoss:
     def loss(rows: Rows, *, weights: Rows) -> Tensor:
-        return -_scores(torch, rows, weights).sum()
+        return -torch.stack(_scores(torch, rows, weights)).sum()
 
     return loss
 
