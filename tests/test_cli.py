@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from mintjax import cli
 from mintjax.local import Engine, running_server
+from mintjax.wire import ClientConfigResponse
 
 
 def run(*arguments, **environment):
@@ -91,7 +92,11 @@ def test_the_demo_in_json_is_a_line_for_each_step_and_a_summary(pairs):
 
 
 def test_probe_says_what_a_trainer_is():
-    with Engine(normalise=True) as engine, running_server(engine, api_key="tml-secret-key") as url:
+    config = ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
+    with (
+        Engine(normalise=True) as engine,
+        running_server(engine, api_key="tml-secret-key", config=config) as url,
+    ):
         probe = ("probe", "--base-url", url, "--base-model", "mintjax/nano")
         measured = run(*probe, "--json", TINKER_API_KEY="tml-secret-key")
         pretty = run(*probe, "--no-measure", TINKER_API_KEY="tml-secret-key")
@@ -100,9 +105,9 @@ def test_probe_says_what_a_trainer_is():
     assert found["reduction"] == {"per_sequence": True, "over_datums": True}
     assert found["carried_by"] == "importance_sampling"
     assert "mintjax/nano" in [model["model_name"] for model in found["models"]]
-    assert found["flags"]["proto_write_fwdbwd"] is False
+    assert found["flags"]["proto_write_fwdbwd"] is True
     assert pretty.exit_code == 0
-    for words in ("mintjax/tiny, 2048 tokens", "JSON", "not measured"):
+    for words in ("mintjax/tiny, 2048 tokens", "protocol buffers, compressed", "not measured"):
         assert words in pretty.output
     assert "secret-key" not in measured.output + pretty.output
 
@@ -187,6 +192,26 @@ def test_serve_runs_until_it_is_interrupted():
         server.send_signal(signal.SIGINT)
         assert server.wait(20) in (0, 130)
     assert announced.startswith("mintjax trainer at http://127.0.0.1:")
+
+
+def test_serve_asks_clients_for_what_it_is_told(monkeypatch):
+    seen = {}
+
+    def serve(host, port, *, announce, **options):
+        seen.update(options, address=(host, port))
+        announce("http://127.0.0.1:1")
+
+    monkeypatch.setattr("mintjax.local.serve", serve)
+    options = ("--port", "1", "--protobuf", "--compress", "--refuse-json", "--normalise")
+    result = run("serve", *options, "--json", MINTJAX_SERVE_API_KEY="tml-secret-key")
+    assert json.loads(result.output) == {"url": "http://127.0.0.1:1"}
+    assert seen["address"] == ("127.0.0.1", 1)
+    assert (seen["config"].proto_write_fwdbwd, seen["config"].proto_compress_fwdbwd) == (True, True)
+    assert seen["json_passes"] is False
+    assert seen["engine"].normalise is True
+    assert seen["api_key"] == "tml-secret-key"
+    assert run("serve").output == "mintjax trainer at http://127.0.0.1:1\n"
+    assert seen["json_passes"] is True
 
 
 def test_an_interrupted_command_ends_quietly(monkeypatch):
