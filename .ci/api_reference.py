@@ -11,9 +11,12 @@ import pdoc
 
 PAGES = [
     "mintjax",
+    "mintjax.bench",
     "mintjax.client",
     "mintjax.interop",
     "mintjax.local",
+    "mintjax.mint",
+    "mintjax.protobuf",
     "mintjax.surrogates",
     "mintjax.testing",
     "mintjax.types",

@@ -32,20 +32,33 @@ class ReverseKLDatum(msgspec.Struct, frozen=True, eq=False):
 
 
 class ReverseKLLoss(msgspec.Struct, eq=False):
-    """The loss of one datum, in nats."""
+    """The loss of one datum.
+
+    Args:
+        loss: in nats.
+    """
 
     loss: TensorData
 
 
 class ReverseKLOutput(msgspec.Struct, eq=False):
-    """What :func:`forward_backward_reverse_kl` returns: one output per datum, in order."""
+    """What :func:`forward_backward_reverse_kl` returns.
+
+    Args:
+        outputs: one per datum, in order.
+        metrics: MinT's own.
+    """
 
     outputs: list[ReverseKLLoss]
     metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
 
 
 class InterpolatedCheckpoint(msgspec.Struct):
-    """Where the mixture of checkpoints went."""
+    """Where the mixture of checkpoints went.
+
+    Args:
+        path: a sampler checkpoint's.
+    """
 
     path: str
 
@@ -80,6 +93,9 @@ def forward_backward_reverse_kl(
         data: at least one datum.
         reference_model_path: a sampler checkpoint.
         temperature: divides both models' logits.
+
+    Returns:
+        A future of the losses, in nats, and MinT's metrics.
 
     Raises:
         DataError: the data cannot be used; nothing was sent.
@@ -118,6 +134,9 @@ def interpolate_checkpoints(
         source_paths: at least one sampler checkpoint.
         coefficients: one finite number for each.
         output_path: a name for the result; MinT chooses one if None.
+
+    Returns:
+        A future of the result's path.
 
     Raises:
         DataError: there is not one finite coefficient for each path.

@@ -13,13 +13,16 @@ from typing import Any
 
 MODULES = [
     "mintjax",
+    "mintjax.bench",
     "mintjax.client",
     "mintjax.errors",
     "mintjax.gradients",
     "mintjax.interop",
     "mintjax.local",
     "mintjax.losses",
+    "mintjax.mint",
     "mintjax.objectives",
+    "mintjax.protobuf",
     "mintjax.surrogates",
     "mintjax.testing",
     "mintjax.types",

@@ -28,7 +28,7 @@ class Timing(msgspec.Struct, kw_only=True):
     warm_up: int
 
     def quantile(self, q: float) -> float:
-        """A quantile of the steps after the warm-up, in seconds; 0.5 is the median."""
+        """The ``q``-quantile of the steps after the warm-up, in seconds; 0.5 is the median."""
         return float(np.quantile(self.seconds[self.warm_up :], q))
 
 

@@ -35,7 +35,11 @@ class Machine(msgspec.Struct, kw_only=True):
 
 
 def machine() -> Machine:
-    """This machine, these packages, today."""
+    """This machine, these packages, today.
+
+    Returns:
+        What a measurement needs beside it to be read.
+    """
     return Machine(
         cpu=_cpu(),
         cores=_cores(),

@@ -58,6 +58,9 @@ def time_steps(
         single_pass: as for ``forward_backward_custom``.
         on_step: called after each step.
 
+    Returns:
+        Where the time of the steps that count went, in seconds.
+
     Raises:
         MintjaxError: a step failed.
         Exception: whatever the objective raises.

@@ -73,7 +73,7 @@ class Synthetic:
                 raise ConfigError(f"column {column!r}: give its name, or name:datum")
 
     def batch(self, datums: int) -> Arrays:
-        """A batch of lengths of its own."""
+        """A batch of so many ``datums``, of lengths of its own."""
         low, high = self.lengths
         return self._of_lengths(self._rng.integers(low, high + 1, datums))
 

@@ -41,6 +41,9 @@ def require() -> None:
 def decode_request(body: Body) -> Request:
     """Decode a request for a pass, a ``ForwardBackwardRequest``.
 
+    Args:
+        body: of the request.
+
     Returns:
         A ``ForwardRequest`` if it says ``forward_only``. A ``seq_id`` of 0 is none; an empty config
         is none; a column without a shape is flat.
@@ -63,7 +66,14 @@ def decode_request(body: Body) -> Request:
 
 
 def number_of(body: Body) -> tuple[str, int] | None:
-    """The model and the ``seq_id`` of a request that cannot be served, if they can be read."""
+    """The model and the ``seq_id`` of a request that cannot be served.
+
+    Args:
+        body: of the request.
+
+    Returns:
+        Both, or None where they cannot be read.
+    """
     try:
         message = _parse(_messages().ForwardBackwardRequest, body)
     except DataError:
@@ -73,6 +83,9 @@ def number_of(body: Body) -> tuple[str, int] | None:
 
 def decode_output(body: Body) -> ForwardBackwardOutput:
     """Decode the result of a pass, a ``ForwardBackwardOutput``.
+
+    Args:
+        body: of the answer.
 
     Returns:
         The arrays of one field are views of one buffer, read-only; ``Ragged.from_rows`` takes them
@@ -174,7 +187,8 @@ def _rows(message: messages.BatchedTensor, name: str, count: int, first: int) ->
     dtype = _dtype(message.dtype, name)
     trailing = tuple(message.trailing_shape)
     try:
-        values = _numbers(message.data, dtype)
+        content = message.data  # a copy, each time it is asked for
+        values = _numbers(content, dtype)
         offsets = _numbers(message.offsets, _INDEX)
         per_entry = dtype.itemsize * math.prod(trailing)
         if any(size < 0 for size in trailing) or len(trailing) > 8:
@@ -182,12 +196,12 @@ def _rows(message: messages.BatchedTensor, name: str, count: int, first: int) ->
         if (
             offsets.size != count + 1
             or offsets[0] != 0
-            or offsets[-1] != len(message.data)
+            or offsets[-1] != len(content)
             or (offsets[1:] < offsets[:-1]).any()
             or (offsets % per_entry if 0 < per_entry < 2**62 else offsets).any()
         ):
             raise DataError(
-                f"the offsets do not cut {len(message.data)} bytes into {count} rows of "
+                f"the offsets do not cut {len(content)} bytes into {count} rows of "
                 f"{dtype.name}{list(trailing)}"
             )
         values = _widened(values, message.dtype)

@@ -41,6 +41,9 @@ def encode_request(request: Request) -> bytes:
     Args:
         request: its data may be :class:`EncodedData`.
 
+    Returns:
+        The message.
+
     Raises:
         NonFiniteError: a NaN or an infinity, which no encoding of the protocol carries; names datum
             and position.
@@ -77,6 +80,9 @@ def encode_datum(datum: Datum, position: int = 0) -> bytes:
         datum: one.
         position: of it in its batch, for the errors' sake.
 
+    Returns:
+        The field ``data`` of a request, with its tag and length.
+
     Raises:
         NonFiniteError: a NaN or an infinity.
         DataError: a token that is no int32.
@@ -89,6 +95,12 @@ def encode_output(output: ForwardBackwardOutput) -> bytes:
 
     Neighbours that have the same fields of the same dtype and trailing shape are one record. What
     has no axis becomes an array of one number.
+
+    Args:
+        output: of a pass.
+
+    Returns:
+        The message.
 
     Raises:
         NonFiniteError: a NaN or an infinity; names datum and position.
@@ -114,6 +126,12 @@ def encode_sample(response: SampleResponse) -> bytes:
     """Encode what was sampled, as ``SampleResponse``.
 
     A prompt token without a logprob has NaN, which is how the format says so.
+
+    Args:
+        response: what was sampled.
+
+    Returns:
+        The message.
     """
     parts: list[bytes] = []
     for sequence in response.sequences:
