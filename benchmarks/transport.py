@@ -104,12 +104,13 @@ def measure(workers: list[Worker], rounds: int) -> list[dict[str, Any]]:
                 replies[worker.name].append(worker.ask("time", operation))
         check(operation, {name: answers[0]["sum"] for name, answers in replies.items()})
         for worker in able:
-            seconds = [reply["seconds"] for reply in replies[worker.name][1:]]
+            counted = replies[worker.name][1:]
             rows.append(
                 {
                     "operation": operation,
                     "implementation": worker.name,
-                    "median_ms": 1e3 * statistics.median(seconds),
+                    "median_ms": 1e3 * statistics.median(reply["seconds"] for reply in counted),
+                    "cpu_ms": 1e3 * statistics.median(reply["cpu"] for reply in counted),
                     "bytes": replies[worker.name][0]["bytes"],
                     "peak_bytes": worker.ask("memory", operation)["peak"],
                 }
@@ -131,7 +132,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         name, size = row["implementation"], row["bytes"]
         line = f"{row['operation']:12s} {name:17s} {row['median_ms']:9.2f} ms"
-        line += f" {size / 1e6:7.2f} MB   peak {row['peak_bytes'] / size:5.2f} x body"
+        line += f" (processor {row['cpu_ms']:8.2f}) {size / 1e6:7.2f} MB"
+        line += f"   peak {row['peak_bytes'] / size:5.2f} x body"
         ratios = [
             f"{by[name] / by[ours]:6.1f} x {ours}"
             for ours in ("mintjax-json", "mintjax-protobuf")

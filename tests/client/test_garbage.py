@@ -149,7 +149,7 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def service(trainer):
-    policy = msgspec.structs.replace(QUICK, bad_answers=0, deadline=0.0)
+    policy = msgspec.structs.replace(QUICK, bad_answers=0, deadline=0.0, poll_timeout=60.0)
     with ServiceClient(ADDRESS, transport=httpx.ASGITransport(trainer), retry_policy=policy) as s:
         yield s
 
