@@ -63,8 +63,9 @@ class PolicyObjective(LossObjective):
         raise NotImplementedError
 
     def bounds(self) -> dict[str, Any]:
-        """The thresholds of the ratio, as keyword arguments of the loss; none by default."""
-        return {}
+        """The thresholds of the ratio that it has, as keyword arguments of the loss."""
+        names = ("clip_low_threshold", "clip_high_threshold")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def bounds_given(self, sampling: Array) -> dict[str, Any]:
         """The thresholds that the metrics go by, which may depend on the sampling logprobs."""
@@ -129,13 +130,6 @@ class ppo(PolicyObjective):
     clip_high_threshold: float = 1.2
     aggregation: Aggregation = static(default="sum")
 
-    def bounds(self) -> dict[str, Any]:
-        """The thresholds."""
-        return {
-            "clip_low_threshold": self.clip_low_threshold,
-            "clip_high_threshold": self.clip_high_threshold,
-        }
-
     @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:
         """``("ppo", thresholds)``, if it sums."""
@@ -161,13 +155,6 @@ class cispo(PolicyObjective):
     clip_low_threshold: float = 0.8
     clip_high_threshold: float = 1.2
     aggregation: Aggregation = static(default="sum")
-
-    def bounds(self) -> dict[str, Any]:
-        """The thresholds."""
-        return {
-            "clip_low_threshold": self.clip_low_threshold,
-            "clip_high_threshold": self.clip_high_threshold,
-        }
 
     @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:

@@ -30,13 +30,6 @@ class dual_clip_ppo(PolicyObjective):
     dual_clip_threshold: float = 3.0
     aggregation: Aggregation = static(default="sum")
 
-    def bounds(self) -> dict[str, Any]:
-        """The thresholds that PPO has too."""
-        return {
-            "clip_low_threshold": self.clip_low_threshold,
-            "clip_high_threshold": self.clip_high_threshold,
-        }
-
     def token_losses(
         self, target: Array, sampling: Array, advantages: Array, where: Array | None
     ) -> Array:
@@ -133,10 +126,7 @@ class gspo(PolicyObjective):
         sampling = on_tokens(self.column(data, "logprobs"), logprobs)
         advantages = on_tokens(self.column(data, "advantages"), logprobs)
         where = token_mask(data, logprobs)
-        bounds: dict[str, Any] = {
-            "clip_low_threshold": self.clip_low_threshold,
-            "clip_high_threshold": self.clip_high_threshold,
-        }
+        bounds = self.bounds()
         log_ratio = on_tokens(self._sequence_log_ratio(sampling, where, logprobs), logprobs)
         values = losses.gspo_token(logprobs.tiles, log_ratio, advantages, **bounds, where=where)
         sums = losses.policy_sums(

@@ -220,4 +220,4 @@ def test_a_column_that_only_some_datums_have_is_named_with_the_objective():
     data = [*others, mintjax.Datum(first.model_input, without)]
     rows = [*EXAMPLE.logprobs[1:], EXAMPLE.logprobs[0]]
     with pytest.raises(DataError, match=r"datum 3, field 'advantages'.*ppo reads it"):
-        mintjax.value_and_logprob_grads(objectives.ppo(), data, rows)
+        objectives.ppo()(data, rows)
