@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -39,38 +40,35 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
         NonFiniteError: a number that no encoding carries; the message names its place.
         DataError: a token that the encoding does not carry.
     """
-    as_protobuf = limits.proto_write_fwdbwd
-    result: list[Chunk] = []
-    parts: list[bytes] = []
-    size = 0
+    encoded = [_encoded(datum, i, limits.proto_write_fwdbwd) for i, datum in enumerate(data)]
+    starts, size = [0], 0
+    for i, one in enumerate(encoded):
+        too_long = i - starts[-1] >= limits.fwdbwd_max_chunk_len
+        too_big = size + len(one) > limits.fwdbwd_max_chunk_bytes_count
+        if i > starts[-1] and (too_long or too_big):
+            starts.append(i)
+            size = 0
+        size += len(one)
 
-    def close(end: int) -> None:
-        nonlocal parts, size
-        first = end - len(parts)
-        shapes = [_target_shape(datum) for datum in data[first:end]]
-        encoded = (
+    def chunk(start: int, end: int) -> Chunk:
+        parts = encoded[start:end]
+        joined = (
             EncodedData(b"".join(parts))
-            if as_protobuf
+            if limits.proto_write_fwdbwd
             else msgspec.Raw(b"[" + b",".join(parts) + b"]")
         )
-        result.append(Chunk(encoded, shapes, first))
-        parts, size = [], 0
+        return Chunk(joined, [_target_shape(datum) for datum in data[start:end]], start)
 
-    for i, datum in enumerate(data):
-        try:
-            encoded = encode_datum(datum, i) if as_protobuf else wire.encode(datum)
-        except NonFiniteError:
-            for name, column in datum.loss_fn_inputs.items():
-                check_finite(column, i, f"input {name!r}")
-            raise
-        too_long = len(parts) >= limits.fwdbwd_max_chunk_len
-        too_big = size + len(encoded) > limits.fwdbwd_max_chunk_bytes_count
-        if parts and (too_long or too_big):
-            close(i)
-        parts.append(encoded)
-        size += len(encoded)
-    close(len(data))
-    return result
+    return [chunk(*ends) for ends in itertools.pairwise([*starts, len(encoded)])]
+
+
+def _encoded(datum: Datum, i: int, as_protobuf: bool) -> bytes:
+    try:
+        return encode_datum(datum, i) if as_protobuf else wire.encode(datum)
+    except NonFiniteError:
+        for name, column in datum.loss_fn_inputs.items():
+            check_finite(column, i, f"input {name!r}")
+        raise
 
 
 class Pass:

@@ -37,16 +37,10 @@ class SamplingClient:
             model_path: of the saved weights, or None.
             base_model: its name, where there is no path.
         """
-        request = wire.CreateSamplingSessionRequest(
-            session_id=await connection.session(),
-            sampling_session_seq_id=next(connection.sampling_numbers),
-            base_model=base_model,
-            model_path=model_path,
-            type="create_sampling_session",
-        )
-        answer = await connection.ask(
-            "create_sampling_session", request, wire.CreateSamplingSessionResponse
-        )
+        path = "create_sampling_session"
+        session, number = await connection.session(), next(connection.sampling_numbers)
+        request = wire.CreateSamplingSessionRequest(session, number, base_model, model_path, path)
+        answer = await connection.ask(path, request, wire.CreateSamplingSessionResponse)
         return cls(connection, answer.sampling_session_id)
 
     def sample(

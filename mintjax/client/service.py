@@ -119,7 +119,7 @@ class ServiceClient:
             DataError: an argument that no trainer can use.
             APIError: the trainer cannot be reached, or refuses.
         """
-        base_model = base_model or from_environment("base_model")
+        base_model = base_model or from_environment("BASE_MODEL")
         if not base_model:
             raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
         if rank < 1:
@@ -214,7 +214,7 @@ class ServiceClient:
             MintjaxError: it cannot be told; the message says what was measured.
             DataError: no base model was given, and the trainer names none.
         """
-        name = base_model or from_environment("base_model")
+        name = base_model or from_environment("BASE_MODEL")
         if not name:
             offered = self.get_server_capabilities().supported_models
             if not offered:
@@ -259,12 +259,8 @@ class ServiceClient:
         self, path: str, user_metadata: dict[str, str] | None, optimizer: bool
     ) -> TrainingClient:
         info = await self._weights_info(path)
-        config = LoraConfig(
-            info.lora_rank or 32,
-            train_unembed=info.train_unembed is not False,
-            train_mlp=info.train_mlp is not False,
-            train_attn=info.train_attn is not False,
-        )
+        flags = (info.train_unembed, info.train_mlp, info.train_attn)
+        config = LoraConfig(info.lora_rank or 32, None, *(flag is not False for flag in flags))
         client = await make_model(self._connection, info.base_model, config, user_metadata)
         await (client.load_state_with_optimizer if optimizer else client.load_state)(path)
         return client

@@ -17,7 +17,6 @@ import msgspec
 from mintjax.errors import ConfigError
 
 DEFAULT_BASE_URL = "https://mint.macaron.xin"
-_VARIABLES = {"base_url": "BASE_URL", "api_key": "API_KEY", "base_model": "BASE_MODEL"}
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +73,11 @@ class Progress(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     detail: str = ""
 
+    def __str__(self) -> str:
+        what = f"{self.path} of model {self.model_id}" if self.model_id else self.path
+        event = f"{self.event}, {self.detail}" if self.detail else self.event
+        return f"{what}: {event} (attempt {self.attempt}, {self.seconds:.3f} s)"
+
 
 class Patience:
     """Exponential delays with jitter, within a deadline."""
@@ -111,7 +115,7 @@ class Patience:
         delay = self._policy.first_delay * 2 ** min(self._delays, 60)
         delay = min(delay, self._policy.longest_delay) * random.uniform(0.5, 1.0)
         delay = max(delay, retry_after or 0.0)
-        if self.seconds + delay > deadline:
+        if self.seconds + delay >= deadline:
             return False
         self._delays += 1
         self.attempts += 1
@@ -151,9 +155,8 @@ class ApiKey(httpx.Auth):
 
 
 def from_environment(name: str) -> str | None:
-    """``MINT_<NAME>``, else ``TINKER_<NAME>``, else None; empty values count as absent."""
-    variable = _VARIABLES[name]
-    return os.environ.get(f"MINT_{variable}") or os.environ.get(f"TINKER_{variable}") or None
+    """``MINT_<name>``, else ``TINKER_<name>``, else None; empty values count as absent."""
+    return os.environ.get(f"MINT_{name}") or os.environ.get(f"TINKER_{name}") or None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,8 +182,8 @@ def resolve(
         ConfigError: no such address, no key where one is needed, a key that would travel in clear
             text, or a Tinker key that would go to MinT.
     """
-    chosen = base_url or from_environment("base_url")
-    key = (api_key or from_environment("api_key") or "").strip()
+    chosen = base_url or from_environment("BASE_URL")
+    key = (api_key or from_environment("API_KEY") or "").strip()
     if not key.isascii() or not key.isprintable():
         raise ConfigError("the API key holds characters that no HTTP header can carry")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -212,13 +213,9 @@ class TrainingClient:
         """
         params = {k: float(v) for k, v in msgspec.structs.asdict(adam_params).items()}
         _check_finite(params)
-        return self.submit(
-            "optim_step",
-            wire.OptimStepRequest(AdamParams(**params), self.model_id),
-            OptimStepResponse,
-            mutates=True,
-            before=self._accumulated.step,
-        )
+        request = wire.OptimStepRequest(AdamParams(**params), self.model_id)
+        step = self._accumulated.step
+        return self.submit("optim_step", request, OptimStepResponse, mutates=True, before=step)
 
     def probe(self) -> Reduction:
         """Measure what the trainer makes of losses, on a throwaway model of the same base.
@@ -347,10 +344,7 @@ class TrainingClient:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(MintjaxError):
-            future = self.unload()
-            if kind is None:
-                await future.result_async(_SECONDS_TO_UNLOAD)
+        await asyncio.to_thread(self.__exit__, kind)
 
     def __repr__(self) -> str:
         return f"TrainingClient({self.model_id!r})"
@@ -405,13 +399,9 @@ class TrainingClient:
         )
 
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        return self.submit(
-            "load_weights",
-            wire.LoadWeightsRequest(self.model_id, path, optimizer=optimizer, type="load_weights"),
-            LoadWeightsResponse,
-            mutates=True,
-            before=self._accumulated.forget,
-        )
+        name, forget = "load_weights", self._accumulated.forget
+        request = wire.LoadWeightsRequest(self.model_id, path, None, optimizer, name)
+        return self.submit(name, request, LoadWeightsResponse, mutates=True, before=forget)
 
 
 async def make_model(
@@ -421,13 +411,8 @@ async def make_model(
     user_metadata: dict[str, str] | None = None,
 ) -> TrainingClient:
     """Have the trainer make a model, within the client's loop."""
-    request = wire.CreateModelRequest(
-        session_id=await connection.session(),
-        model_seq_id=next(connection.model_numbers),
-        base_model=base_model,
-        lora_config=config,
-        user_metadata=user_metadata,
-    )
+    session, number = await connection.session(), next(connection.model_numbers)
+    request = wire.CreateModelRequest(session, number, base_model, config, user_metadata)
     made = await connection.run("create_model", request, wire.CreateModelResponse)
     return TrainingClient(connection, made.model_id)
 

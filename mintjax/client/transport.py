@@ -124,20 +124,9 @@ class Transport:
         self, event: Event, of: Request, attempt: int, detail: str = "", level: int = logging.DEBUG
     ) -> None:
         """Log what has happened to a request, and call the user's callback."""
-        seconds = time.monotonic() - of.started
-        name = of.request_id or None
+        seconds, name = time.monotonic() - of.started, of.request_id or None
         progress = Progress(event, of.path, of.model_id, name, attempt, seconds, detail)
-        logger.log(
-            level,
-            "%s%s: %s%s (attempt %d, %.3f s)",
-            of.path,
-            f" of model {of.model_id}" if of.model_id else "",
-            event,
-            f", {detail}" if detail else "",
-            attempt,
-            seconds,
-            extra=msgspec.structs.asdict(progress),
-        )
+        logger.log(level, "%s", progress, extra=msgspec.structs.asdict(progress))
         if self._settings.on_progress is not None:
             try:
                 self._settings.on_progress(progress)
@@ -170,14 +159,50 @@ class Transport:
             if outcome.status in (400, 404, 413, 415, 422) and outcome.bear == 0:
                 in_doubt = False  # a trainer that had applied it would have said so
             in_doubt |= outcome.unclear
+            outcome.unclear = in_doubt
             deadline = self.policy.deadline
             if not self._reached:
                 deadline = min(deadline, self.policy.first_contact)
-            again = self.policy.repeat_unanswered or not (in_doubt and request.mutates)
-            if not (again and await patience.wait(deadline, outcome.wait, outcome.bear)):
-                raise self._final(outcome.error, request, patience, in_doubt)
-            why = str(outcome.error)
-            self.tell("retry", request, patience.attempts, why, logging.INFO)
+            if in_doubt and request.mutates and not self.policy.repeat_unanswered:
+                deadline = 0.0
+            await self.pause(request, outcome, patience, deadline)
+
+    async def pause(
+        self, request: Request, failure: Failure, patience: Patience, deadline: float
+    ) -> None:
+        """Let a while go by before the next attempt.
+
+        Args:
+            request: what is being tried.
+            failure: of the last attempt; unclear if any was.
+            patience: counts the attempts.
+            deadline: seconds for all of them.
+
+        Raises:
+            APIError: there is to be no further attempt.
+        """
+        if await patience.wait(deadline, failure.wait, failure.bear):
+            why = str(failure.error)
+            return self.tell("retry", request, patience.attempts, why, logging.INFO)
+        error, tried = failure.error, f"{patience.attempts} attempts in {patience.seconds:.1f} s"
+        accepted = f"accepted (request {request.request_id}), and its result never came"
+        answered = isinstance(error, APIStatusError) and not (
+            request.request_id and failure.bear is None
+        )
+        if failure.unclear and request.mutates and not answered:
+            error = errors.AmbiguousRequestError(
+                f"{request.path} was {accepted if request.request_id else 'sent and not answered'} "
+                f"({tried}; last: {error}). It "
+                f"{'has probably' if request.request_id else 'may or may not have'} been applied: "
+                "compare a forward pass with what you expect, or go on from a checkpoint with "
+                "create_training_client_from_state"
+            )
+        elif isinstance(error, errors.APIConnectionError):
+            error = type(error)(f"{error}; {tried}")
+        elif patience.attempts > 1:
+            error.add_note(tried)
+        error.may_have_been_applied = failure.unclear
+        raise error
 
     async def arrives(self, request: Request) -> bool:
         """One attempt, of which only the success matters."""
@@ -288,23 +313,6 @@ class Transport:
             words += " (is the API key the one for this server?)"
         other = errors.BadRequestError if status < 500 else errors.InternalServerError
         return _KINDS.get(status, other)(status, words)
-
-    def _final(
-        self, error: APIError, request: Request, patience: Patience, in_doubt: bool
-    ) -> APIError:
-        tried = f"{patience.attempts} attempts in {patience.seconds:.1f} s"
-        if in_doubt and request.mutates and not isinstance(error, APIStatusError):
-            error = errors.AmbiguousRequestError(
-                f"{request.path} was sent and not answered ({tried}; last: {error}). It may or may "
-                "not have been applied: compare a forward pass with what you expect, or go on from "
-                "a checkpoint with create_training_client_from_state"
-            )
-        elif isinstance(error, errors.APIConnectionError):
-            error = type(error)(f"{error}; {tried}")
-        elif patience.attempts > 1:
-            error.add_note(tried)
-        error.may_have_been_applied = in_doubt
-        return error
 
 
 def _words(body: bytes) -> str:

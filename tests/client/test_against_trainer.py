@@ -24,7 +24,13 @@ from .faults import BadConnection
 MODEL = "mintjax/nano"
 KEY = "sk-key"
 PATIENT = msgspec.structs.replace(
-    QUICK, deadline=120.0, first_contact=120.0, bad_answers=50, longest_delay=0.01
+    QUICK,
+    deadline=120.0,
+    first_contact=120.0,
+    poll_timeout=60.0,
+    silence=120.0,
+    bad_answers=50,
+    longest_delay=0.01,
 )
 SEEDS_PER_TEST = 20
 
