@@ -1,10 +1,12 @@
 """The protocol's passes as protocol buffers: the same structs as in JSON, as bytes.
 
-What is written is put together here, in one copy: through the message classes it takes three to
-five. What is read goes through them, for it may be anybody's: they need the extra ``protobuf``.
+Numbers are most of them: they are copied once where a message is written, and not at all where an
+answer is read, where the message classes would copy them two to five times. Requests, which only a
+trainer reads, go through those classes, and they need the extra ``protobuf``.
 """
 
-from mintjax.protobuf.decoding import decode_output, decode_request, number_of, require
+from mintjax.protobuf.answers import decode_output
+from mintjax.protobuf.decoding import decode_request, number_of, require
 from mintjax.protobuf.encoding import (
     EncodedData,
     encode_datum,

@@ -247,11 +247,12 @@ def test_a_token_that_is_no_int32_is_not_sent(connect):
 
 
 def test_without_the_extra_nothing_is_sent(connect, monkeypatch):
-    def missing():
+    def missing(body):
         raise ConfigError('pip install "mintjax[protobuf]"')
 
-    monkeypatch.setattr(protobuf, "require", missing)
-    trainer = Scripted(output(), config=ASKED)
+    monkeypatch.setattr(compression, "compress", missing)
+    asked = {"proto_write_fwdbwd": True, "proto_compress_fwdbwd": True}
+    trainer = Scripted(output(), config=asked)
     client = connect(trainer)
     with pytest.raises(ConfigError, match="pip install"):
         client.forward_backward(DATA, "cross_entropy").result(10)
