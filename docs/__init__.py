@@ -1,0 +1,1 @@
+"""What README shows of the code, drawn from it."""
