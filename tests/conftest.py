@@ -15,6 +15,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need
 
 
+@pytest.fixture(scope="session")
+def engine():
+    """One embedded trainer for all tests."""
+    from mintjax.local import Engine  # late: tests of the core run without the extra
+
+    with Engine() as engine:
+        yield engine
+
+
 @pytest.fixture
 def x64():
     """Run the test with 64-bit types."""

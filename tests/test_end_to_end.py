@@ -7,7 +7,7 @@ import pytest
 
 import mintjax
 from mintjax import AdamParams, Datum, ModelInput, Ragged, objectives
-from mintjax.local import BASE_MODELS, Engine, trainer
+from mintjax.local import BASE_MODELS, trainer
 from mintjax.local import model as transformer
 
 CONFIG = BASE_MODELS["mintjax/nano"]
@@ -26,12 +26,6 @@ OBJECTIVES = {
     "bradley_terry": objectives.bradley_terry(),
     "mean_nll": mean_nll,
 }
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,10 @@ import pytest
 import mintjax
 from mintjax import AdamParams, Batch, objectives
 from mintjax.bridge import remote_logprobs
-from mintjax.local import Engine, trainer
+from mintjax.local import trainer
 from mintjax.remote_optimizer import remote_optimizer
 
 from .double import make
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

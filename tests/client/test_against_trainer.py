@@ -35,20 +35,6 @@ PATIENT = msgspec.structs.replace(
 SEEDS_PER_TEST = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank_promotion():
-    """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine() as engine:
-        yield engine
-
-
 @pytest.fixture(scope="module")
 def url(engine):
     with running_server(engine, api_key=KEY) as url:

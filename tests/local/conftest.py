@@ -1,4 +1,4 @@
-"""One engine for all tests, so that what was compiled for the smallest model is compiled once."""
+"""Models of the smallest base, and a trainer that averages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from mintjax.local import Engine
 from mintjax.types import LoraConfig
 
 BASE_MODEL = "mintjax/nano"
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
-    with Engine() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="session")
