@@ -212,7 +212,7 @@ class FutureError(msgspec.Struct):
 def encode(message: Any) -> bytes:
     """Encode a struct of the protocol as JSON.
 
-    Tensors are written by orjson, all else by msgspec. A float32 column of 256 datums x 2,048 tokens
+    Tensors are written by orjson, all else by msgspec. A float32 column of 256 x 2,048 numbers
     takes orjson 11 ms and 7.3 MB. msgspec, which knows Python's floats only and writes 0.1 as
     0.10000000149011612, takes 24 ms and 11.9 MB; 65 ms if NumPy looks for the shortest decimals
     first; NumPy's own text takes 240 ms.
