@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -18,26 +18,18 @@ T = TypeVar("T")
 _SECONDS_TO_CLOSE = 0.8
 
 
-class Withdrawn(Exception):
-    """The future was cancelled before anything was sent for it."""
-
-
 class Carried(Exception):
     """Takes an exception of the user's through coroutines, which would rewrite a StopIteration."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
 
 
 def begin(future: Future[Any]) -> None:
     """From here on the request can no longer be cancelled.
 
     Raises:
-        Withdrawn: it was cancelled before, or the client closed.
+        CancelledError: it was cancelled before, or the client closed.
     """
     if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
-        raise Withdrawn
+        raise CancelledError
 
 
 class Background:
@@ -130,10 +122,8 @@ async def _drive(
 ) -> None:
     try:
         result = await run(future)
-    except Withdrawn:
-        return
     except Carried as carried:
-        _fail(future, carried.error)
+        _fail(future, carried.args[0])
     except BaseException as error:
         _fail(future, error)
     else:

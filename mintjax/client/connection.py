@@ -9,7 +9,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ from mintjax.errors import (
     BillingError,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("mintjax.client")
@@ -74,12 +75,14 @@ class Connection:
         """
         return self.background.start(run, APIFuture(self.background.thread, self, seen))
 
-    def start(self, run: Callable[[], Coroutine[Any, Any, T]]) -> APIFuture[T]:
-        """Run something that has no place in a line; raises as :meth:`submit`."""
+    def start(
+        self, run: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> APIFuture[T]:
+        """Run a coroutine function that has no place in a line; raises as :meth:`submit`."""
 
         async def begun(future: APIFuture[T]) -> T:
             begin(future)
-            return await run()
+            return await run(*args, **kwargs)
 
         return self.submit(begun)
 
@@ -95,8 +98,8 @@ class Connection:
 
     def takes_protobuf(self, request: Request, refusal: APIError) -> bool:
         """Whether a pass was refused for its encoding; from then on they are protocol buffers."""
-        refused = request.path in ("forward", "forward_backward") and not request.headers
-        if not refused or getattr(refusal, "status_code", 0) != 415:
+        is_pass = request.path in ("forward", "forward_backward")
+        if not is_pass or request.headers or getattr(refusal, "status_code", 0) != 415:
             return False
         logger.info("passes are sent as protocol buffers from now on: %s", refusal)
         self.limits = msgspec.structs.replace(self.limits, proto_write_fwdbwd=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import msgspec
 
-from mintjax.client.background import Carried, Withdrawn, begin
+from mintjax.client.background import Carried, begin
 from mintjax.client.connection import Connection
 from mintjax.client.encodings import encode
 from mintjax.client.futures import APIFuture
@@ -77,7 +78,7 @@ class Lane:
             turn = Turn(self, future)
             try:
                 if future.cancelled():
-                    raise Withdrawn
+                    raise CancelledError
                 self._raise_doubt()
                 if seen < len(self._failures):
                     raise NotSentError(f"not sent, because {self._failures[-1]}; submit it again?")
@@ -166,7 +167,7 @@ class Turn:
         """From here on the request can no longer be cancelled.
 
         Raises:
-            Withdrawn: it was cancelled before, or the client closed.
+            CancelledError: it was cancelled before, or the client closed.
         """
         begin(self.future)
 

@@ -55,7 +55,7 @@ async def retrieve(transport: Transport, request: Request, as_type: type[T]) -> 
         if isinstance(answer, Failure) and answer.reply and answer.status == 408:
             reply, answer = answer.reply, _NotYet()  # a try_again in other clothes
             with suppress(APIResponseError):
-                answer = transport.decode(_PATH, reply, _NotYet)
+                answer = transport.decode(_PATH, _NotYet, reply)
             answer.type = "try_again"
         if isinstance(answer, Failure):
             await _pause(transport, request, answer, patience)
@@ -85,8 +85,8 @@ def _read(
     result = f"{_PATH} ({request.path})"
     large = as_type is ForwardBackwardOutput and len(reply.body) > _LARGEST_EXCUSE
     if reply.is_protobuf or large:
-        return transport.decode(result, reply, as_type)
-    answer = transport.decode(_PATH, reply, _NotYet)
+        return transport.decode(result, as_type, reply)
+    answer = transport.decode(_PATH, _NotYet, reply)
     if answer.type == "try_again" or (metadata_only and answer.status == "complete_metadata"):
         return answer
     if answer.error is not None:
@@ -95,7 +95,7 @@ def _read(
             request_id=request.request_id,
             category=answer.category if answer.category in ("user", "server") else "unknown",
         )
-    return transport.decode(result, reply, as_type)
+    return transport.decode(result, as_type, reply)
 
 
 async def _pause(

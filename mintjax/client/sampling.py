@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 from mintjax import wire
 from mintjax.client.connection import Connection
@@ -61,9 +59,8 @@ class SamplingClient:
         Raises:
             DataError: an argument that no trainer can use.
         """
-        return self._connection.start(
-            self._asking(prompt, num_samples, sampling_params, include_prompt_logprobs)
-        )
+        request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs)
+        return self._connection.start(self._connection.run, "asample", request, SampleResponse)
 
     sample_async = awaited(sample)
 
@@ -73,10 +70,10 @@ class SamplingClient:
         Raises:
             DataError: the prompt has no token.
         """
-        ask = self._asking(prompt, 1, SamplingParams(max_tokens=1), True)
+        request = self._request(prompt, 1, SamplingParams(max_tokens=1), True)
 
         async def run() -> list[float | None]:
-            answer = await ask()
+            answer = await self._connection.run("asample", request, SampleResponse)
             logprobs = answer.prompt_logprobs
             if logprobs is None or len(logprobs) != prompt.length:
                 raise APIResponseError(
@@ -89,14 +86,14 @@ class SamplingClient:
 
     compute_logprobs_async = awaited(compute_logprobs)
 
-    def _asking(
+    def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams, prompt_logprobs: bool
-    ) -> Callable[[], Coroutine[Any, Any, SampleResponse]]:
+    ) -> wire.SampleRequest:
         _check(prompt, num_samples, params)
-        message = wire.SampleRequest(
-            prompt, params, self._session, next(self._numbers), num_samples, prompt_logprobs
+        number = next(self._numbers)
+        return wire.SampleRequest(
+            prompt, params, self._session, number, num_samples, prompt_logprobs
         )
-        return lambda: self._connection.run("asample", message, SampleResponse)
 
 
 def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:

@@ -127,9 +127,8 @@ class ServiceClient:
         if not (train_mlp or train_attn or train_unembed):
             raise DataError("nothing is left to train; let at least one of the three be True")
         config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        return self._connection.start(
-            lambda: make_model(self._connection, base_model, config, user_metadata)
-        )
+        connection = self._connection
+        return connection.start(make_model, connection, base_model, config, user_metadata)
 
     create_lora_training_client, create_lora_training_client_async = both(
         _create_lora_training_client
@@ -147,7 +146,7 @@ class ServiceClient:
         Raises:
             APIError: the trainer cannot be reached, or knows no such path.
         """
-        return self._connection.start(lambda: self._from_state(path, user_metadata, False))
+        return self._connection.start(self._from_state, path, user_metadata, False)
 
     create_training_client_from_state, create_training_client_from_state_async = both(
         _create_training_client_from_state
@@ -157,7 +156,7 @@ class ServiceClient:
         self, path: str, user_metadata: dict[str, str] | None = None
     ) -> APIFuture[TrainingClient]:
         """As :meth:`create_training_client_from_state`, with the optimizer's state too."""
-        return self._connection.start(lambda: self._from_state(path, user_metadata, True))
+        return self._connection.start(self._from_state, path, user_metadata, True)
 
     (
         create_training_client_from_state_with_optimizer,
@@ -179,7 +178,7 @@ class ServiceClient:
         if model_path is None and base_model is None:
             raise DataError("pass model_path, or base_model", field="model_path")
         connection = self._connection
-        return connection.start(lambda: SamplingClient.open(connection, model_path, base_model))
+        return connection.start(SamplingClient.open, connection, model_path, base_model)
 
     create_sampling_client, create_sampling_client_async = both(_create_sampling_client)
 
@@ -187,7 +186,7 @@ class ServiceClient:
         """Which base models the trainer offers."""
         request = Request("get_server_capabilities", method="GET")
         call = self._connection.transport.call
-        return self._connection.start(lambda: call(request, ServerCapabilities))
+        return self._connection.start(call, request, ServerCapabilities)
 
     get_server_capabilities, get_server_capabilities_async = both(_get_server_capabilities)
 
@@ -230,7 +229,7 @@ class ServiceClient:
             message: what to send: a msgspec struct.
             as_type: what the result is.
         """
-        return self._connection.start(lambda: self._connection.run(path, message, as_type))
+        return self._connection.start(self._connection.run, path, message, as_type)
 
     def close(self) -> None:
         """End the thread, and every future that is still open with ClosedError; within a second."""

@@ -279,16 +279,15 @@ class TrainingClient:
 
     def _create_sampling_client(self, model_path: str) -> APIFuture[SamplingClient]:
         """A sampling client for the weights at ``model_path``, which a save for a sampler gave."""
-        return self._connection.start(lambda: SamplingClient.open(self._connection, model_path))
+        return self._connection.start(SamplingClient.open, self._connection, model_path)
 
     create_sampling_client, create_sampling_client_async = both(_create_sampling_client)
 
     def _get_info(self) -> APIFuture[GetInfoResponse]:
         """What the trainer says of the model: base model, tokenizer, rank."""
         request = wire.ModelRequest(self.model_id, "get_info")
-        return self._connection.start(
-            lambda: self._connection.ask("get_info", request, GetInfoResponse)
-        )
+        ask = self._connection.ask
+        return self._connection.start(ask, "get_info", request, GetInfoResponse)
 
     get_info, get_info_async = both(_get_info)
 
@@ -423,7 +422,7 @@ def probe(connection: Connection, base_model: str) -> Reduction:
     Raises:
         MintjaxError: it cannot be told.
     """
-    made = connection.start(lambda: make_model(connection, base_model, LoraConfig(8, 0)))
+    made = connection.start(make_model, connection, base_model, LoraConfig(8, 0))
     with made.result() as model:
         connection.findings.reduction = measure_reduction(model)
     return connection.findings.reduction

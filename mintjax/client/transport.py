@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import httpx
@@ -148,10 +149,7 @@ class Transport:
         """
         patience = Patience(self.policy)
         in_doubt = False
-
-        def read(reply: Reply) -> T:
-            return self.decode(request.path, reply, as_type)
-
+        read = partial(self.decode, request.path, as_type)
         while True:
             outcome = await self.attempt(request, read, self._settings.timeout)
             if not isinstance(outcome, Failure):
@@ -185,15 +183,14 @@ class Transport:
             why = str(failure.error)
             return self.tell("retry", request, patience.attempts, why, logging.INFO)
         error, tried = failure.error, f"{patience.attempts} attempts in {patience.seconds:.1f} s"
-        accepted = f"accepted (request {request.request_id}), and its result never came"
-        answered = isinstance(error, APIStatusError) and not (
-            request.request_id and failure.bear is None
-        )
+        what, may = "sent and not answered", "may or may not have"
+        answered = isinstance(error, APIStatusError)
+        if request.request_id:
+            what = f"accepted (request {request.request_id}), and its result never came"
+            may, answered = "has probably", answered and failure.bear is not None
         if failure.unclear and request.mutates and not answered:
             error = errors.AmbiguousRequestError(
-                f"{request.path} was {accepted if request.request_id else 'sent and not answered'} "
-                f"({tried}; last: {error}). It "
-                f"{'has probably' if request.request_id else 'may or may not have'} been applied: "
+                f"{request.path} was {what} ({tried}; last: {error}). It {may} been applied: "
                 "compare a forward pass with what you expect, or go on from a checkpoint with "
                 "create_training_client_from_state"
             )
@@ -285,7 +282,7 @@ class Transport:
         """The text without the API key."""
         return self._settings.key.redact(text)
 
-    def decode(self, path: str, reply: Reply, as_type: type[T]) -> T:
+    def decode(self, path: str, as_type: type[T], reply: Reply) -> T:
         """Decode an answer: JSON, or the result of a pass as a protocol buffer.
 
         Raises:
