@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from docs.rooms import PACKAGE, Room, files, room_of
+import mintjax
+from docs.rooms import Room, files, room_of
 from mintjax import AdamParams, Datum, ModelInput, local, objectives
 
 VALUES = ("errors.py", "ragged.py", "types.py")
@@ -94,7 +96,8 @@ def _watched(
     Yields:
         Calls a function, watches what it calls in this thread, and returns what it returns.
     """
-    names = {f"{PACKAGE}/{path}": room_of(path, rooms).name for path in files().values()}
+    package = Path(mintjax.__file__).parent
+    names = {f"{package}/{path}": room_of(path, rooms).name for path in files().values()}
     known: set[FrameType] = set()
     watching = False
 
