@@ -67,6 +67,14 @@ def test_awaiting_with_a_timeout_leaves_the_request_running(client, held):
     assert len(asyncio.run(wait()).loss_fn_outputs) == 2
 
 
+def test_what_waits_for_futures_takes_these(client, held):
+    first, second = client.forward(DATA), client.forward(DATA)
+    done, waiting = concurrent.futures.wait([first, second], return_when="FIRST_COMPLETED")
+    assert (done, waiting) == ({second}, {first})
+    held.release()
+    assert set(concurrent.futures.as_completed([first, second], 5)) == {first, second}
+
+
 def test_a_loop_that_ends_first_hurts_nobody(client, held):
     future = client.forward(DATA)
 

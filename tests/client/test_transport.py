@@ -301,6 +301,16 @@ def test_a_result_that_never_comes(client, trainer):
     client.save_state("after").result(5)
 
 
+def test_a_result_that_cannot_be_read(client, trainer):
+    trainer.faults["retrieve_future/request-1"] = [Answer(200, b"garbage")] * 1000
+    with pytest.raises(AmbiguousRequestError, match="probably been applied") as caught:
+        client.optim_step(ADAM).result(5)
+    assert caught.value.may_have_been_applied
+    trainer.faults["retrieve_future/request-2"] = [Answer(200, b"garbage")] * 1000
+    with pytest.raises(APIResponseError, match="not a"):
+        client.forward(DATA).result(5)
+
+
 def test_a_trainer_that_does_not_answer_in_time(connect, trainer):
     impatient = msgspec.structs.replace(QUICK, deadline=0.05)
     service = connect(retry_policy=impatient, timeout=0.02)
