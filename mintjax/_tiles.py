@@ -110,12 +110,12 @@ def pack(
     if flat is None:
         flat = empty(layout, rows[0].shape[1:], dtype)
     pieces: list[Array] = []
-    gaps: list[int] = (-layout.lengths % TILE).tolist()
-    for row, gap in zip(rows, gaps, strict=False):
+    for row in rows:
         pieces.append(row)
+        gap = -len(row) % TILE
         if gap:
             pieces.append(row[:gap] if gap <= len(row) else row[_cycle(len(row))[:gap]])
-    used = np.count_nonzero(layout.tile_count > 0) * TILE
+    used = int(layout.row_start[-1]) + -(-int(layout.lengths[-1]) // TILE) * TILE
     np.concatenate(pieces, out=flat[:used], casting="same_kind")
     flat[used:] = flat[0] if used else 0
     return flat.reshape(-1, TILE, *flat.shape[1:])

@@ -168,10 +168,13 @@ class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
         Raises:
             DataError: the trainer returned no logprobs for a datum.
         """
-        for i, output in enumerate(self.loss_fn_outputs):
-            if "logprobs" not in output:
-                raise DataError("the trainer returned no logprobs", datum=i, field="logprobs")
-        return [output["logprobs"].to_numpy() for output in self.loss_fn_outputs]
+        try:
+            return [output["logprobs"].view(np.ndarray) for output in self.loss_fn_outputs]
+        except KeyError:
+            lack = ["logprobs" not in output for output in self.loss_fn_outputs]
+        raise DataError(
+            "the trainer returned no logprobs", datum=lack.index(True), field="logprobs"
+        )
 
 
 Route = Literal["two_pass", "one_pass", "by_name"]

@@ -7,11 +7,10 @@ the large one has to stay where it is.
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 from collections.abc import Iterator
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -126,8 +125,8 @@ def _rows(tensor: _Tensor, name: str, count: int, first: int) -> list[TensorData
         entry = at // (values.size // len(values))
         row = int(np.searchsorted(bounds, entry, side="right")) - 1
         raise DataError(f"{values.ravel()[at]} is not finite", datum=first + row, field=name)
-    rows = values.view(TensorData)
-    return [cast("TensorData", rows[a:b]) for a, b in itertools.pairwise(bounds)]
+    rows: Any = values.view(TensorData)
+    return list(map(rows.__getitem__, map(slice, bounds, bounds[1:])))
 
 
 def _named(entry: memoryview) -> tuple[str, _Tensor]:
