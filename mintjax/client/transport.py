@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("mintjax.client")
 
+_CODINGS = ("gzip", "deflate")
 _SLOWEST_UPLOAD = 20_000  # bytes per second
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _KINDS: dict[int, type[APIStatusError]] = {
@@ -113,7 +114,11 @@ class Transport:
         self._http = httpx.AsyncClient(
             base_url=f"{self.address}/api/v1/",
             auth=settings.key,
-            headers={"User-Agent": f"mintjax/{version}", "Content-Type": "application/json"},
+            headers={
+                "User-Agent": f"mintjax/{version}",
+                "Content-Type": "application/json",
+                "Accept-Encoding": ", ".join(_CODINGS),
+            },
             follow_redirects=False,
             transport=settings.transport,
             trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
@@ -248,6 +253,7 @@ class Transport:
             ) as response:
                 if not answering.expired():  # just now; then the next await ends it
                     answering.reschedule(None)  # httpx watches the rest, part by part
+                self._check_coding(response.headers)
                 async for part in response.aiter_bytes():
                     content += part
                     self.check_size(len(content))
@@ -275,6 +281,15 @@ class Transport:
                 f"an answer of {size:,} bytes or more is beyond the limit of "
                 f"{self._settings.max_response_bytes:,}; pass max_response_bytes to allow it"
             )
+            error.may_have_been_applied = True
+            raise error
+
+    def _check_coding(self, headers: httpx.Headers) -> None:
+        # What comes in one piece is unfolded before its size is known: a thousandfold at most by
+        # these, without end by others, which httpx reads as well where their packages are.
+        coding = headers.get("content-encoding", "identity").lower()
+        if coding not in (*_CODINGS, "identity"):
+            error = APIError(f"{self.address} answered in {coding!r}, which was not asked for")
             error.may_have_been_applied = True
             raise error
 

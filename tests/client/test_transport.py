@@ -106,6 +106,12 @@ def test_a_result_that_is_too_large_is_not_read(connect, trainer, known_beforeha
     client.forward(DATA).result(5)
 
 
+def test_an_answer_in_a_coding_that_was_not_asked_for_is_not_unfolded(client, trainer):
+    trainer.faults["retrieve_future"] = [Answer(200, b"(", {"Content-Encoding": "zstd"})]
+    with pytest.raises(APIError, match="'zstd', which was not asked for"):
+        client.forward(DATA).result(5)
+
+
 def test_progress_is_told_and_holds_nothing_of_the_data(connect, trainer, caplog):
     told = []
     client = connect(on_progress=told.append).create_lora_training_client("tiny")
