@@ -19,11 +19,10 @@ def encode(
     """Write a request as the trainer wants it.
 
     Raises:
-        ConfigError: as a protocol buffer, and the extra ``protobuf`` is not installed.
+        ConfigError: compressed, and the extra ``protobuf``, which can, is not installed.
     """
     if not config.proto_write_fwdbwd or not isinstance(message, _PASSES):
         return Request(path, wire.encode(message), model_id, mutates)
-    protobuf.require()
     is_forward = isinstance(message, wire.ForwardRequest)
     given = message.forward_input if is_forward else message.forward_backward_input
     if not isinstance(given.data, protobuf.EncodedData):  # handed over before that was known
