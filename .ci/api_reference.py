@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import typing
 import warnings
@@ -40,4 +41,7 @@ def as_written(annotation: object, *_: object) -> object:
 warnings.simplefilter("error")
 pdoc.doc.safe_eval_type = pdoc.doc_types.safe_eval_type = as_written
 pdoc.render.configure(docformat="google", math=True)
-pdoc.pdoc(*PAGES, output_directory=Path(sys.argv[1]))
+directory = Path(sys.argv[1]).absolute()
+directory.mkdir(parents=True, exist_ok=True)
+os.chdir(directory)  # where no folder is called mintjax, so that it is the installed one
+pdoc.pdoc(*PAGES, output_directory=directory)
