@@ -146,6 +146,17 @@ def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
     return Layout(layout.lengths[index], layout.row_start[index], tile_row, tile_count, row_mask)
 
 
+def move(tiles: Array, source: Layout, to: Layout) -> Array:
+    """Rows that lie as one layout says, as another says of rows of the same lengths.
+
+    Chosen rows stay where they were, so that those of two slices lie in different places; whether
+    they do cannot be seen where layouts are traced. Where they do not, nothing moves.
+    """
+    ahead = (jnp.asarray(source.row_start) - to.row_start) // TILE
+    number = jnp.arange(to.tile_row.shape[0], dtype=jnp.int32) + to_tiles(ahead, to)
+    return jnp.take(jnp.asarray(tiles), number, axis=0, mode="clip")
+
+
 def to_tiles(per_row: Array, layout: Layout) -> Array:
     """One value per row, ``[B, ...]``, to one per tile, ``[tiles, ...]``."""
     return jnp.take(jnp.asarray(per_row), layout.tile_row, axis=0, mode="clip")

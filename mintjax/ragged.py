@@ -301,23 +301,23 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return _tiles.widen(tiled, self.tiles)
 
     def _align(self, other: Ragged) -> Array:
-        mine, theirs = self._layout, other._layout
+        mine, theirs, tiles = self._layout, other._layout, other.tiles
         if mine is not theirs:
             if self.num_rows != other.num_rows:
                 raise ValueError(f"{self.num_rows} rows do not combine with {other.num_rows}")
-            if not any(isinstance(x, jax.core.Tracer) for x in (mine.lengths, theirs.lengths)):
+            traced = any(isinstance(x, jax.core.Tracer) for x in (mine.lengths, theirs.lengths))
+            same = mine.tile_row.shape == theirs.tile_row.shape
+            if not traced:
                 a, b = np.asarray(mine.lengths), np.asarray(theirs.lengths)
                 if (a != b).any():
                     i = int(np.argmax(a != b))
                     raise ValueError(f"row {i} has {a[i]} tokens here and {b[i]} there")
-                if not np.array_equal(np.asarray(mine.row_start), np.asarray(theirs.row_start)):
-                    return _concatenate(other._row_tuple(), mine)
-            elif mine.tile_row.shape != theirs.tile_row.shape:
+                same = same and np.array_equal(mine.row_start, theirs.row_start)
+            elif not same:
                 raise ValueError("rows of different lengths do not combine")
-        tiles = other.tiles
-        if tiles.ndim < self.tiles.ndim:
-            return _tiles.widen(tiles, self.tiles)
-        return tiles
+            if traced or not same:
+                tiles = _tiles.move(tiles, theirs, mine)
+        return _tiles.widen(tiles, self.tiles) if tiles.ndim < self.tiles.ndim else tiles
 
     def _unary(self, op: Callable[[Array], Array]) -> Ragged:
         return Ragged(op(self.tiles), self._layout)

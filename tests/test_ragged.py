@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mintjax
-from mintjax import Ragged
+from mintjax import Datum, ModelInput, Ragged
 from mintjax.ragged import RowAccessError
 
 # Few numbers of rows and tiles, so that few programs are compiled for many examples.
@@ -274,3 +274,39 @@ def test_every_operator_is_that_of_arrays():
     assert_rows(x <= rows[0][0], [r <= rows[0][0] for r in rows])
     assert_rows(x < rows[0][0], [r < rows[0][0] for r in rows])
     assert_rows(x != rows[0][0], [r != rows[0][0] for r in rows])
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_rows_that_were_chosen_stand_beside_rows_that_were_made(wrap):
+    rows = rows_of([3, 300, 5, 7, 9, 11, 2, 1, 1])  # as many tiles as the chosen ones alone take
+    chosen = (Ragged.from_rows(rows) * 2)[1:4]
+    made = (Ragged.from_rows(rows_of([300, 5, 7], seed=1) + rows_of([1] * 6)) * 1)[:3]
+    add = wrap(lambda a, b: a + b)
+    expected = [2 * a + b for a, b in zip(rows[1:4], rows_of([300, 5, 7], seed=1), strict=True)]
+    for got in (add(chosen, made), add(made, chosen)):
+        assert_rows(got, expected)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 5, 5], [1, 1, 300, 300, 128, 128]])
+def test_two_slices_meet_row_by_row(sizes):
+    """Compiled or not, though the rows of each stay where they were among those of the other."""
+
+    def contrast(data, logprobs):
+        return ((logprobs[0::2] - 2 * logprobs[1::2]) ** 2).total(), {}
+
+    rows = rows_of(sizes)
+    data = [Datum(ModelInput.from_ints(range(n)), {"target_tokens": np.arange(n)}) for n in sizes]
+    result = mintjax.value_and_logprob_grads(contrast, data, rows)
+    margins = [a - 2 * b for a, b in zip(rows[0::2], rows[1::2], strict=True)]
+    assert result.loss == pytest.approx(sum((m**2).sum() for m in margins), rel=1e-5)
+    expected = [grad for m in margins for grad in (2 * m, -4 * m)]
+    for got, want in zip(result.grads, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    x = Ragged.from_rows(rows)
+    assert_rows(x[0::2] - 2 * x[1::2], margins)
+
+
+def test_rows_of_other_lengths_do_not_combine_in_a_compiled_program():
+    few, many = (Ragged.from_rows(rows_of(sizes)) for sizes in ([3, 4], [3, 900]))
+    with pytest.raises(ValueError, match="rows of different lengths do not combine"):
+        jax.jit(lambda a, b: a + b)(few, many)
