@@ -151,6 +151,10 @@ def _continue(
     log_p = np.broadcast_to(first_log_p, (rows, VOCAB_SIZE))
     tokens = np.zeros(rows, np.int32)
     for step in range(limit):
+        if step:
+            # A copy: the CPU backend may read a NumPy argument after the call has returned.
+            log_p, cache = _next(config, weights, tokens.copy(), cache, position + step - 1)
+            log_p = np.asarray(log_p)
         for row in list(active):
             tokens[row] = token = _draw(log_p[row], params, generators[row])
             sequence = sequences[row]
@@ -160,11 +164,8 @@ def _continue(
             if _stops(sequence.tokens, params.stop):
                 sequence.stop_reason = "stop"
                 active.remove(row)
-        if not active or step + 1 == limit:
+        if not active:
             break
-        # A copy: the CPU backend may read a NumPy argument after the call has returned.
-        log_p, cache = _next(config, weights, tokens.copy(), cache, position + step)
-        log_p = np.asarray(log_p)
     return sequences
 
 
