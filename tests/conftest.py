@@ -1,8 +1,12 @@
 """Settings that every test runs under."""
 
+import sys
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from . import torch_double
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -29,3 +33,11 @@ def x64():
     """Run the test with 64-bit types."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def small_torch(monkeypatch):
+    """Let ``import torch`` give a double that knows linear losses."""
+    torch = torch_double.module()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    return torch

@@ -73,6 +73,10 @@ def test_only_what_travels_is_checked():
     assert check_data(batch, ["weights"]) is batch
 
 
+def test_whole_numbers_of_ones_own_are_as_they_are():
+    assert len(check_data([datum(2, group=np.array([-1, 9]))], vocab_size=8)) == 1
+
+
 def test_what_a_loss_requires_is_checked():
     from mintjax.errors import DataError
 

@@ -1,5 +1,7 @@
+import importlib
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mintjax import cli
+from mintjax.errors import ConfigError
 from mintjax.local import Engine, running_server
 from mintjax.wire import ClientConfigResponse
 
@@ -91,6 +94,25 @@ def test_the_demo_in_json_is_a_line_for_each_step_and_a_summary(pairs):
         assert "secret-key" not in output
 
 
+def test_the_demo_brings_its_own_trainer(pairs):
+    options = ("--steps", "1", "--batch-pairs", "2", "--base-model", "mintjax/nano", "--json")
+    result = run("demo", "--data", str(pairs), *options)
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line).get("step") for line in result.output.splitlines()] == [1, None]
+
+
+def test_the_package_runs_as_a_program_and_does_nothing_when_imported(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "mintjax.__main__", raising=False)
+    monkeypatch.setattr(sys, "argv", ["mintjax", "--version"])
+    importlib.import_module("mintjax.__main__")
+    assert capsys.readouterr().out == ""
+    monkeypatch.delitem(sys.modules, "mintjax.__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mintjax", run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out.startswith("mintjax ")
+
+
 def test_probe_says_what_a_trainer_is():
     config = ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
     with (
@@ -100,6 +122,7 @@ def test_probe_says_what_a_trainer_is():
         probe = ("probe", "--base-url", url, "--base-model", "mintjax/nano")
         measured = run(*probe, "--json", TINKER_API_KEY="tml-secret-key")
         pretty = run(*probe, "--no-measure", TINKER_API_KEY="tml-secret-key")
+        in_words = run(*probe, TINKER_API_KEY="tml-secret-key", COLUMNS="120")
     assert measured.exit_code == 0, measured.output
     found = json.loads(measured.stdout)
     assert found["reduction"] == {"per_sequence": True, "over_datums": True}
@@ -109,7 +132,9 @@ def test_probe_says_what_a_trainer_is():
     assert pretty.exit_code == 0
     for words in ("mintjax/tiny, 2048 tokens", "protocol buffers, compressed", "not measured"):
         assert words in pretty.output
-    assert "secret-key" not in measured.output + pretty.output
+    assert "divided by the sum of its weights" in in_words.output
+    assert "divided by its datums' number" in in_words.output
+    assert "secret-key" not in measured.output + pretty.output + in_words.output
 
 
 def test_bench_in_json():
@@ -129,6 +154,35 @@ def test_bench_tells_the_share_of_a_step():
     assert result.exit_code == 0, result.output
     assert "a custom step of 2 datums on embedded (by_name)" in result.output
     assert "%" in result.output
+
+
+def test_bench_beside_torch(small_torch):
+    bench = ("bench", "cross_entropy", "--datums", "2", "--lengths", "3:9", "--steps", "2")
+    result = run(*bench, "--against", "torch", COLUMNS="120")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"torch takes \d+\.\d times as long for 2 datums", result.output)
+    assert "mintjax takes" not in result.output
+    assert re.search(r"gradients differ by \d\.\de[+-]\d\d of the largest", result.output)
+    assert "--trainer embedded, or a base URL, measures it" in result.output
+
+
+def test_bench_takes_steps_on_a_trainer_somewhere(engine):
+    bench = ("bench", "cross_entropy", "--datums", "2", "--lengths", "3:9", "--steps", "2")
+    options = ("--base-model", "mintjax/nano", "--trainer-steps", "1", "--json")
+    with running_server(engine) as url:
+        result = run(*bench, "--trainer", url, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["trainer"] == url
+    assert [step["datums"] for step in report["custom_steps"]] == [2]
+
+
+def test_bench_says_what_a_figure_needs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    bench = ("bench", "cross_entropy", "--datums", "2", "--lengths", "3:9", "--steps", "1")
+    result = run(*bench, "--plot", str(tmp_path / "cost.svg"))
+    assert isinstance(result.exception, ConfigError)
+    assert "pip install matplotlib" in str(result.exception)
 
 
 @pytest.mark.parametrize("option", [("--datums", "x"), ("--datums", "0"), ("--lengths", "9:3")])
@@ -188,9 +242,12 @@ def test_serve_runs_until_it_is_interrupted():
     command = [sys.executable, "-c", "from mintjax.cli import main; main()", "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        announced = server.stdout.readline()
-        server.send_signal(signal.SIGINT)
-        assert server.wait(20) in (0, 130)
+        try:
+            announced = server.stdout.readline()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) in (0, 130)
+        finally:
+            server.kill()  # a process may have been started with SIGINT ignored
     assert announced.startswith("mintjax trainer at http://127.0.0.1:")
 
 

@@ -58,3 +58,39 @@ def test_a_torch_loss_gives_what_the_jax_one_gives():
     ignoring = torch_objective(lambda d, lps: (lps[0].sum(), {}))
     grads = mintjax.value_and_logprob_grads(ignoring, data, logprobs).grads
     assert [float(g.sum()) for g in grads] == [3, 0, 0, 0]
+
+
+def test_the_gradient_is_what_backward_leaves_in_the_rows(small_torch):
+    def cross_entropy(data, rows):
+        weights = [small_torch.tensor(datum.loss_fn_inputs["weights"]) for datum in data]
+        scores = [small_torch.dot(row, w) for row, w in zip(rows, weights, strict=True)]
+        return -small_torch.stack(scores).sum(), {"first": scores[0], "datums": len(data)}
+
+    data, logprobs = make([3, 5])
+    theirs = mintjax.value_and_logprob_grads(torch_objective(cross_entropy), data, logprobs)
+    ours = mintjax.value_and_logprob_grads(objectives.cross_entropy(), data, logprobs)
+    assert theirs.loss == theirs.metrics["loss"] == pytest.approx(ours.loss, rel=1e-6)
+    assert theirs.metrics["first"] == pytest.approx(logprobs[0].mean(), rel=1e-6)
+    assert theirs.metrics["datums"] == 2
+    for a, b in zip(theirs.grads, ours.grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reads_the_first", [False, True])
+def test_a_row_that_a_torch_loss_does_not_read_has_a_gradient_of_zeros(
+    small_torch, reads_the_first
+):
+    def loss(data, rows):
+        return (rows[0] if reads_the_first else small_torch.tensor([2.0])).sum(), {}
+
+    data, logprobs = make([3, 5])
+    result = mintjax.value_and_logprob_grads(torch_objective(loss), data, logprobs)
+    assert result.loss == pytest.approx(logprobs[0].sum() if reads_the_first else 2.0)
+    assert [grad.tolist() for grad in result.grads] == [[float(reads_the_first)] * 3, [0.0] * 5]
+
+
+@pytest.mark.parametrize("kind", ["row", "float"])
+def test_a_torch_loss_that_is_no_scalar_is_refused(small_torch, kind):
+    objective = torch_objective(lambda data, rows: (rows[0] if kind == "row" else 1.0, {}))
+    with pytest.raises(ObjectiveError, match="must be a torch scalar"):
+        mintjax.value_and_logprob_grads(objective, *make([3]))

@@ -175,3 +175,9 @@ def test_model_input_refuses_what_are_no_tokens():
             ModelInput.from_ints(bad)
     with pytest.raises(DataError, match="token -1 at position 1 is negative"):
         ModelInput.from_ints([1, -1])
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "int64"])
+def test_text_is_no_column_whatever_dtype_is_asked_for(dtype):
+    with pytest.raises(DataError, match="a column must hold numbers, not "):
+        TensorData(["1", "2"], dtype)

@@ -161,3 +161,8 @@ def test_neither_direction_takes_three_times_the_body(wide_data):
 
 def test_a_fragment_is_sent_as_it_is():
     assert wire.encode({"data": msgspec.Raw(b"[1]")}) == b'{"data":[1]}'
+
+
+def test_a_type_that_json_does_not_have_is_named():
+    with pytest.raises(DataError, match="not a complex: cannot decode complex"):
+        wire.decode(b"1", complex)

@@ -1,4 +1,8 @@
+import os
+import platform
 import sys
+import textwrap
+import types
 
 import pytest
 
@@ -44,7 +48,7 @@ def module(tmp_path, monkeypatch):
     made = []
 
     def write(name, text):
-        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
         made.append(name)
         return name
 
@@ -85,8 +89,6 @@ def test_what_a_module_lacks_itself_is_not_blamed_on_its_name(module):
 
 
 def test_there_is_nothing_to_compare_with():
-    torch = pytest.importorskip("torch")
-    assert torch
     with pytest.raises(ConfigError, match="no torch counterpart"):
         small(objectives.gspo(), against="torch")
 
@@ -137,3 +139,48 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError, match="pip install torch"):
         small(objectives.bradley_terry(), against="torch")
+
+
+def test_a_torch_loss_stands_beside_ours(small_torch):
+    report = small(objectives.cross_entropy(), against="torch")
+    implementations = [(result.datums, result.implementation) for result in report.results]
+    assert implementations == [(2, "mintjax"), (2, "torch"), (4, "mintjax"), (4, "torch")]
+    assert report.gradient_difference is not None
+    assert report.gradient_difference < 1e-5
+
+
+def test_a_torch_loss_of_ones_own_is_taken_by_name(small_torch, module):
+    """The columns that it reads are made up for both."""
+    name = module(
+        "own_loss",
+        """
+        import torch
+        from mintjax.interop import torch_objective
+
+        def loss(data, rows):
+            weights = [torch.tensor(datum.loss_fn_inputs["weights"]) for datum in data]
+            return -torch.stack(list(map(torch.dot, rows, weights))).sum(), {}
+
+        wrapped = torch_objective(loss)
+        """,
+    )
+    wrapped = bench.load_objective(f"{name}:wrapped")
+    report = small(wrapped, against=f"{name}:loss", datums=(2,))
+    assert report.columns == ("weights",)
+    assert report.results[1].implementation == "own_loss:loss"
+    assert report.gradient_difference == 0
+    name = module("no_such_loss", "def loss(data, rows): return sum(r.sum() for r in rows), {}\n")
+    with pytest.raises(MintjaxError, match="no_such_loss:loss is another loss: its gradient at"):
+        small(objectives.cross_entropy(), against=f"{name}:loss", datums=(2,))
+
+
+@pytest.mark.parametrize("info", [None, "processor : 0\nBogoMIPS : 50.00\n"])
+def test_a_machine_that_does_not_name_its_processor(tmp_path, monkeypatch, info):
+    place = tmp_path / "cpuinfo"
+    if info is not None:
+        place.write_text(info)
+    monkeypatch.setattr("mintjax.bench._machine.Path", lambda _: place)
+    monkeypatch.setattr("mintjax.bench._machine.sys", types.SimpleNamespace(platform="darwin"))
+    found = small(objectives.bradley_terry(), datums=(2,)).machine
+    assert found.cpu == (platform.processor() or platform.machine())
+    assert found.cores == os.cpu_count()

@@ -16,11 +16,19 @@ import weakref
 import pytest
 
 from mintjax.client import ServiceClient
-from mintjax.errors import APITimeoutError, ClosedError, RequestFailedError
+from mintjax.errors import (
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    ClosedError,
+    DataError,
+    MintjaxError,
+    RequestFailedError,
+)
 from mintjax.types import AdamParams, ModelInput, SamplingParams
 
 from .data import DATA
-from .double import ADDRESS, Hold
+from .double import ADDRESS, Answer, Hold
 
 ADAM = AdamParams()
 
@@ -297,6 +305,15 @@ def test_sampling(service):
     assert sampler.compute_logprobs(ModelInput.from_ints([1, 2, 3])).result(5) == [None, -0.5, -0.5]
 
 
+def test_prompt_logprobs_are_one_for_each_token(service, trainer):
+    sampler = service.create_sampling_client(base_model="tiny")
+    for given, words in (([None], "returned 1 prompt"), (None, "returned 0 prompt")):
+        answer = {"sequences": [], "prompt_logprobs": given}
+        trainer.faults["retrieve_future"] = [Answer(200, answer)]
+        with pytest.raises(APIResponseError, match=words):
+            sampler.compute_logprobs(ModelInput.from_ints([1, 2])).result(5)
+
+
 @pytest.mark.parametrize(
     ("prompt", "num_samples", "params", "field"),
     [
@@ -332,12 +349,30 @@ def test_a_training_client_from_a_checkpoint(service, trainer, optimizer):
 
 
 def test_a_trainer_without_weights_info(service, trainer):
-    from .double import Answer
-
     trainer.refuse = lambda path, body: Answer(404) if path == "weights_info" else None
     service.create_training_client_from_state("tinker://model-7/weights/a")
     assert trainer.bodies("get_info")[0]["model_id"] == "model-7"
     assert trainer.bodies("create_model")[0]["lora_config"]["rank"] == 4
+
+
+@pytest.mark.parametrize(("path", "status"), [("tinker://m/a", 403), ("elsewhere", 404)])
+def test_a_checkpoint_of_which_nothing_is_known(service, trainer, path, status):
+    trainer.refuse = lambda at, body: Answer(status) if at == "weights_info" else None
+    with pytest.raises(APIStatusError, match="no detail") as caught:
+        service.create_training_client_from_state(path)
+    assert caught.value.status_code == status
+    assert not trainer.paths("get_info", "create_model")
+
+
+def test_a_probe_without_a_model_to_make(service, trainer, monkeypatch):
+    for name in ("MINT_BASE_MODEL", "TINKER_BASE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    trainer.faults["get_server_capabilities"] = [Answer(200, {"supported_models": []})]
+    with pytest.raises(DataError, match=r"base_model.*names none"):
+        service.probe()
+    with pytest.raises(MintjaxError, match="moved the logprob by 0"):
+        service.probe()  # of a model that never learns
+    assert trainer.bodies("create_model")[0]["base_model"] == "tiny"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.tensors import TensorData
-from mintjax.types import AdamParams, Datum, ModelInput
+from mintjax.types import AdamParams, Datum, ModelInput, SamplingParams
 
 from .data import DATA, datum
 from .double import Answer, Hold, Trainer, logprob
@@ -360,6 +360,14 @@ def test_a_request_that_fails_when_it_runs(client, trainer):
         (lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[1.0], shape=[1]), "datum 1"),
         (lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[None, 1.0]), "loss_fn_outputs"),
         (lambda r: r.pop("loss_fn_outputs"), "loss_fn_outputs"),
+        (
+            lambda r: r["loss_fn_outputs"][1].update(more={"data": [1e39], "dtype": "float32"}),
+            "datum 1: the trainer returned a number in 'more' that is beyond float32",
+        ),
+        (
+            lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[1, 2], dtype="int64"),
+            "datum 1: the trainer returned logprobs of int64",
+        ),
     ],
 )
 def test_an_answer_that_does_not_fit_the_data(client, trainer, change, message):
@@ -401,6 +409,26 @@ def test_state_and_sampling(client, service, trainer):
     assert client.get_info().model_data.model_name == "tiny"
 
 
+def test_a_sampling_client_of_a_trainer_that_answers_with_a_path(client, trainer):
+    trainer.faults["retrieve_future/request-1"] = [Answer(200, {"path": "tinker://saved"})]
+    sampler = client.save_weights_and_get_sampling_client()
+    assert trainer.bodies("create_sampling_session")[0]["model_path"] == "tinker://saved"
+    answer = sampler.sample(ModelInput.from_ints([1]), 2, SamplingParams()).result(5)
+    assert len(answer.sequences) == 2
+    trainer.faults["retrieve_future/request-3"] = [Answer(200, {})]
+    with pytest.raises(APIResponseError, match="neither a path nor a sampling_session_id"):
+        client.save_weights_and_get_sampling_client()
+
+
+def test_a_custom_step_that_is_refused_is_not_taken_otherwise(client, trainer):
+    trainer.refuse = lambda path, body: (
+        Answer(400, {"detail": "not today"}) if path == "forward_backward" else None
+    )
+    with pytest.raises(BadRequestError, match="not today"):
+        client.forward_backward_custom(DATA, sum_of_squares).result(5)
+    assert len(trainer.bodies("forward_backward")) == 1
+
+
 def test_unload_waits_for_all_that_was_submitted(client, trainer):
     held = Hold()
     trainer.faults["retrieve_future/request-1"] = [held]
@@ -423,6 +451,12 @@ def test_a_training_client_unloads_at_the_end_of_its_block(service, trainer):
     with service.create_lora_training_client("tiny"):
         pass
     assert list(trainer.models) == ["model-1"]
+
+
+def test_an_error_in_the_block_of_a_training_client_is_the_users(service, trainer):
+    with pytest.raises(KeyError, match="mine"), service.create_lora_training_client("tiny"):
+        raise KeyError("mine")
+    assert trainer.paths("unload_model") in ([], ["unload_model"])  # asked, and not waited for
 
 
 async def in_a_loop(service: ServiceClient) -> TrainingClient:

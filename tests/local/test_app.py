@@ -113,6 +113,13 @@ class TestTraining:
             "train_attn": True,
         }
 
+    def test_a_checkpoint_without_a_name_is_given_one(self, http, model_id):
+        request = {"model_id": model_id, "seq_id": 1}
+        path = http.call("save_weights", request)["path"]
+        assert path.startswith(f"tinker://{model_id}/weights/")
+        assert path != http.call("save_weights", request | {"seq_id": 2})["path"]
+        assert http.call("load_weights", wire.LoadWeightsRequest(model_id, path))["path"] == path
+
     def test_a_checkpoint_that_is_not_there(self, http, model_id):
         path = f"tinker://{model_id}/weights/nothing"
         failed = http.call("load_weights", wire.LoadWeightsRequest(model_id, path))

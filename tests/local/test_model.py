@@ -104,6 +104,11 @@ def test_only_what_was_asked_for_is_adapted(config, layers, unembed):
     assert set(lora["layers"]) == layers
     assert ("unembed" in lora) == unembed
     assert all(2 in leaf.shape for leaf in jax.tree.leaves(lora))
+    base = model.base_weights(NANO)
+    adapted = model.adapt(base, jax.tree.map(jnp.ones_like, lora))
+    changed = {n for n, w in adapted["layers"].items() if (w != base["layers"][n]).any()}
+    assert changed == layers
+    assert (adapted["unembed"] != base["unembed"]).any() == unembed
 
 
 def test_adapters_follow_their_seed():

@@ -106,6 +106,27 @@ def test_closing_ends_those_who_wait_for_a_result(engine, monkeypatch):
         assert poll.result(10).json()["error"].startswith("it was not run")
 
 
+def test_serving_from_a_thread_leaves_signals_alone_and_ends_with_its_error(engine):
+    def refuse(url):
+        urls.append(url)
+        raise LookupError("mine")
+
+    urls, before = [], signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor() as pool, pytest.raises(LookupError, match="mine"):
+        pool.submit(local.serve, port=0, engine=engine, announce=refuse).result(20)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{urls[0]}/api/v1/healthz")
+
+
+def test_what_is_broken_is_not_blamed_on_the_extra():
+    script = "import sys; sys.modules['mintjax.local.engine'] = None; import mintjax.local"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: import of mintjax.local.engine halted" in done.stderr
+    assert "pip install" not in done.stderr
+
+
 def test_without_its_extra_it_says_what_to_install():
     script = "import sys; sys.modules['starlette'] = None; import mintjax.local"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENV)

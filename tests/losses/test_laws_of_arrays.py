@@ -193,3 +193,9 @@ def test_all_losses_run_under_shard_map_on_eight_devices():
     )
     assert done.returncode == 0, done.stderr
     assert f"agreed {len(cases.ALL)}" in done.stdout
+
+
+def test_the_slope_by_weights_alone_is_minus_the_logprobs():
+    logprobs, weights = np.array([-1.0, -2.0, -np.inf], np.float32), jnp.array([1.0, 0.5, 0.0])
+    slope = jax.grad(lambda w: losses.cross_entropy(logprobs, w).sum())(weights)
+    np.testing.assert_array_equal(slope, [1, 2, 0])

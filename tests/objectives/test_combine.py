@@ -109,3 +109,12 @@ def test_a_regulariser_pulls_on_every_datum():
         differs = datum.loss_fn_inputs["ref_logprobs"].to_numpy() != 0
         assert (grad[~counts] == 0).all()
         assert counts.any() <= (grad[counts & differs] != 0).any()
+
+
+def test_a_terms_own_loss_metric_is_not_taken_for_its_value():
+    def shouting(data: Any, logprobs: Any) -> Any:
+        return logprobs.total(), {"loss": 7.0, "volume": 11.0}
+
+    whole = mintjax.value_and_logprob_grads(objectives.weighted_sum({"it": shouting}), *EXAMPLE)
+    assert whole.metrics["it/loss"] == pytest.approx(whole.loss)
+    assert whole.metrics["it/volume"] == 11

@@ -305,6 +305,11 @@ class TestOutputs:
         for mine, theirs in zip(one.loss_fn_outputs, other.loss_fn_outputs, strict=True):
             assert same(mine, theirs)
 
+    def test_a_result_without_outputs(self):
+        output = ForwardBackwardOutput(loss_fn_outputs=[], metrics={"seconds": 0.5})
+        back = protobuf.decode_output(protobuf.encode_output(output))
+        assert (back.loss_fn_outputs, back.metrics) == ([], {"seconds": 0.5})
+
     def test_the_library_reads_rows_one_after_another(self):
         rows = [np.arange(n, dtype=np.float32) for n in (2, 0, 3)]
         output = ForwardBackwardOutput(loss_fn_outputs=[{"logprobs": TensorData(r)} for r in rows])
