@@ -87,9 +87,10 @@ class Background:
         task.add_done_callback(self._tasks.discard)
 
     def close(self) -> None:
-        """End every future with ClosedError and the thread with them; within a second."""
-        if self._closed:
-            return
+        """End every future with ClosedError and the thread with them; within a second.
+
+        To be called once; the connection's finalizer sees to it.
+        """
         self._closed = True
         for future in list(self._futures):
             _fail(future, ClosedError("the client was closed before this was answered"))

@@ -188,6 +188,22 @@ def test_a_final_status_shows_the_trainers_words_and_gives_the_number_back(clien
     assert [seq for seq, _ in sent(trainer, "optim_step")] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("rank is too large", "rank is too large"),
+        ({"msg": "too large", "loc": ["body", "rank"]}, "body.rank: too large"),
+        ({"msg": "too large"}, "too large"),
+        ({"rank": 7}, "{'rank': 7}"),
+    ],
+)
+def test_what_a_validator_says_is_put_into_words(client, trainer, item, words):
+    trainer.faults["optim_step"] = [Answer(422, {"detail": [item, "and more"]})]
+    with pytest.raises(BadRequestError) as caught:
+        client.optim_step(ADAM).result(5)
+    assert f"{words}; and more" in str(caught.value)
+
+
 def test_billing_is_named(client, trainer):
     trainer.faults["optim_step"] = [Answer(402, {"detail": "top up"})]
     with pytest.raises(BillingError, match="billing is paused"):
@@ -369,6 +385,17 @@ def test_a_session_shows_signs_of_life(connect, trainer):
     while trainer.paths("session_heartbeat")[4:] == []:
         client.forward(DATA).result(5)
     assert trainer.bodies("session_heartbeat")[0]["session_id"] == "session-1"
+
+
+def test_silence_is_told_once(connect, trainer, caplog, monkeypatch):
+    monkeypatch.setattr("mintjax.client.connection._WARN_WITHOUT_HEARTBEAT", 0.0)
+    lively = msgspec.structs.replace(QUICK, heartbeat=0.005)
+    trainer.refuse = lambda path, body: Answer(500) if path == "session_heartbeat" else None
+    client = connect(retry_policy=lively).create_lora_training_client("tiny")
+    while trainer.paths("session_heartbeat")[4:] == []:
+        client.forward(DATA).result(5)
+    told = [record for record in caplog.records if "no heartbeat has reached" in record.message]
+    assert [record.levelname for record in told] == ["WARNING"]
 
 
 def test_retry_after_is_a_number_or_a_date():

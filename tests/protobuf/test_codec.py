@@ -19,7 +19,14 @@ from mintjax.errors import ConfigError, DataError, NonFiniteError
 from mintjax.protobuf import messages_pb2 as messages
 from mintjax.ragged import Ragged
 from mintjax.tensors import TensorData
-from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput, ModelInput
+from mintjax.types import (
+    Datum,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    ModelInput,
+    SampledSequence,
+    SampleResponse,
+)
 
 from . import sdk_messages
 
@@ -459,6 +466,20 @@ class TestTheOfficialClient:
     def test_its_output(self):
         output = protobuf.decode_output(bytes.fromhex(self.golden["output"]))
         assert sdk_messages.plain_output(output) == self.golden["output_values"]
+
+
+@pytest.mark.parametrize("prompt", [None, [None, -0.5]])
+@pytest.mark.parametrize("logprobs", [None, [-1.0, -2.0]])
+def test_a_sample_may_be_without_logprobs(logprobs, prompt):
+    sequence = SampledSequence(tokens=[3, 4], logprobs=logprobs, stop_reason="stop")
+    encoded = protobuf.encode_sample(SampleResponse(sequences=[sequence], prompt_logprobs=prompt))
+    message = messages.SampleResponse.FromString(encoded)
+    [found] = message.sequences
+    assert np.frombuffer(found.tokens, "<i4").tolist() == [3, 4]
+    assert np.frombuffer(found.logprobs, "<f4").tolist() == (logprobs or [])
+    assert np.isnan(np.frombuffer(message.prompt_logprobs, "<f4")).tolist() == (
+        [] if prompt is None else [True, False]
+    )
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
