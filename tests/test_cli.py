@@ -239,7 +239,9 @@ def test_a_loss_that_takes_rows_is_measured_with_a_warning_of_one_line(tmp_path)
 
 
 def test_serve_runs_until_it_is_interrupted():
-    command = [sys.executable, "-c", "from mintjax.cli import main; main()", "serve", "--port", "0"]
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script = heed + "from mintjax.cli import main; main()"  # SIGINT may be ignored here
+    command = [sys.executable, "-c", script, "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -247,7 +249,7 @@ def test_serve_runs_until_it_is_interrupted():
             server.send_signal(signal.SIGINT)
             assert server.wait(20) in (0, 130)
         finally:
-            server.kill()  # a process may have been started with SIGINT ignored
+            server.kill()
     assert announced.startswith("mintjax trainer at http://127.0.0.1:")
 
 
