@@ -146,6 +146,18 @@ def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
     return Layout(layout.lengths[index], layout.row_start[index], tile_row, tile_count, row_mask)
 
 
+def hide_others(tiles: Array, chosen: Layout) -> Array:
+    """The buffer with rows that were not chosen overwritten by one that was.
+
+    A function of what was chosen is not to meet what was not: where it is infinite there, its
+    gradient would be ``0 * inf``.
+    """
+    tiles = jnp.asarray(tiles)
+    shown = tiles[chosen.row_start[0] // TILE]
+    mine = widen(chosen.tile_count > 0, tiles)
+    return jnp.where(mine, tiles, jax.lax.stop_gradient(shown))
+
+
 def move(tiles: Array, source: Layout, to: Layout) -> Array:
     """Rows that lie as one layout says, as another says of rows of the same lengths.
 

@@ -239,7 +239,8 @@ class Ragged(Operators, metaclass=_NotAnArray):
         rows = None if self._rows is None else self._rows[index]
         if rows is not None and self._tiles is None:
             return Ragged(None, _tiles.layout_of([row.shape[0] for row in rows]), rows)
-        return Ragged(self.tiles, _tiles.select_rows(self._layout, chosen), rows)
+        layout = _tiles.select_rows(self._layout, chosen)
+        return Ragged(_tiles.hide_others(self.tiles, layout), layout, rows)
 
     def _row_tuple(self) -> tuple[Array, ...]:
         if self._rows is None:

@@ -379,3 +379,19 @@ def test_a_row_of_logprobs_is_an_axis_of_tokens():
     data = [Datum(ModelInput.from_ints([1]), {"target_tokens": [2]})]
     with pytest.raises(DataError, match="needs an axis of tokens"):
         value_and_logprob_grads(lambda data, logprobs: (logprobs.total(), {}), data, [-1.0])
+
+
+def test_rows_that_a_slice_leaves_out_are_not_met():
+    data, logprobs = make([30, 200, 3, 1])
+    for i, datum in enumerate(data):
+        datum.loss_fn_inputs["scale"] = mintjax.TensorData(
+            np.full(len(logprobs[i]), 2.0 * (i % 2 == 0), np.float32)
+        )
+
+    def of_every_other(data, logprobs):
+        scale = data["scale"][0::2].map(jnp.log)  # of 0 in the rows between
+        return (logprobs[0::2] * scale).total(), {}
+
+    result = value_and_logprob_grads(of_every_other, data, logprobs)
+    for i, grad in enumerate(result.grads):
+        np.testing.assert_allclose(grad, np.log(2.0) * (i % 2 == 0), rtol=1e-6)
