@@ -23,6 +23,7 @@ T = TypeVar("T")
 logger = logging.getLogger("mintjax.client")
 
 _CODINGS = ("gzip", "deflate")
+_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": ", ".join(_CODINGS)}
 _SLOWEST_UPLOAD = 20_000  # bytes per second
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _KINDS: dict[int, type[APIStatusError]] = {
@@ -114,11 +115,7 @@ class Transport:
         self._http = httpx.AsyncClient(
             base_url=f"{self.address}/api/v1/",
             auth=settings.key,
-            headers={
-                "User-Agent": f"mintjax/{version}",
-                "Content-Type": "application/json",
-                "Accept-Encoding": ", ".join(_CODINGS),
-            },
+            headers={"User-Agent": f"mintjax/{version}", **_HEADERS},
             follow_redirects=False,
             transport=settings.transport,
             trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
