@@ -52,7 +52,7 @@ class LogprobGradients(NamedTuple):
         loss: the objective's value.
         metrics: the objective's metrics as floats; ``"loss"`` is there too.
         grads: ``d loss / d logprobs``, one array per datum, in order, in the shape of its logprobs;
-            read-only, as JAX's arrays are.
+            to be read only, as JAX's arrays are.
     """
 
     loss: float

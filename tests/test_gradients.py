@@ -257,6 +257,28 @@ def test_nothing_that_was_passed_is_changed():
             np.testing.assert_array_equal(datum.loss_fn_inputs[name], copy)
 
 
+def of_weights(data, logprobs):
+    return (logprobs * data["weights"]).total(), {}  # its gradient is a column as it is
+
+
+@pytest.mark.parametrize("objective", [of_weights, objectives.bradley_terry()])
+def test_the_gradients_of_a_step_stay_as_they_are_in_the_next(objective):
+    data, logprobs = make([128, 256])
+    first = value_and_logprob_grads(objective, data, logprobs).grads
+    kept = [grad.copy() for grad in first]
+    others = [
+        Datum(
+            datum.model_input,
+            {name: 1 + 2 * np.asarray(x) for name, x in datum.loss_fn_inputs.items()},
+        )
+        for datum in data
+    ]
+    second = value_and_logprob_grads(objective, others, [row - 1 for row in logprobs]).grads
+    for grad, copy, later in zip(first, kept, second, strict=True):
+        np.testing.assert_array_equal(grad, copy)
+        assert not np.array_equal(grad, later)
+
+
 def test_logprobs_may_be_a_ragged_and_data_a_batch():
     data, logprobs = make([3, 5])
     a = value_and_logprob_grads(bradley_terry, data, logprobs)
