@@ -178,6 +178,10 @@ def _same(x: Array) -> Array:
     return x
 
 
+def _all(*x: Array) -> tuple[Array, ...]:
+    return x
+
+
 def _clamp(low: Array, x: Array, high: Array) -> Array:
     return np.minimum(np.maximum(x, low), high)
 
@@ -243,6 +247,7 @@ _RULES: dict[str, Rule] = {
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.invert,
+    "optimization_barrier": _all,
     "or": np.bitwise_or,
     "pad": _pad,
     "pow": np.power,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import types
 import warnings
 from collections import OrderedDict
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from mintjax import _tiles
 from mintjax._dataflow import inputs_used
-from mintjax._tiles import Layout
+from mintjax._tiles import Layout, Place
 from mintjax.batch import Batch
 from mintjax.errors import ObjectiveError
 from mintjax.ragged import Ragged
@@ -145,7 +146,7 @@ class Plan(NamedTuple):
     Args:
         columns: the columns that it reads.
         needs_logprobs: whether its gradient depends on the logprobs.
-        run: its compiled gradient: ``(parameters, layout, logprobs, columns) -> (summary, grads)``.
+        run: its compiled gradient: ``(parameters, place, logprobs, columns) -> (summary, grads)``.
     """
 
     columns: tuple[str, ...]
@@ -180,17 +181,13 @@ class Program:
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        layout = self._layout(batch)
-        plan = self._plan_for(parameters, batch, layout, rows)
-        dtype = rows[0].dtype
-        summary, grads = plan.run(
-            parameters,
-            layout,
-            _pack("", rows, layout, dtype),
-            {name: _column(batch, name, layout, dtype, _pack) for name in plan.columns},
-        )
+        place, starts, plan = self._prepare(parameters, batch, rows)
+        dtype, tiles = rows[0].dtype, len(place.tile_row)
+        columns = {n: _column(batch, n, place, dtype, starts) for n in plan.columns}
+        logprobs = _tiles.pack(rows, starts, _workspace("", tiles, rows[0].shape[1:], dtype))
+        summary, grads = plan.run(parameters, place, logprobs, columns)
+        _await(grads)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
-        starts: list[int] = layout.row_start.tolist()
         return summary, [buffer[s : s + n] for s, n in zip(starts, batch.lengths, strict=False)]
 
     def needs_logprobs(
@@ -201,55 +198,55 @@ class Program:
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        return self._plan_for(parameters, batch, self._layout(batch), rows).needs_logprobs
+        return self._prepare(parameters, batch, rows)[-1].needs_logprobs
 
-    def _layout(self, batch: Batch) -> Layout:
+    def _prepare(
+        self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
+    ) -> tuple[Place, list[int], Plan]:
+        multiple, count = self._row_multiple, len(batch)
         # A batch that does not divide is not padded: the objective shall see it and say so.
-        if self._row_multiple is None or len(batch) % self._row_multiple:
-            return batch.layout
-        return _tiles.layout_of(batch.lengths, _padded(len(batch), self._row_multiple))
-
-    def _plan_for(
-        self,
-        parameters: Sequence[Any],
-        batch: Batch,
-        layout: Layout,
-        rows: Sequence[npt.NDArray[Any]],
-    ) -> Plan:
-        key = (batch.names, rows[0].shape[1:], rows[0].dtype)
+        padded = multiple is not None and count % multiple == 0
+        spare = _padded(count, multiple) - count if padded else 0
+        place, starts = _tiles.place(batch.lengths, spare)
+        key = (batch.names, padded, rows[0].shape[1:], rows[0].dtype)
         if key not in self._plans:
-            self._plans[key] = self._plan(parameters, batch, layout, rows)
-        return self._plans[key]
+            self._plans[key] = self._plan(parameters, batch, place, rows, padded)
+        return place, starts, self._plans[key]
 
     def _plan(
         self,
         parameters: Sequence[Any],
         batch: Batch,
-        layout: Layout,
+        place: Place,
         rows: Sequence[npt.NDArray[Any]],
+        padded: bool,
     ) -> Plan:
         """Trace once without compiling, to learn what is read."""
         names, dtype = batch.names, rows[0].dtype
         read: set[str] = set()
 
+        def gradient(
+            parameters: Sequence[Any], place: Place, logprobs: Array, column: Callable[[str], Array]
+        ) -> tuple[Summary, Array]:
+            layout = place.layout(padded=padded)
+            return _gradient(self._rebuild(parameters), names, layout, logprobs, column)
+
         def run(
-            parameters: Sequence[Any], layout: Layout, logprobs: Array, columns: Mapping[str, Array]
+            parameters: Sequence[Any], place: Place, logprobs: Array, columns: Mapping[str, Array]
         ) -> tuple[Summary, Array]:
             count("compilations")
-            return _gradient(
-                self._rebuild(parameters), names, layout, logprobs, columns.__getitem__
-            )
+            return gradient(parameters, place, logprobs, columns.__getitem__)
 
-        def look(logprobs: Array, parameters: Sequence[Any], traced: Layout) -> Array:
+        def look(logprobs: Array, parameters: Sequence[Any], traced: Place) -> Array:
             def column(name: str) -> Array:
                 read.add(name)
-                return _column(batch, name, layout, dtype)
+                return _column(batch, name, place, dtype)
 
-            return _gradient(self._rebuild(parameters), names, traced, logprobs, column)[1]
+            return gradient(parameters, traced, logprobs, column)[1]
 
-        shape = (layout.tile_row.shape[0], _tiles.TILE, *rows[0].shape[1:])
+        shape = (len(place.tile_row), _tiles.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
-        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, layout)
+        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, place)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
         return Plan(tuple(sorted(read)), needs_logprobs, jax.jit(run))
 
@@ -273,45 +270,47 @@ def _gradient(
     return summary, grads
 
 
+def _await(array: Array) -> None:
+    """Wait for a result without going to sleep, for no longer than waking up would take."""
+    end = time.perf_counter() + 1e-4
+    while not array.is_ready() and time.perf_counter() < end:
+        pass
+
+
 _workspaces = threading.local()
 
 
-def _pack(
-    name: str, rows: Sequence[npt.NDArray[Any]], layout: Layout, dtype: Any
-) -> npt.NDArray[Any]:
-    """Tile rows in a buffer that this thread has for the column and uses again.
+def _workspace(name: str, tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A buffer that this thread has for a column and uses again.
 
-    A new one each time would cost more than the copying: its pages have to be mapped first. The
-    buffer is read until the program has run, which whoever calls waits for.
+    A new one each time would cost more than the copying: its pages have to be mapped first. It is
+    read until the program has run, which whoever calls waits for.
     """
     kept: dict[Any, npt.NDArray[Any]] = _workspaces.__dict__
-    key = (name, rows[0].shape[1:], np.dtype(dtype))
-    size = len(layout.tile_row) * _tiles.TILE
+    key, size = (name, trailing, dtype), tiles * _tiles.TILE
     if key not in kept or len(kept[key]) < size:
-        kept[key] = _tiles.empty(layout, rows[0].shape[1:], dtype)
-    return _tiles.pack(rows, layout, dtype, kept[key][:size])
-
-
-def _pack_anew(
-    _: str, rows: Sequence[npt.NDArray[Any]], layout: Layout, dtype: Any
-) -> npt.NDArray[Any]:
-    return _tiles.pack(rows, layout, dtype)
+        kept[key] = _tiles.empty(tiles, trailing, dtype)
+    return kept[key][:size]
 
 
 def _column(
-    batch: Batch,
-    name: str,
-    layout: Layout,
-    dtype: Any,
-    pack: Callable[..., npt.NDArray[Any]] = _pack_anew,
+    batch: Batch, name: str, place: Place, dtype: Any, starts: Sequence[int] | None = None
 ) -> npt.NDArray[Any]:
+    """A column as a program takes it: tiles, or one number per row.
+
+    Args:
+        starts: those of ``place``, if what is returned may be overwritten at the next call.
+    """
     rows = batch.rows(name)
     to = dtype if rows[0].dtype.kind == "f" else rows[0].dtype
-    if rows[0].ndim:
-        return pack(name, rows, layout, to)
-    values = np.zeros(layout.lengths.shape[0], to)
-    values[: len(rows)] = rows
-    return values
+    if not rows[0].ndim:
+        values = np.zeros(place.rows.shape[1], to)
+        values[: len(rows)] = rows
+        return values
+    tiles, trailing = len(place.tile_row), rows[0].shape[1:]
+    if starts is None:
+        return _tiles.pack(rows, place.rows[1].tolist(), _tiles.empty(tiles, trailing, to))
+    return _tiles.pack(rows, starts, _workspace(name, tiles, trailing, to))
 
 
 def _padded(rows: int, multiple: int) -> int:

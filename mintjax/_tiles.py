@@ -2,13 +2,14 @@
 
 Every row starts on a tile of its own and the number of tiles is rounded up to one of a few sizes,
 so that ``jit`` meets the same shapes again although no two batches have the same lengths. What
-fills the rest of a row's last tile is a copy of one of its own tokens: whatever a function does
+fills the rest of a row's last tile are copies of one of its own tokens: whatever a function does
 there it has already done at a real token, so padding brings no NaN of its own.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ import numpy.typing as npt
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 
-TILE = 128
+_SHIFT = 7
+TILE = 1 << _SHIFT
 _ALIGNMENT = 64  # bytes; an array that begins at a multiple of it is lent to XLA, not copied
 
 
@@ -43,6 +45,27 @@ class Layout(NamedTuple):
     row_mask: Array | None = None
 
 
+class Place(NamedTuple):
+    """What a layout follows from, in few arrays, for each that a program takes has its cost.
+
+    Args:
+        rows: of each row its length, where it starts, and 1 if it is real: int32 ``[3, B]``.
+        tile_row: as in :class:`Layout`.
+    """
+
+    rows: Array
+    tile_row: Array
+
+    def layout(self, *, padded: bool) -> Layout:
+        """The layout. ``padded``: whether some rows may not be real."""
+        xp: Any = np if isinstance(self.rows, np.ndarray) else jnp
+        length, start, real = self.rows[0], self.rows[1], self.rows[2]
+        ends = xp.take(start + length, self.tile_row, mode="clip")
+        tile_start = xp.arange(self.tile_row.shape[0], dtype=xp.int32) << _SHIFT
+        count = xp.minimum(ends - tile_start, TILE)
+        return Layout(length, start, self.tile_row, count, real != 0 if padded else None)
+
+
 def bucket(size: int) -> int:
     """The smallest size at least ``size`` of a series: 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...
 
@@ -56,69 +79,86 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def layout_of(lengths: Sequence[int] | npt.NDArray[Any], rows: int | None = None) -> Layout:
+def place(lengths: Sequence[int], spare: int = 0) -> tuple[Place, list[int]]:
     """Lay rows of these lengths out, one after another, in a bucketed number of tiles.
 
     Args:
         lengths: tokens of each row, ``[B]``.
-        rows: pad the batch with empty rows up to so many; none are added if None.
+        spare: how many empty rows to pad the batch with.
+
+    Returns:
+        The place, and the flat position of each row's first token, those of spare rows among them.
     """
-    count = len(lengths)
-    length = np.zeros(rows or count, np.int32)
-    length[:count] = lengths
-    tiles = (length + (TILE - 1)) // TILE
-    ends = tiles.cumsum(dtype=np.int32)
-    row_start = (ends - tiles) * TILE
-    total = bucket(int(ends[-1]))
-    tiles[-1] += total - ends[-1]  # the spare ones, behind the last row's end
-    numbers = np.arange(max(total, len(length)), dtype=np.int32)
-    tile_row = numbers[: len(length)].repeat(tiles)
-    tile_count = np.minimum((row_start + length)[tile_row] - numbers[:total] * TILE, TILE)
-    row_mask = None if rows is None else numbers[:rows] < count
-    return Layout(length, row_start, tile_row, tile_count, row_mask)
+    # In lists, for small batches are to be fast as well, and NumPy takes a while to begin.
+    padding = [0] * spare
+    tiles = [*(length + TILE - 1 >> _SHIFT for length in lengths), *padding]
+    firsts = [0, *itertools.accumulate(tiles)]
+    used = firsts.pop()
+    starts = [first << _SHIFT for first in firsts]
+    tiles[-1] += bucket(used) - used  # the spare ones, behind the last row's end
+    real = [1] * len(lengths)
+    rows = np.array(([*lengths, *padding], starts, real + padding), np.int32)
+    return Place(rows, np.arange(len(tiles), dtype=np.int32).repeat(tiles)), starts
 
 
-def empty(layout: Layout, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """A flat buffer for the tiles of a layout, aligned; what is in it is arbitrary."""
-    shape = (len(layout.tile_row) * TILE, *trailing)
+def layout_of(lengths: Sequence[int]) -> Layout:
+    """The layout of rows of these lengths."""
+    return place(lengths)[0].layout(padded=False)
+
+
+def empty(tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A flat buffer for so many tiles, aligned; what is in it is arbitrary."""
+    shape = (tiles * TILE, *trailing)
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-@functools.cache
-def _cycle(length: int) -> npt.NDArray[np.int64]:
-    """Where a repeated row of this length is read; np.resize would take 30 times as long."""
-    return np.arange(TILE) % length
-
-
-def pack(
-    rows: Sequence[Array], layout: Layout, dtype: Any, flat: npt.NDArray[Any] | None = None
-) -> npt.NDArray[Any]:
+def pack(rows: Sequence[Array], starts: Sequence[int], flat: npt.NDArray[Any]) -> Array:
     """Copy NumPy rows into a tiled buffer, and fill what lies between them with their own tokens.
 
     The gap behind a row repeats its first tokens, and a spare tile the first of all: the same ones
     in every column, so that a function of several meets nothing there that it has not met.
 
     Args:
-        rows: one array per row.
-        layout: where they go.
-        dtype: what they are converted to.
-        flat: the buffer, as :func:`empty` makes it; a new one if None.
+        rows: one array per row, of the buffer's dtype or one that converts to it.
+        starts: flat position of each row's first token; those of further rows, which are empty, may
+            follow.
+        flat: the buffer, as :func:`empty` makes it.
+
+    Returns:
+        The buffer as tiles, ``[tiles, TILE, ...]``.
     """
-    if flat is None:
-        flat = empty(layout, rows[0].shape[1:], dtype)
-    pieces: list[Array] = []
-    for row in rows:
-        pieces.append(row)
-        gap = -len(row) % TILE
-        if gap:
-            pieces.append(row[:gap] if gap <= len(row) else row[_cycle(len(row))[:gap]])
-    used = int(layout.row_start[-1]) + -(-int(layout.lengths[-1]) // TILE) * TILE
-    np.concatenate(pieces, out=flat[:used], casting="same_kind")
+    try:
+        # For a memoryview a row is bytes to copy; NumPy takes longer to look at it than to do it.
+        used = _lay(rows, starts, memoryview(flat))
+    except (ValueError, NotImplementedError):  # rows of candidates, or of another dtype
+        same = [row.astype(flat.dtype, casting="same_kind", copy=False) for row in rows]
+        used = _lay(same, starts, flat)
     flat[used:] = flat[0] if used else 0
     return flat.reshape(-1, TILE, *flat.shape[1:])
+
+
+def _lay(rows: Sequence[Array], starts: Sequence[int], flat: Any) -> int:
+    """Copy rows to where they start, repeat them up to the next tile, and say where they end."""
+    end = 0
+    for row, start in zip(rows, starts, strict=False):
+        end = start + len(row)
+        flat[start:end] = row
+        gap = -end % TILE
+        while gap:  # once, but for rows that are shorter than the gap
+            size = min(gap, end - start)
+            flat[end : end + size] = flat[start : start + size]
+            end += size
+            gap -= size
+    return end
+
+
+def pack_anew(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
+    """NumPy rows as tiles, in a buffer of their own."""
+    starts: list[int] = layout.row_start.tolist()
+    return pack(rows, starts, empty(len(layout.tile_row), rows[0].shape[1:], dtype))
 
 
 def mask(layout: Layout) -> Array:
@@ -177,22 +217,39 @@ def to_tiles(per_row: Array, layout: Layout) -> Array:
 def row_sums(tiles: Array, layout: Layout) -> Array:
     """Sum what is in the tiles over each row: ``[tiles, TILE, ...]`` to ``[B]``.
 
-    The positions outside the rows must hold zeros. Adding a long row's tile sums one after another
-    in float32 would lose digits, so each is split into a part whose sum is exact and a small rest
-    (Rump, Ogita and Oishi 2008, "Accurate floating-point summation", algorithm 3.3).
+    The positions outside the rows must hold zeros.
     """
     rows = layout.lengths.shape[0]
     sums = _tile_sums(tiles)
     if not jnp.issubdtype(sums.dtype, jnp.floating):
         return jax.ops.segment_sum(sums, layout.tile_row, rows)
-    fixed = jax.lax.stop_gradient(sums)
-    largest = jax.ops.segment_max(jnp.abs(fixed), layout.tile_row, rows)
-    _, exponent = jnp.frexp(jnp.maximum(largest, 0) * (tiles.shape[0] + 2))
-    unit = to_tiles(jnp.ldexp(jnp.ones((), sums.dtype), exponent), layout)
-    coarse = (unit + fixed) - unit
+    return _add_tiles(rows, sums, layout.tile_row)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _add_tiles(rows: int, sums: Array, tile_row: Array) -> Array:
+    """Add the sums of tiles, ``[tiles]``, to those of rows, ``[rows]``.
+
+    Adding a long row's one after another in float32 would lose digits, so each is split into a part
+    whose sum is exact and a small rest: what is left of it beside a number that no sum of the row's
+    can outgrow, and what that number swallows (Rump, Ogita and Oishi 2008, "Accurate floating-point
+    summation", algorithm 3.3).
+    """
+    largest = jax.ops.segment_max(jnp.abs(sums), tile_row, rows)
+    beyond = jnp.take(largest * (2 * sums.shape[0]), tile_row, mode="clip")
+    coarse = (beyond + sums) - beyond
     coarse = jnp.where(jnp.isfinite(coarse), coarse, 0)
-    exact = jax.ops.segment_sum(coarse, layout.tile_row, rows)
-    return exact + jax.ops.segment_sum(sums - coarse, layout.tile_row, rows)
+    parts = jax.ops.segment_sum(jnp.stack([coarse, sums - coarse], 1), tile_row, rows)
+    return parts[:, 0] + parts[:, 1]
+
+
+@_add_tiles.defjvp
+def _add_tiles_jvp(  # pyright: ignore[reportUnusedFunction]
+    rows: int, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    sums, tile_row = primals
+    tangent = jax.ops.segment_sum(tangents[0], tile_row, rows)
+    return _add_tiles(rows, sums, tile_row), tangent
 
 
 def _tile_sums(tiles: Array) -> Array:

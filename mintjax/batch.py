@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
@@ -11,6 +12,7 @@ import numpy as np
 from mintjax import _tiles
 from mintjax.errors import DataError
 from mintjax.ragged import Ragged, RowAccessError
+from mintjax.tensors import TensorData
 from mintjax.types import Datum
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
@@ -71,9 +73,14 @@ class Batch(Sequence[Datum]):
     def names(self) -> frozenset[str]:
         """The names of all columns, those that only some datums have among them."""
         if self._names is None:
-            assert self._datums is not None
-            self._names = frozenset().union(*(datum.loss_fn_inputs for datum in self._datums))
+            self._names = frozenset().union(*set(map(tuple, self._inputs)))
         return self._names
+
+    @functools.cached_property
+    def _inputs(self) -> list[dict[str, TensorData]]:
+        if self._datums is None:
+            raise RowAccessError
+        return [datum.loss_fn_inputs for datum in self._datums]
 
     @property
     def lengths(self) -> list[int]:
@@ -155,10 +162,8 @@ class Batch(Sequence[Datum]):
                 datum's model input, or its trailing axis differs from datum 0's.
             RowAccessError: the batch has columns only.
         """
-        if self._datums is None:
-            raise RowAccessError
         try:
-            rows: list[Any] = [datum.loss_fn_inputs[name] for datum in self._datums]
+            rows: list[Any] = [inputs[name] for inputs in self._inputs]
         except KeyError:
             i, datum = next((i, d) for i, d in enumerate(self) if name not in d.loss_fn_inputs)
             have = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"

@@ -118,7 +118,7 @@ class RemoteLogprobs:
                     datum=i,
                     field="logprobs",
                 )
-        return _tiles.pack(rows, self._layout, np.float32)
+        return _tiles.pack_anew(rows, self._layout, np.float32)
 
     def _backward(self, token: Array, tiles: Array, cotangent: Array) -> np.float32:
         self._versions.check(token)

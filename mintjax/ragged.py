@@ -168,7 +168,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         if self._tiles is None:
             rows = cast("tuple[Array, ...]", self._rows)
             if all(isinstance(row, np.ndarray) for row in rows):
-                self._tiles = _tiles.pack(rows, self._layout, rows[0].dtype)
+                self._tiles = _tiles.pack_anew(rows, self._layout, rows[0].dtype)
             else:
                 self._tiles = _concatenate(rows, self._layout)
         return self._tiles

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, keep
-from mintjax.losses._penalties import exp_beyond_linear
 
 # Beyond this log-ratio the numbers below have said all they can, and squares would overflow.
 _LARGEST_LOG_RATIO = 20.0
@@ -60,23 +61,57 @@ def policy_sums(
         clip_low_threshold=clip_low_threshold,
         clip_high_threshold=clip_high_threshold,
     )
-    target, sampling, advantages, low, high = map(jax.lax.stop_gradient, arrays)
-    unbounded = target - sampling
-    log_ratio = jnp.clip(unbounded, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    arrays = tuple(map(jax.lax.stop_gradient, arrays))
+    # Behind a barrier, or XLA would take the exponential anew for each of the sums.
+    ratio = jax.lax.optimization_barrier(jnp.exp(arrays[0] - arrays[1]))
+    mask = () if where is None else (jnp.broadcast_to(jnp.asarray(where) != 0, ratio.shape),)
+    return _sum_terms(_policy_terms, ratio, *arrays, *mask)
+
+
+def _policy_terms(
+    unbounded: jax.Array,
+    target: jax.Array,
+    sampling: jax.Array,
+    advantages: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    where: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    log_ratio = jnp.clip(target - sampling, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     bound = math.exp(_LARGEST_LOG_RATIO)
-    ratio = jnp.clip(jnp.exp(unbounded), 1 / bound, bound)
-    per_token = {
+    ratio = jnp.clip(unbounded, 1 / bound, bound)
+    # exp(d) - 1 - d, which cancels near 0, where four terms of its series are as good as it gets.
+    series = 1 + log_ratio / 3 * (1 + log_ratio / 4 * (1 + log_ratio / 5 * (1 + log_ratio / 6)))
+    near = 0.5 * log_ratio * log_ratio * series
+    terms = {
         "tokens": jnp.ones_like(ratio),
         "clipped": jnp.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0)),
         "outside": (ratio > high) | (ratio < low),
         "ratio": ratio,
         "ratio_squared": ratio * ratio,
         "kl_k1": -log_ratio,
-        "kl_k3": exp_beyond_linear(log_ratio),
+        "kl_k3": jnp.where(jnp.abs(log_ratio) < 0.125, near, ratio - 1 - log_ratio),
     }
-    return {
-        name: jnp.sum(keep(values.astype(ratio.dtype), where)) for name, values in per_token.items()
-    }
+    return {name: keep(term.astype(ratio.dtype), where) for name, term in terms.items()}
+
+
+def _sum_terms(
+    terms: Callable[..., dict[str, jax.Array]], *arrays: jax.Array
+) -> dict[str, jax.Array]:
+    """The sums of what an element-wise function gives, in one pass over its arguments.
+
+    Four parts of them are added up first: XLA does that in the loop that computes the terms, where
+    for a sum it would write each of them to memory and read it again.
+    """
+    whole = [jnp.atleast_1d(array) for array in arrays]
+    parts = 1 if whole[0].shape[0] % 4 else 4
+    quarters = [terms(*part) for part in zip(*(jnp.split(a, parts) for a in whole), strict=True)]
+    return _sum_each({name: sum(part[name] for part in quarters) for name in quarters[0]})
+
+
+def _sum_each(values: Mapping[str, Any]) -> dict[str, jax.Array]:
+    stacked = jnp.stack(list(values.values()))
+    return dict(zip(values, stacked.reshape(len(values), -1).sum(axis=1), strict=True))
 
 
 def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -135,7 +170,7 @@ def preference_sums(
         "chosen": chosen,
         "rejected": rejected,
     }
-    return {name: jnp.sum(keep(values, where)) for name, values in per_pair.items()}
+    return _sum_each({name: keep(values, where) for name, values in per_pair.items()})
 
 
 def preference_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -22,9 +22,9 @@ class SequenceObjective(LossObjective):
         weights = self.column(data, "weights")
         return -logprobs.map(losses.cross_entropy, weights).sum()
 
-    def ref_scores(self, data: Batch) -> Array:
-        """The same of the column ``ref_logprobs``, which holds the reference model's."""
-        return self.scores(data, self.column(data, "ref_logprobs"))
+    def gains(self, data: Batch, logprobs: Ragged) -> Array:
+        """The same of what the logprobs gained over the column ``ref_logprobs``."""
+        return self.scores(data, logprobs - self.column(data, "ref_logprobs"))
 
     def lengths(self, data: Batch, logprobs: Ragged) -> Array:
         """How many of each datum's tokens have a weight other than 0, ``[B]``."""
@@ -86,14 +86,21 @@ class _ReferencePairs(PairObjective):
 
     def rewards(self, data: Batch, logprobs: Ragged) -> Array:
         """The implicit reward ``beta * (s - ref)``."""
-        reference = 0.0 if self.reference_free else self.ref_scores(data)
-        return self.beta * (self.scores(data, logprobs) - reference)
+        return self.beta * self.gains(data, logprobs)
+
+    def gains(self, data: Batch, logprobs: Ragged) -> Array:
+        """``s - ref``."""
+        free = self.reference_free
+        return self.scores(data, logprobs) if free else super().gains(data, logprobs)
 
     def quadruples(self, data: Batch, logprobs: Ragged) -> tuple[Array, Array, Array, Array]:
-        """Scores of chosen and rejected, then the reference's, each ``[P]``."""
-        scores = self.scores(data, logprobs)
-        reference = jnp.zeros_like(scores) if self.reference_free else self.ref_scores(data)
-        return scores[0::2], scores[1::2], reference[0::2], reference[1::2]
+        """What chosen and rejected gained, then what the reference did, nothing: each ``[P]``.
+
+        The losses look at the difference only, and its sum over tokens is one sum, not two.
+        """
+        gains = self.gains(data, logprobs)
+        nothing = jnp.zeros_like(gains[0::2])
+        return gains[0::2], gains[1::2], nothing, nothing
 
 
 @objective
@@ -227,13 +234,13 @@ class kto(SequenceObjective):
         label = self.column(data, "desirable")
         label = (label.max() > 0) if isinstance(label, Ragged) else (jnp.asarray(label) != 0)
         where = jnp.asarray(logprobs.row_mask)
-        scores, reference = self.scores(data, logprobs), self.ref_scores(data)
-        gain = jax.lax.stop_gradient(scores - reference)
+        gains = self.gains(data, logprobs)
+        gain = jax.lax.stop_gradient(gains)
         kl = self.kl
         kl = jnp.maximum(losses.token_mean(gain, where=where) if kl is None else kl, 0)
         values = losses.kto(
-            scores,
-            reference,
+            gains,
+            jnp.zeros_like(gains),
             label,
             kl,
             beta=self.beta,
