@@ -10,7 +10,10 @@ Needs the ``bench`` extra. Every step has fresh lengths. In one run, interleaved
 - ``torch``: the same with ``torch.from_numpy``;
 - ``numpy``: value and gradient written by hand on concatenated rows, as the floor.
 
-All four get the same arrays, and their gradients are compared before anything is timed.
+All four get the same arrays, in an order drawn anew each step, and their gradients are compared
+before anything is timed. JAX computes in the thread that asks (``jax_cpu_enable_async_dispatch``
+off), as README recommends on a CPU; ``--async`` leaves it as JAX has it, which hands each
+computation to another thread.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 
@@ -244,8 +248,12 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer steps and sizes: under a minute"
     )
+    parser.add_argument(
+        "--async", action="store_true", dest="dispatch", help="leave JAX's dispatch as it is"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
+    jax.config.update("jax_cpu_enable_async_dispatch", options.dispatch)
     warm_up, steps = (5, 10) if options.quick else (5, 20)
     sizes = (8, 64, 256) if options.quick else (8, 64, 256, 1024)
     rows: list[dict[str, Any]] = []

@@ -25,6 +25,7 @@ from mintjax.ragged import Ragged
 
 Array: TypeAlias = Any
 Objective: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
+_LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
 _KEPT = 64  # programs held at a time, the least recently used dropped first
 
 
@@ -146,7 +147,8 @@ class Plan(NamedTuple):
     Args:
         columns: the columns that it reads.
         needs_logprobs: whether its gradient depends on the logprobs.
-        run: its compiled gradient: ``(parameters, place, logprobs, columns) -> (summary, grads)``.
+        run: its compiled gradient: ``(parameters, place, columns) -> (summary, grads)``, with the
+            logprobs among the columns.
     """
 
     columns: tuple[str, ...]
@@ -182,10 +184,9 @@ class Program:
             RowAccessError: the objective takes rows one by one.
         """
         place, starts, plan = self._prepare(parameters, batch, rows)
-        dtype, tiles = rows[0].dtype, len(place.tile_row)
-        columns = {n: _column(batch, n, place, dtype, starts) for n in plan.columns}
-        logprobs = _tiles.pack(rows, starts, _workspace("", tiles, rows[0].shape[1:], dtype))
-        summary, grads = plan.run(parameters, place, logprobs, columns)
+        columns = {_LOGPROBS: rows} | {name: batch.rows(name) for name in plan.columns}
+        arrays = _arrays(columns, batch.lengths, place, starts, rows[0].dtype, _workspace)
+        summary, grads = plan.run(parameters, place, arrays)
         _await(grads)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         return summary, [buffer[s : s + n] for s, n in zip(starts, batch.lengths, strict=False)]
@@ -203,14 +204,14 @@ class Program:
     def _prepare(
         self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
     ) -> tuple[Place, list[int], Plan]:
-        multiple, count = self._row_multiple, len(batch)
+        multiple = self._row_multiple
         # A batch that does not divide is not padded: the objective shall see it and say so.
-        padded = multiple is not None and count % multiple == 0
-        spare = _padded(count, multiple) - count if padded else 0
+        padded = multiple is not None and not len(batch) % multiple
+        spare = _spare(len(batch), multiple) if multiple and padded else 0
         place, starts = _tiles.place(batch.lengths, spare)
         key = (batch.names, padded, rows[0].shape[1:], rows[0].dtype)
         if key not in self._plans:
-            self._plans[key] = self._plan(parameters, batch, place, rows, padded)
+            self._plans[key] = self._plan(parameters, batch, place, starts, rows, padded)
         return place, starts, self._plans[key]
 
     def _plan(
@@ -218,6 +219,7 @@ class Program:
         parameters: Sequence[Any],
         batch: Batch,
         place: Place,
+        starts: Sequence[int],
         rows: Sequence[npt.NDArray[Any]],
         padded: bool,
     ) -> Plan:
@@ -226,23 +228,26 @@ class Program:
         read: set[str] = set()
 
         def gradient(
-            parameters: Sequence[Any], place: Place, logprobs: Array, column: Callable[[str], Array]
+            parameters: Sequence[Any], place: Place, column: Callable[[str], Array]
         ) -> tuple[Summary, Array]:
             layout = place.layout(padded=padded)
-            return _gradient(self._rebuild(parameters), names, layout, logprobs, column)
+            return _gradient(self._rebuild(parameters), names, layout, column)
 
         def run(
-            parameters: Sequence[Any], place: Place, logprobs: Array, columns: Mapping[str, Array]
+            parameters: Sequence[Any], place: Place, columns: Mapping[str, Array]
         ) -> tuple[Summary, Array]:
             count("compilations")
-            return gradient(parameters, place, logprobs, columns.__getitem__)
+            return gradient(parameters, place, columns.__getitem__)
 
         def look(logprobs: Array, parameters: Sequence[Any], traced: Place) -> Array:
             def column(name: str) -> Array:
+                if name == _LOGPROBS:
+                    return logprobs
                 read.add(name)
-                return _column(batch, name, place, dtype)
+                columns = {name: batch.rows(name)}
+                return _arrays(columns, batch.lengths, place, starts, dtype, _buffer)[name]
 
-            return gradient(parameters, traced, logprobs, column)[1]
+            return gradient(parameters, traced, column)[1]
 
         shape = (len(place.tile_row), _tiles.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
@@ -255,7 +260,6 @@ def _gradient(
     objective: Objective,
     names: frozenset[str],
     layout: Layout,
-    logprobs: Array,
     column: Callable[[str], Array],
 ) -> tuple[Summary, Array]:
     def read(name: str) -> Any:
@@ -266,7 +270,7 @@ def _gradient(
         data = Batch.of_columns(names, layout.lengths.shape[0], read)
         return evaluate(objective, data, Ragged(tiles, layout))
 
-    (_, summary), grads = jax.value_and_grad(value, has_aux=True)(logprobs)
+    (_, summary), grads = jax.value_and_grad(value, has_aux=True)(column(_LOGPROBS))
     return summary, grads
 
 
@@ -293,28 +297,34 @@ def _workspace(name: str, tiles: int, trailing: tuple[int, ...], dtype: Any) -> 
     return kept[key][:size]
 
 
-def _column(
-    batch: Batch, name: str, place: Place, dtype: Any, starts: Sequence[int] | None = None
-) -> npt.NDArray[Any]:
-    """A column as a program takes it: tiles, or one number per row.
-
-    Args:
-        starts: those of ``place``, if what is returned may be overwritten at the next call.
-    """
-    rows = batch.rows(name)
-    to = dtype if rows[0].dtype.kind == "f" else rows[0].dtype
-    if not rows[0].ndim:
-        values = np.zeros(place.rows.shape[1], to)
-        values[: len(rows)] = rows
-        return values
-    tiles, trailing = len(place.tile_row), rows[0].shape[1:]
-    if starts is None:
-        return _tiles.pack(rows, place.rows[1].tolist(), _tiles.empty(tiles, trailing, to))
-    return _tiles.pack(rows, starts, _workspace(name, tiles, trailing, to))
+def _buffer(_: str, tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    return _tiles.empty(tiles, trailing, dtype)
 
 
-def _padded(rows: int, multiple: int) -> int:
-    return -(-_tiles.bucket(rows) // multiple) * multiple
+def _arrays(
+    columns: Mapping[str, Sequence[npt.NDArray[Any]]],
+    lengths: Sequence[int],
+    place: Place,
+    starts: Sequence[int],
+    dtype: Any,
+    buffer: Callable[..., npt.NDArray[Any]],
+) -> dict[str, npt.NDArray[Any]]:
+    """Columns as a program takes them: tiles, or one number per row; floats in one ``dtype``."""
+    kept = {n: dtype if rows[0].dtype.kind == "f" else rows[0].dtype for n, rows in columns.items()}
+    tiled = {name: rows for name, rows in columns.items() if rows[0].ndim}
+    tiles = len(place.tile_row)
+    flats = [buffer(name, tiles, rows[0].shape[1:], kept[name]) for name, rows in tiled.items()]
+    packed = _tiles.pack(list(tiled.values()), lengths, starts, flats)
+    arrays = dict(zip(tiled, packed, strict=True))
+    for name in columns.keys() - tiled.keys():
+        arrays[name] = np.zeros(place.rows.shape[1], kept[name])
+        arrays[name][: len(columns[name])] = columns[name]
+    return arrays
+
+
+def _spare(rows: int, multiple: int) -> int:
+    """How many rows to add to these to have one of few numbers of them."""
+    return -(-_tiles.bucket(rows) // multiple) * multiple - rows
 
 
 _programs: OrderedDict[Any, Program] = OrderedDict()

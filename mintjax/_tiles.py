@@ -8,11 +8,10 @@ there it has already done at a real token, so padding brings no NaN of its own.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -115,50 +114,73 @@ def empty(tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def pack(rows: Sequence[Array], starts: Sequence[int], flat: npt.NDArray[Any]) -> Array:
-    """Copy NumPy rows into a tiled buffer, and fill what lies between them with their own tokens.
+def pack(
+    columns: Sequence[Sequence[Array]],
+    lengths: Sequence[int],
+    starts: Sequence[int],
+    flats: Sequence[npt.NDArray[Any]],
+) -> list[npt.NDArray[Any]]:
+    """Copy NumPy rows into tiled buffers, and fill what lies between them with their own tokens.
 
     The gap behind a row repeats its first tokens, and a spare tile the first of all: the same ones
     in every column, so that a function of several meets nothing there that it has not met.
 
     Args:
-        rows: one array per row, of the buffer's dtype or one that converts to it.
+        columns: one array per row, of its buffer's dtype or one that converts to it, in each.
+        lengths: tokens of each row.
         starts: flat position of each row's first token; those of further rows, which are empty, may
             follow.
-        flat: the buffer, as :func:`empty` makes it.
+        flats: a buffer for each column, as :func:`empty` makes it.
 
     Returns:
-        The buffer as tiles, ``[tiles, TILE, ...]``.
+        The buffers as tiles, each ``[tiles, TILE, ...]``.
     """
     try:
         # For a memoryview a row is bytes to copy; NumPy takes longer to look at it than to do it.
-        used = _lay(rows, starts, memoryview(flat))
+        _lay(columns, lengths, starts, [memoryview(cast("Any", flat)) for flat in flats])
     except (ValueError, NotImplementedError):  # rows of candidates, or of another dtype
-        same = [row.astype(flat.dtype, casting="same_kind", copy=False) for row in rows]
-        used = _lay(same, starts, flat)
-    flat[used:] = flat[0] if used else 0
-    return flat.reshape(-1, TILE, *flat.shape[1:])
+        same = [
+            [row.astype(flat.dtype, casting="same_kind", copy=False) for row in rows]
+            for rows, flat in zip(columns, flats, strict=True)
+        ]
+        _lay(same, lengths, starts, flats)
+    last = len(lengths) - 1
+    used = -(-(starts[last] + lengths[last]) // TILE) * TILE
+    for flat in flats:
+        flat[used:] = flat[0] if used else 0
+    return [flat.reshape(-1, TILE, *flat.shape[1:]) for flat in flats]
 
 
-def _lay(rows: Sequence[Array], starts: Sequence[int], flat: Any) -> int:
-    """Copy rows to where they start, repeat them up to the next tile, and say where they end."""
-    end = 0
-    for row, start in zip(rows, starts, strict=False):
-        end = start + len(row)
-        flat[start:end] = row
+def _lay(
+    columns: Sequence[Sequence[Array]],
+    lengths: Sequence[int],
+    starts: Sequence[int],
+    flats: Sequence[Any],
+) -> None:
+    """Copy rows to where they start, and repeat each up to the next tile."""
+    for start, length, rows in zip(starts, lengths, zip(*columns, strict=True), strict=False):
+        end = start + length
         gap = -end % TILE
-        while gap:  # once, but for rows that are shorter than the gap
-            size = min(gap, end - start)
-            flat[end : end + size] = flat[start : start + size]
-            end += size
-            gap -= size
-    return end
+        here, behind, first = slice(start, end), slice(end, end + gap), slice(start, start + gap)
+        for flat, row in zip(flats, rows, strict=True):
+            flat[here] = row
+            if gap <= length:
+                flat[behind] = flat[first]
+            else:
+                _repeat(flat, start, end, end + gap)
+
+
+def _repeat(flat: Any, start: int, end: int, stop: int) -> None:
+    while end < stop:
+        size = min(stop - end, end - start)
+        flat[end : end + size] = flat[start : start + size]
+        end += size
 
 
 def pack_anew(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
     """NumPy rows as tiles, in a buffer of their own."""
-    starts: list[int] = layout.row_start.tolist()
-    return pack(rows, starts, empty(len(layout.tile_row), rows[0].shape[1:], dtype))
+    flat = empty(len(layout.tile_row), rows[0].shape[1:], dtype)
+    return pack([rows], layout.lengths.tolist(), layout.row_start.tolist(), [flat])[0]
 
 
 def mask(layout: Layout) -> Array:
@@ -219,22 +241,22 @@ def row_sums(tiles: Array, layout: Layout) -> Array:
 
     The positions outside the rows must hold zeros.
     """
-    rows = layout.lengths.shape[0]
     sums = _tile_sums(tiles)
     if not jnp.issubdtype(sums.dtype, jnp.floating):
-        return jax.ops.segment_sum(sums, layout.tile_row, rows)
-    return _add_tiles(rows, sums, layout.tile_row)
+        return jax.ops.segment_sum(sums, layout.tile_row, layout.lengths.shape[0])
+    return _add_tiles(sums, layout.tile_row, layout.lengths)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _add_tiles(rows: int, sums: Array, tile_row: Array) -> Array:
-    """Add the sums of tiles, ``[tiles]``, to those of rows, ``[rows]``.
+@jax.custom_jvp
+def _add_tiles(sums: Array, tile_row: Array, lengths: Array) -> Array:
+    """Add the sums of tiles, ``[tiles]``, to those of rows, ``[B]``.
 
     Adding a long row's one after another in float32 would lose digits, so each is split into a part
     whose sum is exact and a small rest: what is left of it beside a number that no sum of the row's
     can outgrow, and what that number swallows (Rump, Ogita and Oishi 2008, "Accurate floating-point
     summation", algorithm 3.3).
     """
+    rows = lengths.shape[0]
     largest = jax.ops.segment_max(jnp.abs(sums), tile_row, rows)
     beyond = jnp.take(largest * (2 * sums.shape[0]), tile_row, mode="clip")
     coarse = (beyond + sums) - beyond
@@ -245,11 +267,10 @@ def _add_tiles(rows: int, sums: Array, tile_row: Array) -> Array:
 
 @_add_tiles.defjvp
 def _add_tiles_jvp(  # pyright: ignore[reportUnusedFunction]
-    rows: int, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+    primals: tuple[Any, Any, Any], tangents: tuple[Any, Any, Any]
 ) -> tuple[Array, Array]:
-    sums, tile_row = primals
-    tangent = jax.ops.segment_sum(tangents[0], tile_row, rows)
-    return _add_tiles(rows, sums, tile_row), tangent
+    _, tile_row, lengths = primals
+    return _add_tiles(*primals), jax.ops.segment_sum(tangents[0], tile_row, lengths.shape[0])
 
 
 def _tile_sums(tiles: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
@@ -41,8 +42,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time implementations on the same batches, in turn.
 
-    Each batch is given to all before the next is made, and another one begins each time, so that
-    what else the machine does, and what one leaves in the caches, falls on all alike.
+    Each batch is given to all before the next is made, in an order that is drawn anew each time, so
+    that what else the machine does, and what one leaves in the caches to the next, falls on all
+    alike. (Were they to take turns at the beginning, each would still follow the same one.)
 
     Args:
         implementations: by name: functions of a batch.
@@ -55,9 +57,9 @@ def interleaved(
     """
     names = list(implementations)
     timings = {name: Timing(seconds=[], compilations=[], warm_up=warm_up) for name in names}
-    for step, batch in enumerate(batches):
-        first = step % len(names)
-        for name in names[first:] + names[:first]:
+    draw = random.Random(0)
+    for batch in batches:
+        for name in draw.sample(names, len(names)):
             compiled = gradients.stats().compilations
             start = time.perf_counter()
             implementations[name](batch)

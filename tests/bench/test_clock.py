@@ -14,11 +14,13 @@ def test_implementations_take_turns_on_the_same_batches():
     }
     steps = []
     timings = bench.interleaved(
-        implementations, [1, 2, 3], warm_up=1, on_step=lambda: steps.append(len(seen))
+        implementations, range(20), warm_up=1, on_step=lambda: steps.append(len(seen))
     )
-    assert seen == [("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
-    assert steps == [2, 4, 6]
-    assert [len(timing.seconds) for timing in timings.values()] == [3, 3]
+    turns = [seen[i : i + 2] for i in range(0, 40, 2)]
+    assert [sorted(turn) for turn in turns] == [[("a", i), ("b", i)] for i in range(20)]
+    assert {turn[0][0] for turn in turns} == {"a", "b"}
+    assert steps == list(range(2, 42, 2))
+    assert [len(timing.seconds) for timing in timings.values()] == [20, 20]
     assert all(second >= 0 for timing in timings.values() for second in timing.seconds)
 
 
