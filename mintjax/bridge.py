@@ -14,7 +14,8 @@ from jax.interpreters.ad import JVPTracer
 from mintjax import _host, _tiles
 from mintjax._versions import versions_of
 from mintjax.batch import Batch, check_data
-from mintjax.errors import DataError, NonFiniteError, TransformationError
+from mintjax.errors import DataError, TransformationError
+from mintjax.gradients import check_gradients
 from mintjax.ragged import Ragged
 from mintjax.trainers import Trainer
 from mintjax.types import Datum, ForwardBackwardOutput
@@ -32,6 +33,7 @@ class RemoteLogprobs:
     def __init__(self, trainer: Trainer, batch: Batch) -> None:
         self._trainer = trainer
         self._versions = versions_of(trainer)
+        self._batch = batch
         self._data = list(batch)
         self._layout = batch.layout
         self._shapes = [datum.loss_fn_inputs["target_tokens"].shape for datum in self._data]
@@ -123,30 +125,12 @@ class RemoteLogprobs:
     def _backward(self, token: Array, tiles: Array, cotangent: Array) -> np.float32:
         self._versions.check(token)
         logprobs, grads = self._rows(tiles), self._rows(cotangent)
-        self._check_finite(logprobs, grads)
+        check_gradients("the loss", self._batch, logprobs, grads)
         self._output = self._trainer.backward(self._data, logprobs, grads)
         return self._versions.receipt()
 
     def _rows(self, tiles: Array) -> list[npt.NDArray[np.float32]]:
         return Ragged(np.asarray(tiles), self._layout).to_rows()
-
-    def _check_finite(
-        self, logprobs: Sequence[npt.NDArray[Any]], grads: Sequence[npt.NDArray[Any]]
-    ) -> None:
-        for i, (row, grad) in enumerate(zip(logprobs, grads, strict=True)):
-            bad = ~np.isfinite(grad)
-            if bad.any():
-                position = int(np.argmax(bad))
-                index = np.unravel_index(position, grad.shape)
-                at = int(index[0]) if grad.ndim == 1 else tuple(map(int, index))
-                raise NonFiniteError(
-                    f"the gradient of the loss is {grad[index]} at datum {i}, position {at}, where "
-                    f"the logprob is {row[index]}. Nothing was sent. Mask such tokens before an "
-                    "operation that overflows or divides by zero, as in "
-                    "jnp.where(mask, f(jnp.where(mask, x, 0)), 0).",
-                    datum=i,
-                    position=position,
-                )
 
 
 def remote_logprobs(trainer: Trainer, data: Sequence[Datum] | Batch) -> RemoteLogprobs:

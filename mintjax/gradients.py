@@ -28,6 +28,7 @@ from mintjax.batch import Batch, as_batch, check_shapes
 from mintjax.errors import DataError, NonFiniteError
 from mintjax.interop import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
+from mintjax.tensors import first_row_not_finite
 from mintjax.types import Datum
 
 __all__ = [
@@ -105,7 +106,7 @@ def value_and_logprob_grads(
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)
     result = _evaluate(objective, batch, rows)
-    _check_finite(objective, batch, rows, result.grads)
+    check_gradients(name_of(objective), batch, rows, result.grads)
     return result
 
 
@@ -245,32 +246,36 @@ def _warn_row_by_row(objective: Objective) -> None:
     )
 
 
-def _check_finite(
-    objective: Objective,
+def check_gradients(
+    what: str,
     batch: Batch,
-    rows: Sequence[npt.NDArray[Any]],
+    logprobs: Sequence[npt.NDArray[Any]],
     grads: Sequence[npt.NDArray[Any]],
 ) -> None:
-    # Rows cut from one buffer are looked at together; between them are repetitions of their tokens.
-    shared = grads[0].base
-    if shared is None or any(grad.base is not shared for grad in (grads[0], grads[-1])):
-        shared = np.concatenate([grad.ravel() for grad in grads])
-    if np.isfinite(shared).all():
-        return
-    found = next(((i, g) for i, g in enumerate(grads) if not np.isfinite(g).all()), None)
+    """Refuse gradients of which one is not finite.
+
+    Args:
+        what: they are gradients of, for the message.
+        batch: B datums.
+        logprobs: of each, in nats.
+        grads: of each, in the shape of its logprobs.
+
+    Raises:
+        NonFiniteError: naming datum, position, logprob and inputs there.
+    """
+    found = first_row_not_finite(grads)
     if found is None:
         return
-    i, grad = found
-    flat = grad.ravel()
-    position = int(np.argmin(np.isfinite(flat)))
+    i, position = found
+    grad = grads[i]
     index = np.unravel_index(position, grad.shape)
     at = f"{index[0]}" if grad.ndim == 1 else f"{tuple(map(int, index))}"
     inputs = {name: value[index[: value.ndim]] for name, value in batch[i].loss_fn_inputs.items()}
     shown = ", ".join(f"{name} {value}" for name, value in inputs.items())
     raise NonFiniteError(
-        f"the gradient of {name_of(objective)} is {flat[position]} at datum {i}, position {at}, "
-        f"where the logprob is {rows[i][index]} and the inputs are: {shown or 'none'}. Nothing was "
-        "sent. Mask such tokens before an operation that overflows or divides by zero, as in "
+        f"the gradient of {what} is {grad[index]} at datum {i}, position {at}, where the logprob "
+        f"is {logprobs[i][index]} and the inputs are: {shown or 'none'}. Nothing was sent. Mask "
+        "such tokens before an operation that overflows or divides by zero, as in "
         "jnp.where(mask, f(jnp.where(mask, x, 0)), 0).",
         datum=i,
         position=position,

@@ -158,6 +158,27 @@ def first_not_finite(values: npt.NDArray[Any]) -> int | None:
     return None if finite.all() else int(np.argmin(finite))
 
 
+def first_row_not_finite(rows: Sequence[npt.NDArray[Any]]) -> tuple[int, int] | None:
+    """The first row that holds a NaN or an infinity, and its flat position there, or None.
+
+    Rows that were cut from one buffer are looked at together, with what lies between them.
+
+    Args:
+        rows: at least one array.
+    """
+    shared = rows[0].base
+    if (
+        not isinstance(shared, np.ndarray)
+        or shared.dtype != rows[0].dtype
+        or any(row.base is not shared for row in rows)
+    ):
+        shared = np.concatenate([row.ravel() for row in rows])
+    if np.isfinite(shared).all():
+        return None
+    found = ((i, first_not_finite(row)) for i, row in enumerate(rows))
+    return next(((i, at) for i, at in found if at is not None), None)
+
+
 def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
     """Refuse to send a NaN or an infinity.
 

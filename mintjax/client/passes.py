@@ -13,7 +13,7 @@ from mintjax import wire
 from mintjax.errors import APIResponseError, NonFiniteError
 from mintjax.metrics import combine_metrics
 from mintjax.protobuf import EncodedData, encode_datum
-from mintjax.tensors import TensorData, check_finite
+from mintjax.tensors import TensorData, check_finite, first_row_not_finite
 from mintjax.types import Datum, ForwardBackwardOutput
 
 Shape = tuple[int, ...]
@@ -133,19 +133,26 @@ def _target_shape(datum: Datum) -> Shape | None:
     return None if targets is None else targets.shape
 
 
+def _check_finite(first: int, outputs: Sequence[Mapping[str, TensorData]]) -> None:
+    for name in {name for names in set(map(tuple, outputs)) for name in names}:
+        holders = [i for i, one in enumerate(outputs) if name in one]
+        found = first_row_not_finite([outputs[i][name] for i in holders])
+        if found is not None:
+            i, at = holders[found[0]], found[1]
+            raise APIResponseError(
+                f"datum {first + i}: the trainer returned {outputs[i][name].ravel()[at]} in "
+                f"{name!r}, position {at}: not a number, or one beyond float32"
+            )
+
+
 def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
     if len(output.loss_fn_outputs) != len(chunk.shapes):
         raise APIResponseError(
             f"the trainer returned {len(output.loss_fn_outputs)} outputs for "
             f"{len(chunk.shapes)} datums"
         )
+    _check_finite(chunk.first, output.loss_fn_outputs)
     for i, (shape, one) in enumerate(zip(chunk.shapes, output.loss_fn_outputs, strict=True)):
-        for name, array in one.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise APIResponseError(
-                    f"datum {chunk.first + i}: the trainer returned a number in {name!r} that is "
-                    "beyond float32"
-                )
         logprobs = one.get("logprobs")
         if logprobs is not None and logprobs.dtype != np.float32:
             raise APIResponseError(

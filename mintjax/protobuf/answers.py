@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import msgspec
-import numpy as np
 
 from mintjax.errors import DataError
 from mintjax.protobuf.scalars import INT64, check_numbers, dtype_of, numbers, widened
-from mintjax.tensors import TensorData, first_not_finite
+from mintjax.tensors import TensorData
 from mintjax.types import ForwardBackwardOutput
 
 Field: TypeAlias = tuple[int, int, Any]  # number, wire type, an int or the bytes
@@ -45,11 +44,12 @@ def decode_output(body: bytes | bytearray | memoryview) -> ForwardBackwardOutput
 
     Returns:
         The arrays of one field are views of the body, read-only if it is; ``Ragged.from_rows``
-        takes them as they are. int32 is widened to int64, bfloat16 to float32.
+        takes them as they are, and whether they are finite is for whoever uses them to see. int32
+        is widened to int64, bfloat16 to float32.
 
     Raises:
-        DataError: it is no such message, or describes no arrays, or holds a number that is not
-            finite; names datum and field.
+        DataError: it is no such message, or describes no arrays, or a metric is not finite; names
+            the field.
     """
     kind = "ArrayRecord"
     outputs: list[dict[str, TensorData]] = []
@@ -87,7 +87,7 @@ def _record(record: memoryview, first: int) -> list[dict[str, TensorData]]:
         count = max(0, len(next(iter(tensors.values())).offsets) // 8 - 1)
     if not 0 <= count <= _MOST_DATUMS - first:
         raise DataError(f"a record of {count} datums, after {first} others")
-    columns = [_rows(tensor, name, count, first) for name, tensor in tensors.items()]
+    columns = [_rows(tensor, name, count) for name, tensor in tensors.items()]
     if len(columns) == 1:
         [name] = tensors
         return [{name: row} for row in columns[0]]
@@ -96,7 +96,7 @@ def _record(record: memoryview, first: int) -> list[dict[str, TensorData]]:
     return [dict(zip(tensors, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _rows(tensor: _Tensor, name: str, count: int, first: int) -> list[TensorData]:
+def _rows(tensor: _Tensor, name: str, count: int) -> list[TensorData]:
     dtype = dtype_of(tensor.dtype, name)
     trailing, size = tuple(tensor.trailing), len(tensor.data)
     try:
@@ -121,10 +121,6 @@ def _rows(tensor: _Tensor, name: str, count: int, first: int) -> list[TensorData
     except (DataError, ValueError) as error:
         raise DataError(str(error), field=name) from None
     bounds: list[int] = (offsets // max(per_entry, 1)).tolist()
-    if (at := first_not_finite(values)) is not None:
-        entry = at // (values.size // len(values))
-        row = int(np.searchsorted(bounds, entry, side="right")) - 1
-        raise DataError(f"{values.ravel()[at]} is not finite", datum=first + row, field=name)
     rows: Any = values.view(TensorData)
     return list(map(rows.__getitem__, map(slice, bounds, bounds[1:])))
 

@@ -369,7 +369,6 @@ class TestOutputs:
             ({"trailing_shape": [1] * 100}, "entries of shape"),
             ({"dtype": 2}, "12 bytes are no numbers of 8 bytes"),
             ({"dtype": 7}, "no dtype of number 7"),
-            ({"data": b"\0\0\0\0\0\0\0\0\0\0\xc0\x7f"}, "datum 1, .*nan is not finite"),
         ],
     )
     def test_what_is_no_record(self, change, words):
@@ -446,7 +445,6 @@ class TestGarbage:
                 count = count or len(offsets) - 1
                 for i, row in enumerate(rows[first : first + count]):
                     sent = field.data[offsets[i] : offsets[i + 1]]
-                    assert np.isfinite(row[name]).all()
                     if field.dtype in (1, 2):
                         assert row[name].tobytes() == sent
                     assert row[name].shape[1:] == tuple(field.trailing_shape)
