@@ -120,6 +120,28 @@ def test_policy_summary_is_what_it_says():
         np.testing.assert_allclose(summary[name], value, rtol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4,), (7, 2), (8, 3), (0,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_policy_sums_take_any_shape(shape, masked):
+    rng = np.random.default_rng(3)
+    target, sampling, advantages = rng.standard_normal((3, *shape)).astype(np.float32)
+    where = rng.random(shape) < 0.5 if masked else None
+    sums = losses.policy_sums(target, sampling, advantages, where=where)
+    kept = np.ones(shape, bool) if where is None else where
+    d = (target - sampling).astype(np.float64)[kept]
+    assert sums["tokens"] == kept.sum()
+    for name, values in {"ratio": np.exp(d), "kl_k1": -d, "kl_k3": np.expm1(d) - d}.items():
+        np.testing.assert_allclose(sums[name], values.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 0.1, 0.124, 0.126, 0.5, 2.0])
+def test_a_small_divergence_is_not_lost_in_rounding(scale):
+    d = (scale * np.linspace(-1, 1, 101)).astype(np.float32)
+    sums = losses.policy_sums(d, np.zeros_like(d))
+    wide = d.astype(np.float64)
+    np.testing.assert_allclose(sums["kl_k3"], (np.expm1(wide) - wide).sum(), rtol=2e-5)
+
+
 def test_diagnostics_stay_finite_and_carry_no_gradient():
     target = np.array([300.0, -300.0, 0.0], np.float32)
 

@@ -200,6 +200,27 @@ def test_dppo_counts_the_tokens_that_left_the_trust_region():
     assert metrics["clip_fraction"] == pytest.approx(left / tokens)
 
 
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
+def test_what_weights_hide_may_be_infinite_for_the_model_and_its_reference(name):
+    def result(hidden: float) -> Any:
+        inputs = {
+            "target_tokens": [1, 2, 3],
+            "weights": [0.0, 1.0, 1.0],
+            "ref_logprobs": [hidden, -1.5, -0.5],
+        }
+        tokens = mintjax.ModelInput.from_ints([0, 1, 2])
+        data = [
+            mintjax.Datum(tokens, inputs | {"desirable": np.full(3, good)}) for good in (1.0, 0.0)
+        ]
+        logprobs = [[hidden, -1.0, -2.0], [hidden, -0.25, -1.0]]
+        return mintjax.value_and_logprob_grads(OBJECTIVES[name](), data, logprobs)
+
+    plain, infinite = result(-1.0), result(-np.inf)
+    assert infinite.loss == plain.loss
+    assert infinite.metrics == plain.metrics
+    np.testing.assert_array_equal(infinite.grads, plain.grads)
+
+
 def test_kto_takes_its_point_of_reference_from_the_batch_or_from_you():
     data = [
         mintjax.Datum(d.model_input, d.loss_fn_inputs | {"desirable": np.full(len(row), i % 2)})  # pyright: ignore[reportArgumentType]

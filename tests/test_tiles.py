@@ -1,0 +1,116 @@
+"""Rows are copied to where they belong, and padding is what they hold already."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mintjax import _tiles
+
+lengths = st.lists(st.integers(0, 300), min_size=1, max_size=6)
+
+
+def packed(columns, sizes, dtypes, spare=0):
+    place, starts = _tiles.place(sizes, spare)
+    flats = [
+        _tiles.empty(len(place.tile_row), column[0].shape[1:], dtype)
+        for column, dtype in zip(columns, dtypes, strict=True)
+    ]
+    for flat in flats:
+        flat[:] = 99  # what an earlier batch left there
+    return place, starts, _tiles.pack(columns, sizes, starts, flats)
+
+
+def numbered(sizes, trailing=()):
+    """Rows of which no two numbers are the same."""
+    ends = [0, *itertools.accumulate(sizes)]
+    whole = np.arange(ends[-1], dtype=np.float32) + 1000
+    rows = [whole[a:b] for a, b in itertools.pairwise(ends)]
+    return [
+        np.broadcast_to(row.reshape(-1, *(1 for _ in trailing)), (row.size, *trailing))
+        for row in rows
+    ]
+
+
+@given(sizes=lengths, spare=st.integers(0, 3), trailing=st.sampled_from([(), (2,)]))
+def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes, spare, trailing):
+    rows = numbered(sizes, trailing)
+    place, starts, [tiles] = packed([rows], sizes, [np.float32], spare)
+    layout = place.layout(padded=True)
+    flat = tiles.reshape(-1, *trailing)
+    owner = np.repeat(layout.tile_row, _tiles.TILE)
+    inside = _tiles.mask(layout).ravel()
+    assert inside.sum() == sum(sizes)
+    assert layout.row_mask.tolist() == [True] * len(sizes) + [False] * spare
+    for i, (row, start) in enumerate(zip(rows, starts, strict=False)):
+        np.testing.assert_array_equal(flat[start : start + len(row)], row)
+        # Behind a row, up to the next tile, stands what is in it; then the first token of all.
+        own = flat[(owner == i) & ~inside]
+        if i < len(sizes) - 1:
+            assert np.isin(own, row).all()
+    everything = np.concatenate(rows) if sum(sizes) else np.zeros(1)
+    assert np.isin(flat, everything).all()
+
+
+@given(sizes=lengths.filter(sum))
+def test_columns_are_padded_alike(sizes):
+    rows = numbered(sizes)
+    columns = [rows, [row * 2 for row in rows], [row.astype(np.int64) * 3 for row in rows]]
+    _, _, tiles = packed(columns, sizes, [np.float32, np.float32, np.int64])
+    np.testing.assert_array_equal(tiles[1], tiles[0] * 2)
+    np.testing.assert_array_equal(tiles[2], tiles[0] * 3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, bool, jnp.bfloat16])
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[::2], np.flip, lambda x: x.copy()])
+def test_rows_of_any_kind_are_copied(dtype, view):
+    rows = [view(np.arange(n).astype(dtype)) for n in (3, 260)]
+    for row in rows:
+        row.flags.writeable = False
+    sizes = [len(row) for row in rows]
+    _, starts, [tiles] = packed([rows], sizes, [dtype])
+    for row, start in zip(rows, starts, strict=True):
+        assert tiles.ravel()[start : start + len(row)].tolist() == row.tolist()
+
+
+def test_a_row_of_another_dtype_converts_or_is_refused():
+    rows = [np.ones(3, np.float32), np.ones(2, np.float16)]
+    _, starts, [tiles] = packed([rows], [3, 2], [np.float32])
+    assert tiles.ravel()[starts[1]] == 1.0
+    with pytest.raises(TypeError, match="same_kind"):
+        packed([[np.ones(3, np.int64), np.ones(2, np.float32)]], [3, 2], [np.int64])
+
+
+def test_sums_of_rows_of_very_different_sizes_do_not_meet():
+    rng = np.random.default_rng(0)
+    sizes = [32768, 5, 20000, 300]
+    scales = [1e-6, 1e6, 1.0, 1e-30]
+    rows = [
+        s * np.abs(rng.standard_normal(n)).astype(np.float32)
+        for n, s in zip(sizes, scales, strict=True)
+    ]
+    layout = _tiles.layout_of(sizes)
+    tiles = np.where(_tiles.mask(layout), _tiles.pack_anew(rows, layout, np.float32), 0)
+    sums = jax.jit(_tiles.row_sums)(tiles, layout)
+    exact = [row.astype(np.float64).sum() for row in rows]
+    np.testing.assert_allclose(sums, exact, rtol=1e-6)
+
+
+def test_sums_have_derivatives_of_every_kind():
+    layout = _tiles.layout_of([130, 3])
+    tiles = np.where(_tiles.mask(layout), 1.5, 0).astype(np.float32)
+    tangent = np.where(_tiles.mask(layout), 2.0, 0).astype(np.float32)
+    _, forward = jax.jvp(lambda t: _tiles.row_sums(t, layout), (tiles,), (tangent,))
+    assert forward.tolist() == [260.0, 6.0]
+
+    def squares(t):
+        return (_tiles.row_sums(t, layout) ** 2).sum()
+
+    gradient = np.asarray(jax.grad(squares)(tiles))
+    np.testing.assert_array_equal(gradient[:, 0], np.array([390, 9])[layout.tile_row])
+    _, second = jax.jvp(jax.grad(squares), (tiles,), (tangent,))
+    assert float(second[0, 0]) == 520.0
