@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
@@ -12,7 +11,6 @@ import numpy as np
 from mintjax import _tiles
 from mintjax.errors import DataError
 from mintjax.ragged import Ragged, RowAccessError
-from mintjax.tensors import TensorData
 from mintjax.types import Datum
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
@@ -41,6 +39,7 @@ class Batch(Sequence[Datum]):
         if not len(data):
             raise DataError("there is no datum; pass at least one")
         self._datums: Sequence[Datum] | None = data
+        self._inputs = [datum.loss_fn_inputs for datum in data]
         self._num_rows = len(data)
         self._columns: dict[str, Column] = {}
         self._names: frozenset[str] | None = None
@@ -61,6 +60,7 @@ class Batch(Sequence[Datum]):
         """
         batch = cls.__new__(cls)
         batch._datums = None
+        batch._inputs = []
         batch._num_rows = num_rows
         batch._columns = {}
         batch._names = frozenset(names)
@@ -75,12 +75,6 @@ class Batch(Sequence[Datum]):
         if self._names is None:
             self._names = frozenset().union(*set(map(tuple, self._inputs)))
         return self._names
-
-    @functools.cached_property
-    def _inputs(self) -> list[dict[str, TensorData]]:
-        if self._datums is None:
-            raise RowAccessError
-        return [datum.loss_fn_inputs for datum in self._datums]
 
     @property
     def lengths(self) -> list[int]:
@@ -162,6 +156,8 @@ class Batch(Sequence[Datum]):
                 datum's model input, or its trailing axis differs from datum 0's.
             RowAccessError: the batch has columns only.
         """
+        if self._datums is None:
+            raise RowAccessError
         try:
             rows: list[Any] = [inputs[name] for inputs in self._inputs]
         except KeyError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,6 +96,9 @@ def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
         array = np.asarray(data)
     except ValueError:
         raise DataError("a column must be rectangular; this nested list is ragged") from None
+    name = _AS_THEY_ARE.get(array.dtype)
+    if name is not None and dtype in (None, name):  # as nearly always
+        return array
     if dtype is None:
         kind = array.dtype.kind
         if kind == "f" or array.dtype.name == "bfloat16":
@@ -170,7 +174,7 @@ def first_row_not_finite(rows: Sequence[npt.NDArray[Any]]) -> tuple[int, int] | 
     if (
         not isinstance(shared, np.ndarray)
         or shared.dtype != rows[0].dtype
-        or any(row.base is not shared for row in rows)
+        or set(map(id, map(_BASE, rows))) != {id(shared)}
     ):
         shared = np.concatenate([row.ravel() for row in rows])
     if np.isfinite(shared).all():
@@ -201,6 +205,8 @@ def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
 
 
 _WIRE_DTYPES = ("float32", "int64")
+_AS_THEY_ARE = {np.dtype(name): name for name in _WIRE_DTYPES}
+_BASE = operator.attrgetter("base")
 _LARGEST_DENSE = 2**28  # numbers; what a peer may make us allocate by a few of its own
 _INTEGER_COLUMNS = frozenset({"target_tokens"})
 _FLOAT_COLUMNS = frozenset({"weights", "advantages", "logprobs", "ref_logprobs"})

@@ -296,7 +296,7 @@ def _numbers(data: Any, dtype: str) -> npt.NDArray[Any]:
                 pass  # what is no number is named below
             else:
                 # A boolean is packed too, as 0 or 1; only where there are such is each looked at.
-                if not ((array == 0) | (array == 1)).any():
+                if (array.size and array.max() < 0) or not ((array == 0) | (array == 1)).any():
                     return array
         return _packed(msgspec.convert(data, list[float]))
     except msgspec.ValidationError as error:
