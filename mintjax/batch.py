@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
@@ -73,7 +74,7 @@ class Batch(Sequence[Datum]):
     def names(self) -> frozenset[str]:
         """The names of all columns, those that only some datums have among them."""
         if self._names is None:
-            self._names = frozenset().union(*set(map(tuple, self._inputs)))
+            self._names = frozenset(itertools.chain.from_iterable(self._inputs))
         return self._names
 
     @property

@@ -46,7 +46,7 @@ class PairObjective(SequenceObjective):
         return self.scores(data, logprobs)
 
     def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """The loss of each pair, ``[P]``."""
+        """The loss of each pair, ``[P]``; 0 where there is none."""
         raise NotImplementedError
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
@@ -64,7 +64,7 @@ class PairObjective(SequenceObjective):
         values = self.pair_losses(data, logprobs, where)
         rewards = self.rewards(data, logprobs)
         sums = losses.preference_sums(rewards[0::2], rewards[1::2], where=where)
-        return losses.token_mean(values, where=where), losses.preference_summary(sums)
+        return jnp.sum(values) / jnp.maximum(sums["pairs"], 1), losses.preference_summary(sums)
 
 
 @objective
