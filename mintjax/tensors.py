@@ -165,7 +165,8 @@ def first_not_finite(values: npt.NDArray[Any]) -> int | None:
 def first_row_not_finite(rows: Sequence[npt.NDArray[Any]]) -> tuple[int, int] | None:
     """The first row that holds a NaN or an infinity, and its flat position there, or None.
 
-    Rows that were cut from one buffer are looked at together, with what lies between them.
+    Rows that were cut from one buffer, and are most of it, are looked at together, with what lies
+    between them.
 
     Args:
         rows: at least one array.
@@ -175,6 +176,7 @@ def first_row_not_finite(rows: Sequence[npt.NDArray[Any]]) -> tuple[int, int] | 
         not isinstance(shared, np.ndarray)
         or shared.dtype != rows[0].dtype
         or set(map(id, map(_BASE, rows))) != {id(shared)}
+        or shared.size > 2 * sum(map(_SIZE, rows))
     ):
         shared = np.concatenate([row.ravel() for row in rows])
     if np.isfinite(shared).all():
@@ -206,7 +208,7 @@ def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
 
 _WIRE_DTYPES = ("float32", "int64")
 _AS_THEY_ARE = {np.dtype(name): name for name in _WIRE_DTYPES}
-_BASE = operator.attrgetter("base")
+_BASE, _SIZE = operator.attrgetter("base"), operator.attrgetter("size")
 _LARGEST_DENSE = 2**28  # numbers; what a peer may make us allocate by a few of its own
 _INTEGER_COLUMNS = frozenset({"target_tokens"})
 _FLOAT_COLUMNS = frozenset({"weights", "advantages", "logprobs", "ref_logprobs"})

@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_is_not_sent(bad, trailing, position, doub
     factors[1].flat[position] = bad
     remote = remote_logprobs(double, data)
     scale = Ragged.from_rows(factors)
-    with pytest.raises(NonFiniteError, match=r"datum 1, position .*inputs are: .*weights") as raised:
+    with pytest.raises(NonFiniteError, match=r"datum 1, position .*are: .*weights") as raised:
         jax.grad(lambda p: (remote(p) * scale).total())(remote.params)
     assert raised.value.datum == 1
     assert raised.value.position == position
