@@ -178,8 +178,8 @@ def _same(x: Array) -> Array:
     return x
 
 
-def _all(*x: Array) -> tuple[Array, ...]:
-    return x
+def _all_the_same(*values: Array) -> tuple[Array, ...]:
+    return values
 
 
 def _clamp(low: Array, x: Array, high: Array) -> Array:
@@ -247,7 +247,7 @@ _RULES: dict[str, Rule] = {
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.invert,
-    "optimization_barrier": _all,
+    "optimization_barrier": _all_the_same,
     "or": np.bitwise_or,
     "pad": _pad,
     "pow": np.power,

@@ -1,9 +1,9 @@
 """Where the numbers of ragged rows lie in memory: whole tiles of 128, so that shapes repeat.
 
 Every row starts on a tile of its own and the number of tiles is rounded up to one of a few sizes,
-so that ``jit`` meets the same shapes again although no two batches have the same lengths. What
-fills the rest of a row's last tile are copies of one of its own tokens: whatever a function does
-there it has already done at a real token, so padding brings no NaN of its own.
+so that ``jit`` meets the same shapes again although no two batches have the same lengths. The rest
+of a row's last tile repeats the row's own tokens: whatever a function does there it has already
+done at a real token, so padding brings no NaN of its own.
 """
 
 from __future__ import annotations

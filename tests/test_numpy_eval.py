@@ -33,6 +33,7 @@ PROGRAMS = {
     "batched_dot": lambda x: jnp.einsum("bij,bjk->bik", x.reshape(2, 3, 2), x.reshape(2, 2, 3)),
     "sort": lambda x: jnp.sort(x) * jnp.arange(12.0),
     "loop": lambda x: jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y), x),
+    "barrier": lambda x: sum(jax.lax.optimization_barrier((jnp.exp(x), 2 * x))),
     "remat": lambda x: jax.checkpoint(jnp.exp)(x),
     "jit": lambda x: jax.jit(lambda y: y * 2 + jnp.cos(y))(x),
     "integers": lambda x: (jnp.arange(12) // 5 + jnp.arange(12) % 5 + x.astype(jnp.int32)) * x,
