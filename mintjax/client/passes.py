@@ -134,15 +134,11 @@ def _target_shape(datum: Datum) -> Shape | None:
 
 
 def _check_finite(first: int, outputs: Sequence[Mapping[str, TensorData]]) -> None:
-    for name in {name for names in set(map(tuple, outputs)) for name in names}:
-        holders = [i for i, one in enumerate(outputs) if name in one]
-        found = first_row_not_finite([outputs[i][name] for i in holders])
-        if found is not None:
-            i, at = holders[found[0]], found[1]
-            raise APIResponseError(
-                f"datum {first + i}: the trainer returned {outputs[i][name].ravel()[at]} in "
-                f"{name!r}, position {at}: not a number, or one beyond float32"
-            )
+    places = [(i, name) for i, one in enumerate(outputs) for name in one]
+    if places and (found := first_row_not_finite([outputs[i][name] for i, name in places])):
+        (i, name), at = places[found[0]], found[1]
+        value = outputs[i][name].ravel()[at]  # infinite is what JSON beyond float32 becomes
+        raise APIResponseError(f"datum {first + i}: the trainer returned {value} in {name!r}[{at}]")
 
 
 def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:

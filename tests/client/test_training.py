@@ -362,7 +362,7 @@ def test_a_request_that_fails_when_it_runs(client, trainer):
         (lambda r: r.pop("loss_fn_outputs"), "loss_fn_outputs"),
         (
             lambda r: r["loss_fn_outputs"][1].update(more={"data": [1e39], "dtype": "float32"}),
-            "datum 1: the trainer returned inf in 'more', position 0: .*beyond float32",
+            r"datum 1: the trainer returned inf in 'more'\[0\]",
         ),
         (
             lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[1, 2], dtype="int64"),
