@@ -25,7 +25,12 @@ from mintjax.ragged import Ragged
 
 Array: TypeAlias = Any
 Objective: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
+Summary: TypeAlias = dict[tuple[str, ...], Array]
+"""By the names of the metrics: the loss and these in one array, for each that is read has its
+cost."""
+
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
+_FINITE = ""  # the name of what is no metric: 1 if the whole gradient is finite
 _KEPT = 64  # programs held at a time, the least recently used dropped first
 
 
@@ -60,32 +65,13 @@ def count(what: str) -> None:
     _counts[what] += 1
 
 
-@jax.tree_util.register_pytree_node_class
-class Summary:
-    """Loss and metrics as one array, so that one transfer brings them all.
-
-    Args:
-        values: ``[1 + metrics]``, the loss first.
-        names: of the metrics.
-    """
-
-    def __init__(self, values: Array, names: tuple[str, ...]) -> None:
-        self.values = values
-        self.names = names
-
-    def tree_flatten(self) -> tuple[tuple[Array], tuple[str, ...]]:
-        """The leaves, for JAX."""
-        return (self.values,), self.names
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], children: tuple[Array]) -> Summary:
-        """The inverse of :meth:`tree_flatten`."""
-        return cls(children[0], names)
-
-    def read(self) -> tuple[float, dict[str, float]]:
-        """The loss, and all metrics with ``"loss"`` first; the objective's own "loss" wins."""
-        loss, *metrics = np.asarray(self.values).tolist()
-        return loss, {"loss": loss, **dict(zip(self.names, metrics, strict=True))}
+def read(summary: Summary) -> tuple[float, dict[str, float], bool]:
+    """The loss, all metrics with it as ``"loss"`` first (the objective's own "loss" wins), and
+    whether the gradient is known to be finite."""
+    ((names, values),) = summary.items()
+    loss, *rest = np.asarray(values).tolist()
+    metrics = {"loss": loss, **dict(zip(names, rest, strict=True))}
+    return loss, metrics, bool(metrics.pop(_FINITE, False))
 
 
 def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array, Summary]:
@@ -116,7 +102,7 @@ def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array
         )
     named = {str(k): _scalar(k, v) for k, v in cast("Mapping[Any, Any]", metrics).items()}
     values = [jnp.asarray(value, loss.dtype) for value in (loss, *named.values())]
-    return loss, Summary(jax.lax.stop_gradient(jnp.stack(values)), tuple(named))
+    return loss, {tuple(named): jax.lax.stop_gradient(jnp.stack(values))}
 
 
 def _scalar(name: Any, value: Any) -> Array:
@@ -147,8 +133,8 @@ class Plan(NamedTuple):
     Args:
         columns: the columns that it reads.
         needs_logprobs: whether its gradient depends on the logprobs.
-        run: its compiled gradient: ``(parameters, place, columns) -> (summary, grads)``, with the
-            logprobs among the columns.
+        run: its compiled gradient: ``(parameters, index, blocks) -> (summary, grads)``, of a
+            place's index and of :func:`_blocks` of the columns and the logprobs.
     """
 
     columns: tuple[str, ...]
@@ -183,13 +169,16 @@ class Program:
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        place, starts, plan = self._prepare(parameters, batch, rows)
-        columns = {_LOGPROBS: rows} | {name: batch.rows(name) for name in plan.columns}
-        arrays = _arrays(columns, batch.lengths, place, starts, rows[0].dtype, _workspace)
-        summary, grads = plan.run(parameters, place, arrays)
+        place, plan = self._prepare(parameters, batch, rows)
+        columns = {_LOGPROBS: rows}
+        for name in plan.columns:
+            columns[name] = batch.rows(name)
+        blocks = _blocks(columns, batch.lengths, place, rows[0].dtype, _workspace)
+        summary, grads = plan.run(parameters, place.index, blocks)
         _await(grads)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
-        return summary, [buffer[s : s + n] for s, n in zip(starts, batch.lengths, strict=False)]
+        cuts = zip(place.starts, batch.lengths, strict=False)
+        return summary, [buffer[start : start + length] for start, length in cuts]
 
     def needs_logprobs(
         self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
@@ -203,23 +192,22 @@ class Program:
 
     def _prepare(
         self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
-    ) -> tuple[Place, list[int], Plan]:
+    ) -> tuple[Place, Plan]:
         multiple = self._row_multiple
         # A batch that does not divide is not padded: the objective shall see it and say so.
         padded = multiple is not None and not len(batch) % multiple
         spare = _spare(len(batch), multiple) if multiple and padded else 0
-        place, starts = _tiles.place(batch.lengths, spare)
+        place = _tiles.place(batch.lengths, spare)
         key = (batch.names, padded, rows[0].shape[1:], rows[0].dtype)
         if key not in self._plans:
-            self._plans[key] = self._plan(parameters, batch, place, starts, rows, padded)
-        return place, starts, self._plans[key]
+            self._plans[key] = self._plan(parameters, batch, place, rows, padded)
+        return place, self._plans[key]
 
     def _plan(
         self,
         parameters: Sequence[Any],
         batch: Batch,
         place: Place,
-        starts: Sequence[int],
         rows: Sequence[npt.NDArray[Any]],
         padded: bool,
     ) -> Plan:
@@ -228,30 +216,31 @@ class Program:
         read: set[str] = set()
 
         def gradient(
-            parameters: Sequence[Any], place: Place, column: Callable[[str], Array]
+            parameters: Sequence[Any], index: Array, column: Callable[[str], Array]
         ) -> tuple[Summary, Array]:
-            layout = place.layout(padded=padded)
+            layout = _tiles.read_index(index, column(_LOGPROBS).shape[0], padded=padded)
             return _gradient(self._rebuild(parameters), names, layout, column)
 
         def run(
-            parameters: Sequence[Any], place: Place, columns: Mapping[str, Array]
+            parameters: Sequence[Any], index: Array, blocks: Mapping[tuple[str, ...], Array]
         ) -> tuple[Summary, Array]:
             count("compilations")
-            return gradient(parameters, place, columns.__getitem__)
+            columns = _columns(blocks)
+            return gradient(parameters, index, columns.__getitem__)
 
-        def look(logprobs: Array, parameters: Sequence[Any], traced: Place) -> Array:
+        def look(logprobs: Array, parameters: Sequence[Any], index: Array) -> Array:
             def column(name: str) -> Array:
                 if name == _LOGPROBS:
                     return logprobs
                 read.add(name)
                 columns = {name: batch.rows(name)}
-                return _arrays(columns, batch.lengths, place, starts, dtype, _buffer)[name]
+                return _columns(_blocks(columns, batch.lengths, place, dtype, _tiles.empty))[name]
 
-            return gradient(parameters, traced, column)[1]
+            return gradient(parameters, index, column)[1]
 
-        shape = (len(place.tile_row), _tiles.TILE, *rows[0].shape[1:])
+        shape = (place.tiles, _tiles.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
-        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, place)
+        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, place.index)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
         return Plan(tuple(sorted(read)), needs_logprobs, jax.jit(run))
 
@@ -271,55 +260,76 @@ def _gradient(
         return evaluate(objective, data, Ragged(tiles, layout))
 
     (_, summary), grads = jax.value_and_grad(value, has_aux=True)(column(_LOGPROBS))
-    return summary, grads
+    ((metrics, values),) = summary.items()
+    values = jnp.append(values, jnp.isfinite(grads).all())
+    return {(*metrics, _FINITE): values}, grads
 
 
 def _await(array: Array) -> None:
     """Wait for a result without going to sleep, for no longer than waking up would take."""
-    end = time.perf_counter() + 1e-4
-    while not array.is_ready() and time.perf_counter() < end:
-        pass
+    if not array.is_ready():
+        end = time.perf_counter() + 1e-4
+        while time.perf_counter() < end and not array.is_ready():
+            pass
 
 
 _workspaces = threading.local()
 
 
-def _workspace(name: str, tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """A buffer that this thread has for a column and uses again.
+def _workspace(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A buffer that this thread has for columns of one kind and uses again.
 
     A new one each time would cost more than the copying: its pages have to be mapped first. It is
     read until the program has run, which whoever calls waits for.
     """
     kept: dict[Any, npt.NDArray[Any]] = _workspaces.__dict__
-    key, size = (name, trailing, dtype), tiles * _tiles.TILE
+    key = (trailing, dtype)
     if key not in kept or len(kept[key]) < size:
-        kept[key] = _tiles.empty(tiles, trailing, dtype)
+        kept[key] = _tiles.empty(size, trailing, dtype)
     return kept[key][:size]
 
 
-def _buffer(_: str, tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    return _tiles.empty(tiles, trailing, dtype)
-
-
-def _arrays(
+def _blocks(
     columns: Mapping[str, Sequence[npt.NDArray[Any]]],
     lengths: Sequence[int],
     place: Place,
-    starts: Sequence[int],
     dtype: Any,
     buffer: Callable[..., npt.NDArray[Any]],
-) -> dict[str, npt.NDArray[Any]]:
-    """Columns as a program takes them: tiles, or one number per row; floats in one ``dtype``."""
-    kept = {n: dtype if rows[0].dtype.kind == "f" else rows[0].dtype for n, rows in columns.items()}
-    tiled = {name: rows for name, rows in columns.items() if rows[0].ndim}
-    tiles = len(place.tile_row)
-    flats = [buffer(name, tiles, rows[0].shape[1:], kept[name]) for name, rows in tiled.items()]
-    packed = _tiles.pack(list(tiled.values()), lengths, starts, flats)
-    arrays = dict(zip(tiled, packed, strict=True))
-    for name in columns.keys() - tiled.keys():
-        arrays[name] = np.zeros(place.rows.shape[1], kept[name])
-        arrays[name][: len(columns[name])] = columns[name]
-    return arrays
+) -> dict[tuple[str, ...], npt.NDArray[Any]]:
+    """Columns as a program takes them, those of one kind in one array, for each has its cost.
+
+    Args:
+        columns: one array per row, in each.
+        lengths: tokens of each row.
+        place: where to lay them.
+        dtype: that all floats are to have.
+        buffer: makes a buffer, as :func:`mintjax._tiles.empty` does.
+
+    Returns:
+        By the names of its columns, tiles ``[columns, tiles, TILE, ...]``, or, of columns that hold
+        one number per row, ``[columns, B]``.
+    """
+    kinds: dict[tuple[Any, Any], list[str]] = {}
+    for name, rows in columns.items():
+        shape, own = rows[0].shape, rows[0].dtype
+        kind = (shape[1:] if shape else None, dtype if own.kind == "f" else own)
+        kinds.setdefault(kind, []).append(name)
+    blocks: dict[tuple[str, ...], npt.NDArray[Any]] = {}
+    for (trailing, kept), names in kinds.items():
+        alike = [columns[name] for name in names]
+        if trailing is None:
+            block = np.zeros((len(names), len(place.starts)), kept)
+            block[:, : len(lengths)] = alike
+        else:
+            flat = buffer(len(names) * place.tiles * _tiles.TILE, trailing, kept)
+            block = _tiles.pack(alike, lengths, flat)
+        blocks[tuple(names)] = block
+    return blocks
+
+
+def _columns(blocks: Mapping[tuple[str, ...], Array]) -> dict[str, Array]:
+    """What :func:`_blocks` joined, by its name."""
+    return {name: block[i] for names, block in blocks.items() for i, name in enumerate(names)}
 
 
 def _spare(rows: int, multiple: int) -> int:

@@ -8,10 +8,14 @@ done at a real token, so padding brings no NaN of its own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
+import sys
+from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,24 +49,19 @@ class Layout(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a layout follows from, in few arrays, for each that a program takes has its cost.
+    """Where the rows of a batch are laid, as a compiled function takes it and as the packing does.
 
     Args:
-        rows: of each row its length, where it starts, and 1 if it is real: int32 ``[3, B]``.
-        tile_row: as in :class:`Layout`.
+        index: what :func:`read_index` makes a layout of, in one array, for each that a compiled
+            function takes has its cost: int32 ``[3 * B + tiles]``. Of each row its length; then
+            where each starts; then 1 if it is real; then the row that each tile belongs to.
+        starts: flat position of each row's first token, those of spare rows among them.
+        tiles: how many there are.
     """
 
-    rows: Array
-    tile_row: Array
-
-    def layout(self, *, padded: bool) -> Layout:
-        """The layout. ``padded``: whether some rows may not be real."""
-        xp: Any = np if isinstance(self.rows, np.ndarray) else jnp
-        length, start, real = self.rows[0], self.rows[1], self.rows[2]
-        ends = xp.take(start + length, self.tile_row, mode="clip")
-        tile_start = xp.arange(self.tile_row.shape[0], dtype=xp.int32) << _SHIFT
-        count = xp.minimum(ends - tile_start, TILE)
-        return Layout(length, start, self.tile_row, count, real != 0 if padded else None)
+    index: npt.NDArray[np.int32]
+    starts: list[int]
+    tiles: int
 
 
 def bucket(size: int) -> int:
@@ -78,109 +77,105 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def place(lengths: Sequence[int], spare: int = 0) -> tuple[Place, list[int]]:
+def place(lengths: Sequence[int], spare: int = 0) -> Place:
     """Lay rows of these lengths out, one after another, in a bucketed number of tiles.
 
     Args:
         lengths: tokens of each row, ``[B]``.
         spare: how many empty rows to pad the batch with.
-
-    Returns:
-        The place, and the flat position of each row's first token, those of spare rows among them.
     """
-    # In lists, for small batches are to be fast as well, and NumPy takes a while to begin.
+    # Without NumPy until the end: it takes a while to begin, and small batches are to be fast too.
     padding = [0] * spare
     tiles = [*(length + TILE - 1 >> _SHIFT for length in lengths), *padding]
     firsts = [0, *itertools.accumulate(tiles)]
     used = firsts.pop()
     starts = [first << _SHIFT for first in firsts]
-    tiles[-1] += bucket(used) - used  # the spare ones, behind the last row's end
-    real = [1] * len(lengths)
-    rows = np.array(([*lengths, *padding], starts, real + padding), np.int32)
-    return Place(rows, np.arange(len(tiles), dtype=np.int32).repeat(tiles)), starts
+    count = bucket(used)
+    tiles[-1] += count - used  # the spare ones, behind the last row's end
+    rows = [*lengths, *padding, *starts, *([1] * len(lengths)), *padding]
+    index = array("i", rows)
+    index.frombytes(b"".join(map(operator.mul, _numbers(len(tiles)), tiles)))
+    return Place(np.frombuffer(index, np.int32), starts, count)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(count: int) -> tuple[bytes, ...]:
+    """The int32 numbers from 0 on as they lie in memory."""
+    return tuple(number.to_bytes(4, sys.byteorder) for number in range(count))
+
+
+def read_index(index: Array, tiles: int, *, padded: bool) -> Layout:
+    """The layout that the ``index`` of a :class:`Place` of so many tiles holds.
+
+    Args:
+        index: as there.
+        tiles: as there.
+        padded: whether some rows may not be real.
+    """
+    xp: Any = jnp if isinstance(index, jax.Array) else np
+    length, start, real = index[:-tiles].reshape(3, -1)
+    tile_row = index[-tiles:]
+    ends = xp.take(start + length, tile_row, mode="clip")
+    count = xp.minimum(ends - (xp.arange(tiles, dtype=xp.int32) << _SHIFT), TILE)
+    return Layout(length, start, tile_row, count, real != 0 if padded else None)
 
 
 def layout_of(lengths: Sequence[int]) -> Layout:
     """The layout of rows of these lengths."""
-    return place(lengths)[0].layout(padded=False)
+    index, _, tiles = place(lengths)
+    return read_index(index, tiles, padded=False)
 
 
-def empty(tiles: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """A flat buffer for so many tiles, aligned; what is in it is arbitrary."""
-    shape = (tiles * TILE, *trailing)
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
+def empty(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A flat buffer for so many tokens, aligned; what is in it is arbitrary."""
+    shape = (size, *trailing)
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(needed + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return raw[start : start + needed].view(dtype).reshape(shape)
 
 
 def pack(
-    columns: Sequence[Sequence[Array]],
-    lengths: Sequence[int],
-    starts: Sequence[int],
-    flats: Sequence[npt.NDArray[Any]],
-) -> list[npt.NDArray[Any]]:
-    """Copy NumPy rows into tiled buffers, and fill what lies between them with their own tokens.
+    columns: Sequence[Sequence[Array]], lengths: Sequence[int], flat: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Copy NumPy rows into a tiled buffer, and fill what lies between them with their own tokens.
 
-    The gap behind a row repeats its first tokens, and a spare tile the first of all: the same ones
-    in every column, so that a function of several meets nothing there that it has not met.
+    The gap behind a row repeats it, and spare tiles repeat the longest: the same tokens in every
+    column, so that a function of several meets nothing there that it has not met.
 
     Args:
-        columns: one array per row, of its buffer's dtype or one that converts to it, in each.
+        columns: one array per row, of the buffer's dtype or one that converts to it, in each.
         lengths: tokens of each row.
-        starts: flat position of each row's first token; those of further rows, which are empty, may
-            follow.
-        flats: a buffer for each column, as :func:`empty` makes it.
+        flat: a buffer for all columns, one after another, as :func:`empty` makes it.
 
     Returns:
-        The buffers as tiles, each ``[tiles, TILE, ...]``.
+        The buffer as tiles, ``[columns, tiles, TILE, ...]``.
     """
-    try:
-        # For a memoryview a row is bytes to copy; NumPy takes longer to look at it than to do it.
-        _lay(columns, lengths, starts, [memoryview(cast("Any", flat)) for flat in flats])
-    except (ValueError, NotImplementedError):  # rows of candidates, or of another dtype
-        same = [
-            [row.astype(flat.dtype, casting="same_kind", copy=False) for row in rows]
-            for rows, flat in zip(columns, flats, strict=True)
-        ]
-        _lay(same, lengths, starts, flats)
-    last = len(lengths) - 1
-    used = -(-(starts[last] + lengths[last]) // TILE) * TILE
-    for flat in flats:
-        flat[used:] = flat[0] if used else 0
-    return [flat.reshape(-1, TILE, *flat.shape[1:]) for flat in flats]
+    size = len(flat) // len(columns)
+    gaps = [-length % TILE for length in lengths]
+    spare = size - sum(lengths) - sum(gaps)
+    longest = lengths.index(max(lengths))
+    pieces: list[npt.NDArray[Any]] = []
+    for rows in columns:
+        for row, gap in zip(rows, gaps, strict=True):
+            pieces.append(row)
+            if gap:
+                pieces.append(_repeated(row, gap))
+        if spare:
+            pieces.append(_repeated(rows[longest], spare))
+    np.concatenate(pieces, out=flat)
+    return flat.reshape(len(columns), -1, TILE, *flat.shape[1:])
 
 
-def _lay(
-    columns: Sequence[Sequence[Array]],
-    lengths: Sequence[int],
-    starts: Sequence[int],
-    flats: Sequence[Any],
-) -> None:
-    """Copy rows to where they start, and repeat each up to the next tile."""
-    for start, length, rows in zip(starts, lengths, zip(*columns, strict=True), strict=False):
-        end = start + length
-        gap = -end % TILE
-        here, behind, first = slice(start, end), slice(end, end + gap), slice(start, start + gap)
-        for flat, row in zip(flats, rows, strict=True):
-            flat[here] = row
-            if gap <= length:
-                flat[behind] = flat[first]
-            else:
-                _repeat(flat, start, end, end + gap)
-
-
-def _repeat(flat: Any, start: int, end: int, stop: int) -> None:
-    while end < stop:
-        size = min(stop - end, end - start)
-        flat[end : end + size] = flat[start : start + size]
-        end += size
+def _repeated(row: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """So many tokens of a row, from its first on and then again; zeros if it has none."""
+    return row[:size] if size <= len(row) else np.resize(row, (size, *row.shape[1:]))
 
 
 def pack_anew(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
     """NumPy rows as tiles, in a buffer of their own."""
-    flat = empty(len(layout.tile_row), rows[0].shape[1:], dtype)
-    return pack([rows], layout.lengths.tolist(), layout.row_start.tolist(), [flat])[0]
+    flat = empty(len(layout.tile_row) * TILE, rows[0].shape[1:], dtype)
+    return pack([rows], layout.lengths.tolist(), flat)[0]
 
 
 def mask(layout: Layout) -> Array:

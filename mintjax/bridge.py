@@ -15,8 +15,9 @@ from mintjax import _host, _tiles
 from mintjax._versions import versions_of
 from mintjax.batch import Batch, check_data
 from mintjax.errors import DataError, TransformationError
-from mintjax.gradients import check_gradients
+from mintjax.gradients import not_finite
 from mintjax.ragged import Ragged
+from mintjax.tensors import first_row_not_finite
 from mintjax.trainers import Trainer
 from mintjax.types import Datum, ForwardBackwardOutput
 
@@ -125,7 +126,9 @@ class RemoteLogprobs:
     def _backward(self, token: Array, tiles: Array, cotangent: Array) -> np.float32:
         self._versions.check(token)
         logprobs, grads = self._rows(tiles), self._rows(cotangent)
-        check_gradients("the loss", self._batch, logprobs, grads)
+        found = first_row_not_finite(grads)
+        if found is not None:
+            raise not_finite("the loss", self._batch, logprobs, grads, found)
         self._output = self._trainer.backward(self._data, logprobs, grads)
         return self._versions.receipt()
 

@@ -22,6 +22,7 @@ from mintjax._programs import (
     evaluate,
     name_of,
     program_for,
+    read,
     stats,
 )
 from mintjax.batch import Batch, as_batch, check_shapes
@@ -105,8 +106,10 @@ def value_and_logprob_grads(
     """
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)
-    result = _evaluate(objective, batch, rows)
-    check_gradients(name_of(objective), batch, rows, result.grads)
+    result, finite = _evaluate(objective, batch, rows)
+    found = None if finite else first_row_not_finite(result.grads)
+    if found is not None:
+        raise not_finite(name_of(objective), batch, rows, result.grads, found)
     return result
 
 
@@ -124,14 +127,16 @@ def loss_and_metrics(
         The loss, and the metrics with ``"loss"`` among them.
     """
     batch = as_batch(data)
-    return _evaluate(objective, batch, _logprob_rows(batch, logprobs))[:2]
+    return _evaluate(objective, batch, _logprob_rows(batch, logprobs))[0][:2]
 
 
 def _evaluate(
     objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
-) -> LogprobGradients:
+) -> tuple[LogprobGradients, bool]:
+    """The result, and whether its gradients are known to be finite."""
     if isinstance(objective, torch_objective):
         loss, metrics, grads = objective.evaluate(batch, rows)
+        finite = False
     else:
         program, parameters = program_for(objective)
         summary, grads = _in_columns_or_rows(
@@ -140,8 +145,8 @@ def _evaluate(
             lambda: program.run(parameters, batch, rows),
             lambda: _row_by_row(objective, batch, rows),
         )
-        loss, metrics = summary.read()
-    return LogprobGradients(loss, metrics, grads)
+        loss, metrics, finite = read(summary)
+    return LogprobGradients(loss, metrics, grads), finite
 
 
 def constant_logprob_grads(
@@ -246,36 +251,32 @@ def _warn_row_by_row(objective: Objective) -> None:
     )
 
 
-def check_gradients(
+def not_finite(
     what: str,
     batch: Batch,
     logprobs: Sequence[npt.NDArray[Any]],
     grads: Sequence[npt.NDArray[Any]],
-) -> None:
-    """Refuse gradients of which one is not finite.
+    at: tuple[int, int],
+) -> NonFiniteError:
+    """The error that names datum, position, logprob and inputs where a gradient is not finite.
 
     Args:
-        what: they are gradients of, for the message.
+        what: they are gradients of.
         batch: B datums.
         logprobs: of each, in nats.
         grads: of each, in the shape of its logprobs.
-
-    Raises:
-        NonFiniteError: naming datum, position, logprob and inputs there.
+        at: the datum and the flat position there.
     """
-    found = first_row_not_finite(grads)
-    if found is None:
-        return
-    i, position = found
+    i, position = at
     grad = grads[i]
     index = np.unravel_index(position, grad.shape)
-    at = f"{index[0]}" if grad.ndim == 1 else f"{tuple(map(int, index))}"
+    where = f"{index[0]}" if grad.ndim == 1 else f"{tuple(map(int, index))}"
     inputs = {name: value[index[: value.ndim]] for name, value in batch[i].loss_fn_inputs.items()}
     shown = ", ".join(f"{name} {value}" for name, value in inputs.items())
-    raise NonFiniteError(
-        f"the gradient of {what} is {grad[index]} at datum {i}, position {at}, where the logprob "
-        f"is {logprobs[i][index]} and the inputs are: {shown or 'none'}. Nothing was sent. Mask "
-        "such tokens before an operation that overflows or divides by zero, as in "
+    return NonFiniteError(
+        f"the gradient of {what} is {grad[index]} at datum {i}, position {where}, where the "
+        f"logprob is {logprobs[i][index]} and the inputs are: {shown or 'none'}. Nothing was sent. "
+        "Mask such tokens before an operation that overflows or divides by zero, as in "
         "jnp.where(mask, f(jnp.where(mask, x, 0)), 0).",
         datum=i,
         position=position,

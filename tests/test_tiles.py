@@ -14,15 +14,11 @@ from mintjax import _tiles
 lengths = st.lists(st.integers(0, 300), min_size=1, max_size=6)
 
 
-def packed(columns, sizes, dtypes, spare=0):
-    place, starts = _tiles.place(sizes, spare)
-    flats = [
-        _tiles.empty(len(place.tile_row), column[0].shape[1:], dtype)
-        for column, dtype in zip(columns, dtypes, strict=True)
-    ]
-    for flat in flats:
-        flat[:] = 99  # what an earlier batch left there
-    return place, starts, _tiles.pack(columns, sizes, starts, flats)
+def packed(columns, sizes, dtype, spare=0):
+    place = _tiles.place(sizes, spare)
+    flat = _tiles.empty(len(columns) * place.tiles * _tiles.TILE, columns[0][0].shape[1:], dtype)
+    flat[:] = 99  # what an earlier batch left there
+    return place, _tiles.pack(columns, sizes, flat)
 
 
 def numbered(sizes, trailing=()):
@@ -39,16 +35,17 @@ def numbered(sizes, trailing=()):
 @given(sizes=lengths, spare=st.integers(0, 3), trailing=st.sampled_from([(), (2,)]))
 def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes, spare, trailing):
     rows = numbered(sizes, trailing)
-    place, starts, [tiles] = packed([rows], sizes, [np.float32], spare)
-    layout = place.layout(padded=True)
+    place, [tiles] = packed([rows], sizes, np.float32, spare)
+    layout = _tiles.read_index(place.index, place.tiles, padded=True)
     flat = tiles.reshape(-1, *trailing)
     owner = np.repeat(layout.tile_row, _tiles.TILE)
     inside = _tiles.mask(layout).ravel()
     assert inside.sum() == sum(sizes)
     assert layout.row_mask.tolist() == [True] * len(sizes) + [False] * spare
-    for i, (row, start) in enumerate(zip(rows, starts, strict=False)):
+    assert layout.row_start.tolist() == place.starts
+    for i, (row, start) in enumerate(zip(rows, place.starts, strict=False)):
         np.testing.assert_array_equal(flat[start : start + len(row)], row)
-        # Behind a row, up to the next tile, stands what is in it; then the first token of all.
+        # Behind a row, up to the next tile, stands what is in it; behind all, what is in one.
         own = flat[(owner == i) & ~inside]
         if i < len(sizes) - 1:
             assert np.isin(own, row).all()
@@ -59,10 +56,10 @@ def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes
 @given(sizes=lengths.filter(sum))
 def test_columns_are_padded_alike(sizes):
     rows = numbered(sizes)
-    columns = [rows, [row * 2 for row in rows], [row.astype(np.int64) * 3 for row in rows]]
-    _, _, tiles = packed(columns, sizes, [np.float32, np.float32, np.int64])
-    np.testing.assert_array_equal(tiles[1], tiles[0] * 2)
-    np.testing.assert_array_equal(tiles[2], tiles[0] * 3)
+    _, [tiles, doubled] = packed([rows, [row * 2 for row in rows]], sizes, np.float32)
+    np.testing.assert_array_equal(doubled, tiles * 2)
+    _, [tripled] = packed([[row.astype(np.int64) * 3 for row in rows]], sizes, np.int64)
+    np.testing.assert_array_equal(tripled, tiles * 3)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, bool, jnp.bfloat16])
@@ -72,17 +69,17 @@ def test_rows_of_any_kind_are_copied(dtype, view):
     for row in rows:
         row.flags.writeable = False
     sizes = [len(row) for row in rows]
-    _, starts, [tiles] = packed([rows], sizes, [dtype])
-    for row, start in zip(rows, starts, strict=True):
+    place, [tiles] = packed([rows], sizes, dtype)
+    for row, start in zip(rows, place.starts, strict=True):
         assert tiles.ravel()[start : start + len(row)].tolist() == row.tolist()
 
 
 def test_a_row_of_another_dtype_converts_or_is_refused():
     rows = [np.ones(3, np.float32), np.ones(2, np.float16)]
-    _, starts, [tiles] = packed([rows], [3, 2], [np.float32])
-    assert tiles.ravel()[starts[1]] == 1.0
+    place, [tiles] = packed([rows], [3, 2], np.float32)
+    assert tiles.ravel()[place.starts[1]] == 1.0
     with pytest.raises(TypeError, match="same_kind"):
-        packed([[np.ones(3, np.int64), np.ones(2, np.float32)]], [3, 2], [np.int64])
+        packed([[np.ones(3, np.int64), np.ones(2, np.float32)]], [3, 2], np.int64)
 
 
 def test_sums_of_rows_of_very_different_sizes_do_not_meet():
