@@ -7,7 +7,6 @@ import threading
 import time
 import types
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -31,7 +30,7 @@ cost."""
 
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
 _FINITE = ""  # the name of what is no metric: 1 if the whole gradient is finite
-_KEPT = 64  # programs held at a time, the least recently used dropped first
+_KEPT = 64  # programs held at a time, the oldest dropped first
 
 
 class Stats(NamedTuple):
@@ -65,7 +64,7 @@ def count(what: str) -> None:
     _counts[what] += 1
 
 
-def read(summary: Summary) -> tuple[float, dict[str, float], bool]:
+def read_summary(summary: Summary) -> tuple[float, dict[str, float], bool]:
     """The loss, all metrics with it as ``"loss"`` first (the objective's own "loss" wins), and
     whether the gradient is known to be finite."""
     ((names, values),) = summary.items()
@@ -133,8 +132,8 @@ class Plan(NamedTuple):
     Args:
         columns: the columns that it reads.
         needs_logprobs: whether its gradient depends on the logprobs.
-        run: its compiled gradient: ``(parameters, index, blocks) -> (summary, grads)``, of a
-            place's index and of :func:`_blocks` of the columns and the logprobs.
+        run: its compiled gradient: ``(parameters, table, blocks) -> (summary, grads)``, of a
+            place's table and of :func:`_blocks` of the columns and the logprobs.
     """
 
     columns: tuple[str, ...]
@@ -174,7 +173,7 @@ class Program:
         for name in plan.columns:
             columns[name] = batch.rows(name)
         blocks = _blocks(columns, batch.lengths, place, rows[0].dtype, _workspace)
-        summary, grads = plan.run(parameters, place.index, blocks)
+        summary, grads = plan.run(parameters, place.table, blocks)
         _await(grads)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         cuts = zip(place.starts, batch.lengths, strict=False)
@@ -216,19 +215,19 @@ class Program:
         read: set[str] = set()
 
         def gradient(
-            parameters: Sequence[Any], index: Array, column: Callable[[str], Array]
+            parameters: Sequence[Any], table: Array, column: Callable[[str], Array]
         ) -> tuple[Summary, Array]:
-            layout = _tiles.read_index(index, column(_LOGPROBS).shape[0], padded=padded)
+            layout = _tiles.read_table(table, column(_LOGPROBS).shape[0], padded=padded)
             return _gradient(self._rebuild(parameters), names, layout, column)
 
         def run(
-            parameters: Sequence[Any], index: Array, blocks: Mapping[tuple[str, ...], Array]
+            parameters: Sequence[Any], table: Array, blocks: Mapping[tuple[str, ...], Array]
         ) -> tuple[Summary, Array]:
             count("compilations")
             columns = _columns(blocks)
-            return gradient(parameters, index, columns.__getitem__)
+            return gradient(parameters, table, columns.__getitem__)
 
-        def look(logprobs: Array, parameters: Sequence[Any], index: Array) -> Array:
+        def look(logprobs: Array, parameters: Sequence[Any], table: Array) -> Array:
             def column(name: str) -> Array:
                 if name == _LOGPROBS:
                     return logprobs
@@ -236,11 +235,11 @@ class Program:
                 columns = {name: batch.rows(name)}
                 return _columns(_blocks(columns, batch.lengths, place, dtype, _tiles.empty))[name]
 
-            return gradient(parameters, index, column)[1]
+            return gradient(parameters, table, column)[1]
 
         shape = (place.tiles, _tiles.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
-        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, place.index)
+        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
         return Plan(tuple(sorted(read)), needs_logprobs, jax.jit(run))
 
@@ -337,7 +336,7 @@ def _spare(rows: int, multiple: int) -> int:
     return -(-_tiles.bucket(rows) // multiple) * multiple - rows
 
 
-_programs: OrderedDict[Any, Program] = OrderedDict()
+_programs: dict[Any, Program] = {}
 _seen_code: dict[types.CodeType, int] = {}
 _lock = threading.Lock()
 
@@ -351,18 +350,19 @@ def program_for(objective: Objective) -> tuple[Program, list[Any]]:
     leaves, tree = cast("tuple[list[Any], Any]", jax.tree_util.tree_flatten(objective))
     is_tree = not (len(leaves) == 1 and leaves[0] is objective)
     key, parameters = (tree, leaves) if is_tree else (objective, [])
-    with _lock:
-        program = _programs.get(key)
-        if program is not None:
-            _programs.move_to_end(key)
-            return program, parameters
-        _warn_of_copies(objective)
-        count("objectives")
-        program = Program(objective, tree if is_tree else None)
-        _programs[key] = program
-        if len(_programs) > _KEPT:
-            _programs.popitem(last=False)
-        return program, parameters
+    program = _programs.get(key)
+    if program is None:
+        with _lock:
+            program = _programs.get(key) or _new_program(objective, key, tree if is_tree else None)
+    return program, parameters
+
+
+def _new_program(objective: Objective, key: Any, tree: Any | None) -> Program:
+    _warn_of_copies(objective)
+    count("objectives")
+    if len(_programs) == _KEPT:
+        del _programs[next(iter(_programs))]
+    return _programs.setdefault(key, Program(objective, tree))
 
 
 def _warn_of_copies(objective: Any) -> None:
@@ -378,5 +378,5 @@ def _warn_of_copies(objective: Any) -> None:
             f"{name_of(inner)} has been made anew for the third time, and each copy is compiled "
             "anew. Make the function, lambda or partial once and use it for every step; what "
             "changes from step to step belongs in a loss_fn_inputs column.",
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -52,14 +52,14 @@ class Place(NamedTuple):
     """Where the rows of a batch are laid, as a compiled function takes it and as the packing does.
 
     Args:
-        index: what :func:`read_index` makes a layout of, in one array, for each that a compiled
+        table: what :func:`read_table` makes a layout of, in one array, for each that a compiled
             function takes has its cost: int32 ``[3 * B + tiles]``. Of each row its length; then
             where each starts; then 1 if it is real; then the row that each tile belongs to.
         starts: flat position of each row's first token, those of spare rows among them.
         tiles: how many there are.
     """
 
-    index: npt.NDArray[np.int32]
+    table: npt.NDArray[np.int32]
     starts: list[int]
     tiles: int
 
@@ -93,9 +93,9 @@ def place(lengths: Sequence[int], spare: int = 0) -> Place:
     count = bucket(used)
     tiles[-1] += count - used  # the spare ones, behind the last row's end
     rows = [*lengths, *padding, *starts, *([1] * len(lengths)), *padding]
-    index = array("i", rows)
-    index.frombytes(b"".join(map(operator.mul, _numbers(len(tiles)), tiles)))
-    return Place(np.frombuffer(index, np.int32), starts, count)
+    table = array("i", rows)
+    table.frombytes(b"".join(map(operator.mul, _numbers(len(tiles)), tiles)))
+    return Place(np.frombuffer(table, np.int32), starts, count)
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,17 +104,17 @@ def _numbers(count: int) -> tuple[bytes, ...]:
     return tuple(number.to_bytes(4, sys.byteorder) for number in range(count))
 
 
-def read_index(index: Array, tiles: int, *, padded: bool) -> Layout:
-    """The layout that the ``index`` of a :class:`Place` of so many tiles holds.
+def read_table(table: Array, tiles: int, *, padded: bool) -> Layout:
+    """The layout that the ``table`` of a :class:`Place` of so many tiles holds.
 
     Args:
-        index: as there.
+        table: as there.
         tiles: as there.
         padded: whether some rows may not be real.
     """
-    xp: Any = jnp if isinstance(index, jax.Array) else np
-    length, start, real = index[:-tiles].reshape(3, -1)
-    tile_row = index[-tiles:]
+    xp: Any = jnp if isinstance(table, jax.Array) else np
+    length, start, real = table[:-tiles].reshape(3, -1)
+    tile_row = table[-tiles:]
     ends = xp.take(start + length, tile_row, mode="clip")
     count = xp.minimum(ends - (xp.arange(tiles, dtype=xp.int32) << _SHIFT), TILE)
     return Layout(length, start, tile_row, count, real != 0 if padded else None)
@@ -122,8 +122,8 @@ def read_index(index: Array, tiles: int, *, padded: bool) -> Layout:
 
 def layout_of(lengths: Sequence[int]) -> Layout:
     """The layout of rows of these lengths."""
-    index, _, tiles = place(lengths)
-    return read_index(index, tiles, padded=False)
+    table, _, tiles = place(lengths)
+    return read_table(table, tiles, padded=False)
 
 
 def empty(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

@@ -22,7 +22,7 @@ from mintjax._programs import (
     evaluate,
     name_of,
     program_for,
-    read,
+    read_summary,
     stats,
 )
 from mintjax.batch import Batch, as_batch, check_shapes
@@ -145,7 +145,7 @@ def _evaluate(
             lambda: program.run(parameters, batch, rows),
             lambda: _row_by_row(objective, batch, rows),
         )
-        loss, metrics, finite = read(summary)
+        loss, metrics, finite = read_summary(summary)
     return LogprobGradients(loss, metrics, grads), finite
 
 
@@ -247,7 +247,7 @@ def _warn_row_by_row(objective: Objective) -> None:
         "which can cost a hundred times as much. Use the row reductions instead of a loop: "
         "`(logprobs * data['weights']).sum()` gives one score per datum, and `scores[0::2]` those "
         "of every other one.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

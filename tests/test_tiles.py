@@ -36,7 +36,7 @@ def numbered(sizes, trailing=()):
 def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes, spare, trailing):
     rows = numbered(sizes, trailing)
     place, [tiles] = packed([rows], sizes, np.float32, spare)
-    layout = _tiles.read_index(place.index, place.tiles, padded=True)
+    layout = _tiles.read_table(place.table, place.tiles, padded=True)
     flat = tiles.reshape(-1, *trailing)
     owner = np.repeat(layout.tile_row, _tiles.TILE)
     inside = _tiles.mask(layout).ravel()
