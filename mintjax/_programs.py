@@ -24,12 +24,12 @@ from mintjax.ragged import Ragged
 
 Array: TypeAlias = Any
 Objective: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
-Summary: TypeAlias = dict[tuple[str, ...], Array]
+Summary: TypeAlias = dict[tuple[str | None, ...], Array]
 """By the names of the metrics: the loss and these in one array, for each that is read has its
 cost."""
 
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
-_FINITE = ""  # the name of what is no metric: 1 if the whole gradient is finite
+_FINITE = None  # in place of a name: 1 if the whole gradient is finite
 _KEPT = 64  # programs held at a time, the oldest dropped first
 
 
@@ -69,7 +69,7 @@ def read_summary(summary: Summary) -> tuple[float, dict[str, float], bool]:
     whether the gradient is known to be finite."""
     ((names, values),) = summary.items()
     loss, *rest = np.asarray(values).tolist()
-    metrics = {"loss": loss, **dict(zip(names, rest, strict=True))}
+    metrics: dict[Any, float] = {"loss": loss, **dict(zip(names, rest, strict=True))}
     return loss, metrics, bool(metrics.pop(_FINITE, False))
 
 

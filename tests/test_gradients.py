@@ -184,6 +184,28 @@ def test_integer_columns_stay_integers():
     )
 
 
+def test_columns_of_every_kind_at_once_and_of_another_in_the_next_batch():
+    def objective(data, logprobs):
+        factor = data["a"] * 2 + data["b"] * data["reward"] - data["tries"] + data["target_tokens"]
+        return (logprobs * factor).total(), {"": data["tries"].sum()}
+
+    for a, b in ((np.float32, np.int64), (np.int64, np.float32), (np.float32, np.float32)):
+        columns = {
+            "a": lambda n, kind=a: np.arange(n).astype(kind),
+            "b": lambda n, kind=b: np.arange(n)[::-1].astype(kind),
+            "reward": lambda n: 0.5 * n,
+            "tries": lambda n: n,
+        }
+        data, logprobs = make([3, 130, 1], **columns)
+        result = value_and_logprob_grads(objective, data, logprobs)
+        expected = [
+            2 * np.arange(n) + np.arange(n)[::-1] * 0.5 * n - n + d.loss_fn_inputs["target_tokens"]
+            for n, d in zip((3, 130, 1), data, strict=True)
+        ]
+        assert_grads(result.grads, expected)
+        assert result.metrics == {"loss": result.loss, "": 134.0}
+
+
 def test_candidates_at_each_token():
     def objective(data, logprobs):
         return (logprobs * data["target_weights"]).total(), {}
