@@ -14,7 +14,7 @@ import math
 import operator
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,10 +91,10 @@ def place(lengths: Sequence[int], spare: int = 0) -> Place:
     used = firsts.pop()
     starts = [first << _SHIFT for first in firsts]
     count = bucket(used)
-    tiles[-1] += count - used  # the spare ones, behind the last row's end
-    rows = [*lengths, *padding, *starts, *([1] * len(lengths)), *padding]
-    table = array("i", rows)
-    table.frombytes(b"".join(map(operator.mul, _numbers(len(tiles)), tiles)))
+    numbers = _numbers(len(tiles))
+    table = array("i", [*lengths, *padding, *starts, *([1] * len(lengths)), *padding])
+    table.frombytes(b"".join(map(operator.mul, numbers, tiles)))
+    table.frombytes(numbers[longest_row(lengths)] * (count - used))
     return Place(np.frombuffer(table, np.int32), starts, count)
 
 
@@ -138,10 +138,7 @@ def empty(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
 def pack(
     columns: Sequence[Sequence[Array]], lengths: Sequence[int], flat: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
-    """Copy NumPy rows into a tiled buffer, and fill what lies between them with their own tokens.
-
-    The gap behind a row repeats it, and spare tiles repeat the longest: the same tokens in every
-    column, so that a function of several meets nothing there that it has not met.
+    """Copy NumPy rows into a tiled buffer, padded as :func:`pieces` says.
 
     Args:
         columns: one array per row, of the buffer's dtype or one that converts to it, in each.
@@ -152,23 +149,47 @@ def pack(
         The buffer as tiles, ``[columns, tiles, TILE, ...]``.
     """
     size = len(flat) // len(columns)
-    gaps = [-length % TILE for length in lengths]
-    spare = size - sum(lengths) - sum(gaps)
-    longest = lengths.index(max(lengths))
-    pieces: list[npt.NDArray[Any]] = []
-    for rows in columns:
-        for row, gap in zip(rows, gaps, strict=True):
-            pieces.append(row)
-            if gap:
-                pieces.append(_repeated(row, gap))
-        if spare:
-            pieces.append(_repeated(rows[longest], spare))
-    np.concatenate(pieces, out=flat)
+    parts = [part for rows in columns for part in pieces(rows, lengths, size, _repeated)]
+    np.concatenate(parts, out=flat)
     return flat.reshape(len(columns), -1, TILE, *flat.shape[1:])
 
 
+def pieces(
+    rows: Sequence[Array],
+    lengths: Sequence[int],
+    size: int,
+    repeated: Callable[[Array, int], Array],
+) -> list[Array]:
+    """What to concatenate to have rows in tiles.
+
+    The gap behind a row repeats its own tokens, and a spare tile is as the first one of the longest
+    row, which it counts as: the same ones in every column, so that no function meets anything in
+    the padding that it has not met.
+
+    Args:
+        rows: one array per row.
+        lengths: tokens of each.
+        size: of the tiles, in tokens.
+        repeated: so many tokens of a row, from its first on and then again; zeros if it has none.
+    """
+    gaps = [-length % TILE for length in lengths]
+    parts: list[Array] = []
+    for row, gap in zip(rows, gaps, strict=True):
+        parts.append(row)
+        if gap:
+            parts.append(repeated(row, gap))
+    spare = size - sum(lengths) - sum(gaps)
+    if spare:
+        parts += [repeated(rows[longest_row(lengths)], TILE)] * (spare >> _SHIFT)
+    return parts
+
+
+def longest_row(lengths: Sequence[int]) -> int:
+    """The row that tiles without a token of their own count as; it has some if any has."""
+    return lengths.index(max(lengths))
+
+
 def _repeated(row: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
-    """So many tokens of a row, from its first on and then again; zeros if it has none."""
     return row[:size] if size <= len(row) else np.resize(row, (size, *row.shape[1:]))
 
 
@@ -191,26 +212,25 @@ def widen(per_token: Array, like: Array) -> Array:
 
 def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
     """The layout of some of the rows, over the same buffer. ``index``: their numbers, ``[b]``."""
+    xp: Any = jnp if isinstance(layout.tile_row, jax.Array) else np
     inverse = np.full(layout.lengths.shape[0], -1, np.int32)
     inverse[index] = np.arange(index.size, dtype=np.int32)
-    if isinstance(layout.tile_row, np.ndarray):
-        row = inverse[layout.tile_row]
-        tile_row, tile_count = np.maximum(row, 0), np.where(row < 0, 0, layout.tile_count)
-    else:
-        row = jnp.asarray(inverse)[layout.tile_row]
-        tile_row, tile_count = jnp.maximum(row, 0), jnp.where(row < 0, 0, layout.tile_count)
+    lengths, row = layout.lengths[index], xp.asarray(inverse)[layout.tile_row]
+    chosen = (row >= 0) & (layout.tile_count > 0)
+    tile_row = xp.where(chosen, row, xp.argmax(lengths).astype(np.int32))
+    tile_count = xp.where(chosen, layout.tile_count, 0)
     row_mask = None if layout.row_mask is None else layout.row_mask[index]
-    return Layout(layout.lengths[index], layout.row_start[index], tile_row, tile_count, row_mask)
+    return Layout(lengths, layout.row_start[index], tile_row, tile_count, row_mask)
 
 
 def hide_others(tiles: Array, chosen: Layout) -> Array:
-    """The buffer with rows that were not chosen overwritten by one that was.
+    """The buffer with rows that were not chosen overwritten by the longest that was.
 
     A function of what was chosen is not to meet what was not: where it is infinite there, its
     gradient would be ``0 * inf``.
     """
     tiles = jnp.asarray(tiles)
-    shown = tiles[chosen.row_start[0] // TILE]
+    shown = tiles[jnp.asarray(chosen.row_start)[jnp.argmax(chosen.lengths)] // TILE]
     mine = widen(chosen.tile_count > 0, tiles)
     return jnp.where(mine, tiles, jax.lax.stop_gradient(shown))
 
@@ -221,8 +241,9 @@ def move(tiles: Array, source: Layout, to: Layout) -> Array:
     Chosen rows stay where they were, so that those of two slices lie in different places; whether
     they do cannot be seen where layouts are traced. Where they do not, nothing moves.
     """
-    ahead = (jnp.asarray(source.row_start) - to.row_start) // TILE
-    number = jnp.arange(to.tile_row.shape[0], dtype=jnp.int32) + to_tiles(ahead, to)
+    first = jnp.asarray(source.row_start) // TILE
+    ahead = jnp.arange(to.tile_row.shape[0], dtype=jnp.int32) - to_tiles(to.row_start // TILE, to)
+    number = to_tiles(first, to) + jnp.where(jnp.asarray(to.tile_count) > 0, ahead, 0)
     return jnp.take(jnp.asarray(tiles), number, axis=0, mode="clip")
 
 

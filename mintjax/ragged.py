@@ -431,15 +431,12 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
 def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
     """Tile rows that may be traced, whose lengths are known; differentiable in the rows."""
-    pieces: list[Array] = []
-    starts: list[int] = np.asarray(layout.row_start).tolist()
-    end = layout.tile_row.shape[0] * _tiles.TILE
-    spare = jnp.zeros((), rows[0].dtype)
-    for row, start, stop in zip(rows, starts, [*starts[1:], end], strict=True):
-        gap = stop - start - row.shape[0]
-        source = jax.lax.stop_gradient(row[:1]) if row.shape[0] else spare
-        pieces += [row, jnp.broadcast_to(source, (gap, *row.shape[1:]))]
-    flat = jnp.concatenate(pieces)
+
+    def repeated(row: Array, size: int) -> Array:
+        return jnp.resize(jax.lax.stop_gradient(row), (size, *row.shape[1:]))
+
+    size = layout.tile_row.shape[0] * _tiles.TILE
+    flat = jnp.concatenate(_tiles.pieces(rows, [row.shape[0] for row in rows], size, repeated))
     return flat.reshape(-1, _tiles.TILE, *rows[0].shape[1:])
 
 

@@ -206,6 +206,44 @@ def test_columns_of_every_kind_at_once_and_of_another_in_the_next_batch():
         assert result.metrics == {"loss": result.loss, "": 134.0}
 
 
+VIEWS = {
+    "all": lambda x: x,
+    "every other": lambda x: x[0::2],
+    "the last ones": lambda x: x[-2:],
+    "differences": lambda x: [a - b for a, b in zip(x[0::2], x[1::2], strict=True)],
+}
+
+
+class Roots:
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, data, logprobs):
+        differ = self.name == "differences"
+        x = logprobs[0::2] - logprobs[1::2] if differ else VIEWS[self.name](logprobs)
+        return (x - x.min() + 1e-3).map(jnp.sqrt).total(), {}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_no_token_is_met_beside_the_value_of_another_row(name, order):
+    # Beside the minimum of a row that is higher, a token has no root, and 0 times its slope is NaN.
+    _, logprobs = make([200, 200, 3, 3, 150, 150], seed=1)
+    shifts = [-60, -10, -20, -20, 0, -70]
+    pairs = [[logprobs[i] + shifts[i] for i in (2 * k, 2 * k + 1)] for k in order]
+    rows = [row for pair in pairs for row in pair]
+    data, _ = make([len(row) for row in rows])
+
+    def loop(rows):
+        return sum(jnp.sqrt(row - row.min() + 1e-3).sum() for row in VIEWS[name](rows))
+
+    expected = jax.grad(loop)(rows)
+    roots = Roots(name)
+    assert_grads(value_and_logprob_grads(roots, data, rows).grads, expected, rtol=1e-4, atol=1e-4)
+    traced = jax.jit(jax.grad(lambda rows: roots(data, Ragged.from_rows(rows))[0]))(rows)
+    assert_grads(traced, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_candidates_at_each_token():
     def objective(data, logprobs):
         return (logprobs * data["target_weights"]).total(), {}

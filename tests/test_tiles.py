@@ -45,12 +45,13 @@ def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes
     assert layout.row_start.tolist() == place.starts
     for i, (row, start) in enumerate(zip(rows, place.starts, strict=False)):
         np.testing.assert_array_equal(flat[start : start + len(row)], row)
-        # Behind a row, up to the next tile, stands what is in it; behind all, what is in one.
-        own = flat[(owner == i) & ~inside]
-        if i < len(sizes) - 1:
-            assert np.isin(own, row).all()
-    everything = np.concatenate(rows) if sum(sizes) else np.zeros(1)
-    assert np.isin(flat, everything).all()
+        # Whatever counts as a row's holds what is in the row.
+        assert np.isin(flat[owner == i], row if sum(sizes) else 0).all()
+    spare_tiles = layout.tile_count <= 0
+    longest = sizes.index(max(sizes))
+    assert (layout.tile_row[spare_tiles] == longest).all()
+    first = tiles[place.starts[longest] // _tiles.TILE] if sum(sizes) else 0 * tiles[0]
+    assert (tiles[spare_tiles] == first).all()
 
 
 @given(sizes=lengths.filter(sum))
