@@ -337,6 +337,7 @@ def _spare(rows: int, multiple: int) -> int:
 
 
 _programs: dict[Any, Program] = {}
+_latest: list[tuple[Any, Any]] = [(None, None)]  # an objective, and what program_for found for it
 _seen_code: dict[types.CodeType, int] = {}
 _lock = threading.Lock()
 
@@ -347,6 +348,9 @@ def program_for(objective: Objective) -> tuple[Program, list[Any]]:
     An objective that is a pytree (mintjax's own are) is known by its structure, and its leaves are
     parameters; any other is known by its identity, and has none.
     """
+    latest, found = _latest[0]
+    if objective is latest:  # as in every step of a loop but the first
+        return found
     leaves, tree = cast("tuple[list[Any], Any]", jax.tree_util.tree_flatten(objective))
     is_tree = not (len(leaves) == 1 and leaves[0] is objective)
     key, parameters = (tree, leaves) if is_tree else (objective, [])
@@ -354,7 +358,15 @@ def program_for(objective: Objective) -> tuple[Program, list[Any]]:
     if program is None:
         with _lock:
             program = _programs.get(key) or _new_program(objective, key, tree if is_tree else None)
+    if not is_tree or _never_changes(objective, tree):
+        _latest[0] = objective, (program, parameters)
     return program, parameters
+
+
+def _never_changes(objective: Any, tree: Any) -> bool:
+    """Whether it is a frozen dataclass whose fields are the leaves, with no container between."""
+    frozen = getattr(getattr(objective, "__dataclass_params__", None), "frozen", False)
+    return frozen and tree.num_nodes == tree.num_leaves + 1
 
 
 def _new_program(objective: Objective, key: Any, tree: Any | None) -> Program:

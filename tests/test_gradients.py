@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import warnings
 
@@ -302,6 +303,49 @@ def test_a_bound_method_is_the_same_objective_each_time():
     for _ in range(4):
         value_and_logprob_grads(recipe.loss, data, logprobs)
     assert mintjax.gradients.stats().objectives - before.objectives == 1
+
+
+@jax.tree_util.register_pytree_node_class
+class Scaled:
+    """A user's own pytree, which is changed in place from step to step."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def tree_flatten(self):
+        return (self.scale,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def __call__(self, data, logprobs):
+        return self.scale * logprobs.total(), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Scaled):
+    scales: list
+
+    def tree_flatten(self):
+        return (self.scales,), None
+
+    def __call__(self, data, logprobs):
+        return self.scales[0] * logprobs.total(), {}
+
+
+jax.tree_util.register_pytree_node_class(Listed)
+
+
+def test_an_objective_that_changes_in_place_is_looked_at_in_each_step():
+    data, logprobs = make([3])
+    for objective in (Scaled(2.0), Listed([2.0])):
+        assert_grads(value_and_logprob_grads(objective, data, logprobs).grads, [np.full(3, 2.0)])
+        if isinstance(objective, Listed):
+            objective.scales[0] = 5.0
+        else:
+            objective.scale = 5.0
+        assert_grads(value_and_logprob_grads(objective, data, logprobs).grads, [np.full(3, 5.0)])
 
 
 def test_nothing_that_was_passed_is_changed():
