@@ -149,8 +149,8 @@ def pack(
         The buffer as tiles, ``[columns, tiles, TILE, ...]``.
     """
     size = len(flat) // len(columns)
-    parts = [part for rows in columns for part in pieces(rows, lengths, size, _repeated)]
-    np.concatenate(parts, out=flat)
+    for part, rows in zip(flat.reshape(-1, size, *flat.shape[1:]), columns, strict=True):
+        np.concatenate(pieces(rows, lengths, size, _repeated), out=part)
     return flat.reshape(len(columns), -1, TILE, *flat.shape[1:])
 
 
