@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -337,7 +338,7 @@ def _spare(rows: int, multiple: int) -> int:
 
 
 _programs: dict[Any, Program] = {}
-_latest: list[tuple[Any, Any]] = [(None, None)]  # an objective, and what program_for found for it
+_latest: list[tuple[Any, Any]] = [(object(), None)]  # an objective, and what was found for it
 _seen_code: dict[types.CodeType, int] = {}
 _lock = threading.Lock()
 
@@ -358,15 +359,17 @@ def program_for(objective: Objective) -> tuple[Program, list[Any]]:
     if program is None:
         with _lock:
             program = _programs.get(key) or _new_program(objective, key, tree if is_tree else None)
-    if not is_tree or _never_changes(objective, tree):
+    if not is_tree or _never_changes(objective, leaves, tree):
         _latest[0] = objective, (program, parameters)
     return program, parameters
 
 
-def _never_changes(objective: Any, tree: Any) -> bool:
-    """Whether it is a frozen dataclass whose fields are the leaves, with no container between."""
-    frozen = getattr(getattr(objective, "__dataclass_params__", None), "frozen", False)
-    return frozen and tree.num_nodes == tree.num_leaves + 1
+def _never_changes(objective: Any, leaves: Sequence[Any], tree: Any) -> bool:
+    """Whether it is a frozen dataclass, and each leaf a field of it, with no container between."""
+    if not getattr(getattr(objective, "__dataclass_params__", None), "frozen", False):
+        return False
+    fields = {id(getattr(objective, field.name)) for field in dataclasses.fields(objective)}
+    return tree.num_nodes == tree.num_leaves + 1 and fields.issuperset(map(id, leaves))
 
 
 def _new_program(objective: Objective, key: Any, tree: Any | None) -> Program:

@@ -35,9 +35,9 @@ class Layout(NamedTuple):
     Args:
         lengths: tokens of each row, int32 ``[B]``.
         row_start: flat position of each row's first token, int32 ``[B]``.
-        tile_row: the row that each tile belongs to, int32 ``[tiles]``.
-        tile_count: how many tokens of each tile are real, int32 ``[tiles]``; 0 or less for a spare
-            tile.
+        tile_row: the row that each tile belongs to, or counts as if it has no token of its own,
+            int32 ``[tiles]``.
+        tile_count: how many tokens each tile has of its own, int32 ``[tiles]``; none if 0 or less.
         row_mask: which rows are real, bool ``[B]``, or None where all are.
     """
 

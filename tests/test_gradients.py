@@ -143,8 +143,9 @@ def test_taking_rows_one_by_one_is_warned_about_once_with_what_to_do():
     def loop(_data, logprobs):
         return sum(row.sum() for row in logprobs), {}
 
-    with pytest.warns(UserWarning, match=r"loop takes rows one by one.*\(logprobs \* data"):
+    with pytest.warns(UserWarning, match=r"loop takes rows one by one.*\(logprobs \* data") as told:
         value_and_logprob_grads(loop, data, logprobs)
+    assert told[0].filename == __file__
     value_and_logprob_grads(loop, data, logprobs)  # warnings are errors here
 
 
@@ -287,8 +288,9 @@ def test_functions_made_anew_each_step_are_told_so():
 
     step(1.0)
     step(2.0)
-    with pytest.warns(UserWarning, match="scaled has been made anew for the third time"):
+    with pytest.warns(UserWarning, match="scaled has been made anew for the third time") as told:
         step(3.0)
+    assert told[0].filename == __file__
     step(4.0)  # warnings are errors here: told once
 
 
@@ -323,28 +325,32 @@ class Scaled:
         return self.scale * logprobs.total(), {}
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
-class Listed(Scaled):
-    scales: list
+class Holder(Scaled):
+    """One that is frozen itself; what it holds is not."""
+
+    held: list | Scaled
 
     def tree_flatten(self):
-        return (self.scales,), None
+        return ((self.held if isinstance(self.held, list) else self.held.scale,), None)
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children[0] if isinstance(children[0], list) else Scaled(children[0]))
 
     def __call__(self, data, logprobs):
-        return self.scales[0] * logprobs.total(), {}
-
-
-jax.tree_util.register_pytree_node_class(Listed)
+        scale = self.held[0] if isinstance(self.held, list) else self.held.scale
+        return scale * logprobs.total(), {}
 
 
 def test_an_objective_that_changes_in_place_is_looked_at_in_each_step():
     data, logprobs = make([3])
-    for objective in (Scaled(2.0), Listed([2.0])):
+    listed, scaled = [2.0], Scaled(2.0)
+    for objective in (Holder(listed), Holder(scaled), scaled):
+        listed[0] = scaled.scale = 2.0
         assert_grads(value_and_logprob_grads(objective, data, logprobs).grads, [np.full(3, 2.0)])
-        if isinstance(objective, Listed):
-            objective.scales[0] = 5.0
-        else:
-            objective.scale = 5.0
+        listed[0] = scaled.scale = 5.0
         assert_grads(value_and_logprob_grads(objective, data, logprobs).grads, [np.full(3, 5.0)])
 
 
