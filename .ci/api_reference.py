@@ -17,8 +17,8 @@ PAGES = [
     "mintjax.interop",
     "mintjax.local",
     "mintjax.mint",
-    "mintjax.protobuf",
-    "mintjax.surrogates",
+    "mintjax.protocol.protobuf",
+    "mintjax.step.reduction",
     "mintjax.testing",
     "mintjax.types",
     "!mintjax.remote_optimizer",  # the function of that name is on the first page

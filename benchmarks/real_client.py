@@ -226,7 +226,7 @@ def _with_own_trainers(
     clients: list[str], options: argparse.Namespace, runs: dict[str, list[Step]]
 ) -> None:
     from mintjax import local
-    from mintjax.wire import ClientConfigResponse
+    from mintjax.protocol.messages import ClientConfigResponse
 
     configs = {
         "json": ClientConfigResponse(),
@@ -279,7 +279,7 @@ def ours_read_by_the_sdk(python: str) -> dict[str, Any]:
     Raises:
         AssertionError: a value is another.
     """
-    from mintjax import protobuf
+    from mintjax.protocol import protobuf
     from tests.protobuf import sdk_messages
 
     request, output = sdk_messages.request_of_mintjax(), sdk_messages.output_of_mintjax()
@@ -296,7 +296,7 @@ def the_sdk_s_read_here(python: str) -> dict[str, Any]:
     Raises:
         AssertionError: a value is another.
     """
-    from mintjax import protobuf
+    from mintjax.protocol import protobuf
     from tests.protobuf import sdk_messages
 
     golden = json.loads(_python([python, str(SDK_MESSAGES), "write"]))

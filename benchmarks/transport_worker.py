@@ -46,8 +46,10 @@ class Numbers:
 def mintjax_side(numbers: Numbers, encoding: str) -> dict[str, Operation]:
     """What mintjax's client does with a pass, by the functions that it does it with."""
     import mintjax
-    from mintjax import Datum, ModelInput, objectives, protobuf, wire
-    from mintjax.surrogates import SUM, carrier
+    from mintjax import Datum, ModelInput, objectives
+    from mintjax.protocol import messages, protobuf
+    from mintjax.step.carrier import carrier
+    from mintjax.step.reduction import SUM
     from mintjax.types import ForwardBackwardOutput
 
     def data(weights: np.ndarray) -> list[Datum]:
@@ -58,7 +60,7 @@ def mintjax_side(numbers: Numbers, encoding: str) -> dict[str, Operation]:
 
     outputs = [{"logprobs": mintjax.TensorData(row)} for row in numbers.logprobs]
     output = ForwardBackwardOutput(loss_fn_outputs=outputs, metrics={"loss:sum": 1.0})
-    write, answer = wire.encode, wire.encode(output)
+    write, answer = messages.encode, messages.encode(output)
     by_protobuf = encoding == "protobuf"
     if by_protobuf:
         write, answer = protobuf.encode_request, protobuf.encode_output(output)
@@ -66,11 +68,11 @@ def mintjax_side(numbers: Numbers, encoding: str) -> dict[str, Operation]:
     objective = objectives.bradley_terry()
 
     def read(body: bytes) -> ForwardBackwardOutput:
-        return protobuf.decode_output(body) if by_protobuf else wire.decode(body, type(output))
+        return protobuf.decode_output(body) if by_protobuf else messages.decode(body, type(output))
 
     def request(batch: list[Datum]) -> bytes:
-        message = wire.ForwardBackwardInput(batch, "cross_entropy")
-        return write(wire.ForwardBackwardRequest(message, "model", 1))
+        message = messages.ForwardBackwardInput(batch, "cross_entropy")
+        return write(messages.ForwardBackwardRequest(message, "model", 1))
 
     def custom_step() -> tuple[bytes, Sequence[Any]]:
         rows = read(answer).logprobs

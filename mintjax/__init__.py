@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mintjax import errors, gradients
-from mintjax.batch import Batch
-from mintjax.bridge import RemoteLogprobs, remote_logprobs
 from mintjax.client import APIFuture, RetryPolicy, SamplingClient, ServiceClient, TrainingClient
 from mintjax.gradients import LogprobGradients, value_and_logprob_grads
 from mintjax.ragged import Ragged
-from mintjax.remote_optimizer import remote_optimizer
-from mintjax.surrogates import Reduction
+from mintjax.ragged.batch import Batch
+from mintjax.remote.logprobs import RemoteLogprobs, remote_logprobs
+from mintjax.remote.optimizer import remote_optimizer
+from mintjax.step.reduction import Reduction
 from mintjax.tensors import TensorData
 from mintjax.types import (
     AdamParams,

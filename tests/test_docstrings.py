@@ -22,8 +22,8 @@ MODULES = [
     "mintjax.losses",
     "mintjax.mint",
     "mintjax.objectives",
-    "mintjax.protobuf",
-    "mintjax.surrogates",
+    "mintjax.protocol.protobuf",
+    "mintjax.step.reduction",
     "mintjax.testing",
     "mintjax.types",
 ]

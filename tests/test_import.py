@@ -14,7 +14,7 @@ from jax._src import xla_bridge
 assert threading.active_count() == 1, threading.enumerate()
 assert not xla_bridge.backends_are_initialized()
 unwanted = {"torch", "starlette", "uvicorn", "typer", "safetensors", "hypothesis"}
-unwanted |= {"mintjax.local", "mintjax.cli", "mintjax.testing", "mintjax.demo"}
+unwanted |= {"mintjax.local", "mintjax.cli", "mintjax.testing", "mintjax.cli.preference_demo"}
 assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
 print(sorted(name for name in dir(mintjax) if not name.startswith("_")))
 """

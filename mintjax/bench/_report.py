@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mintjax.batch import Batch
 from mintjax.bench import _torch
 from mintjax.bench._clock import Timing, interleaved
 from mintjax.bench._machine import Machine, machine
@@ -17,7 +16,8 @@ from mintjax.bench._subject import load
 from mintjax.bench._synthetic import Arrays, Synthetic
 from mintjax.errors import ConfigError, MintjaxError
 from mintjax.gradients import Objective, value_and_logprob_grads
-from mintjax.interop import torch_objective
+from mintjax.gradients.torch import torch_objective
+from mintjax.ragged.batch import Batch
 
 _AGREE = 1e-3  # of the largest gradient; implementations of one loss differ by rounding only
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.batch import Batch
 from mintjax.errors import ConfigError, DataError
 from mintjax.gradients import Objective
-from mintjax.interop import torch_objective
+from mintjax.gradients.torch import torch_objective
 from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
 from mintjax.types import Datum, ModelInput
 
 _VOCABULARY = 256  # the embedded trainer's, and within everybody else's

@@ -47,7 +47,7 @@ def demo(
     computed here and the model there. With --base-url it takes another trainer; its key comes from
     MINT_API_KEY or TINKER_API_KEY.
     """
-    from mintjax import demo as job
+    from mintjax.cli import preference_demo as job
     from mintjax.client import ServiceClient
 
     settings = job.Settings(

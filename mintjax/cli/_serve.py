@@ -39,9 +39,12 @@ def serve(
     Any client of the protocol can use it. It requires the API key in MINTJAX_SERVE_API_KEY, if that
     is set.
     """
-    from mintjax import local, wire
+    from mintjax import local
+    from mintjax.protocol import messages
 
-    config = wire.ClientConfigResponse(proto_write_fwdbwd=protobuf, proto_compress_fwdbwd=compress)
+    config = messages.ClientConfigResponse(
+        proto_write_fwdbwd=protobuf, proto_compress_fwdbwd=compress
+    )
 
     def announce(url: str) -> None:
         if json:

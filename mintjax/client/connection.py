@@ -13,13 +13,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from mintjax import wire
 from mintjax.client.background import Background, begin
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import retrieve
 from mintjax.client.settings import Settings
 from mintjax.client.transport import Request, Transport
-from mintjax.custom_step import Findings
 from mintjax.errors import (
     APIError,
     APIResponseError,
@@ -27,6 +25,8 @@ from mintjax.errors import (
     AuthenticationError,
     BillingError,
 )
+from mintjax.protocol import messages
+from mintjax.step.run import Findings
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Connection:
         self.settings = settings
         self._version = _version()
         self.transport = Transport(settings, self._version)
-        self.limits = wire.ClientConfigResponse()
+        self.limits = messages.ClientConfigResponse()
         self.findings = Findings()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
@@ -88,11 +88,11 @@ class Connection:
 
     async def ask(self, path: str, message: Any, as_type: type[T]) -> T:
         """Send a request that is answered at once."""
-        return await self.transport.call(Request(path, wire.encode(message)), as_type)
+        return await self.transport.call(Request(path, messages.encode(message)), as_type)
 
     async def run(self, path: str, message: Any, as_type: type[T]) -> T:
         """Send a request that has no place in a line, and wait for its result."""
-        request = Request(path, wire.encode(message))
+        request = Request(path, messages.encode(message))
         await self.transport.submit(request)
         return await retrieve(self.transport, request, as_type)
 
@@ -115,8 +115,8 @@ class Connection:
             if self._session_id is None:
                 self.limits = await self._client_config()
                 metadata = self.settings.user_metadata or {}
-                request = wire.CreateSessionRequest(self._version, user_metadata=metadata)
-                answer = await self.ask("create_session", request, wire.CreateSessionResponse)
+                request = messages.CreateSessionRequest(self._version, user_metadata=metadata)
+                answer = await self.ask("create_session", request, messages.CreateSessionResponse)
                 for kind in ("info", "warning", "error"):
                     if message := getattr(answer, f"{kind}_message"):
                         getattr(logger, kind)("the trainer says: %s", message)
@@ -124,19 +124,19 @@ class Connection:
                 self.background.keep_running(_heartbeat(self.transport, answer.session_id))
             return self._session_id
 
-    async def _client_config(self) -> wire.ClientConfigResponse:
-        request = wire.ClientConfigRequest(self._version)
+    async def _client_config(self) -> messages.ClientConfigResponse:
+        request = messages.ClientConfigRequest(self._version)
         try:
-            return await self.ask("client/config", request, wire.ClientConfigResponse)
+            return await self.ask("client/config", request, messages.ClientConfigResponse)
         except (AuthenticationError, BillingError):
             raise
         except (APIResponseError, APIStatusError) as error:
             logger.info("no use of client/config: %s", error)
-        return wire.ClientConfigResponse()  # small trainers have no such endpoint
+        return messages.ClientConfigResponse()  # small trainers have no such endpoint
 
 
 async def _heartbeat(transport: Transport, session_id: str) -> None:
-    body = wire.encode(wire.SessionHeartbeatRequest(session_id))
+    body = messages.encode(messages.SessionHeartbeatRequest(session_id))
     last, warned = time.monotonic(), False
     while True:
         await asyncio.sleep(transport.policy.heartbeat)

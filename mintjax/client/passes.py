@@ -9,10 +9,10 @@ from typing import cast
 import msgspec
 import numpy as np
 
-from mintjax import wire
+from mintjax.client.metrics import combine_metrics
 from mintjax.errors import APIResponseError, NonFiniteError
-from mintjax.metrics import combine_metrics
-from mintjax.protobuf import EncodedData, encode_datum
+from mintjax.protocol import messages
+from mintjax.protocol.protobuf import EncodedData, encode_datum
 from mintjax.tensors import TensorData, check_finite, first_row_not_finite
 from mintjax.types import Datum, ForwardBackwardOutput
 
@@ -33,7 +33,7 @@ class Chunk(msgspec.Struct):
     first: int
 
 
-def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chunk]:
+def chunks(data: Sequence[Datum], limits: messages.ClientConfigResponse) -> list[Chunk]:
     """Encode a batch as it is now, in requests of a size that the trainer takes.
 
     Raises:
@@ -64,7 +64,7 @@ def chunks(data: Sequence[Datum], limits: wire.ClientConfigResponse) -> list[Chu
 
 def _encoded(datum: Datum, i: int, as_protobuf: bool) -> bytes:
     try:
-        return encode_datum(datum, i) if as_protobuf else wire.encode(datum)
+        return encode_datum(datum, i) if as_protobuf else messages.encode(datum)
     except NonFiniteError:
         for name, column in datum.loss_fn_inputs.items():
             check_finite(column, i, f"input {name!r}")
@@ -88,7 +88,7 @@ class Pass:
 
     def __init__(
         self,
-        limits: wire.ClientConfigResponse,
+        limits: messages.ClientConfigResponse,
         data: Sequence[Datum],
         loss_fn: str,
         config: Mapping[str, float] | None = None,
@@ -102,11 +102,15 @@ class Pass:
         self._config = None if config is None else dict(config)
         self._chunks = chunks(data, limits)
 
-    def messages(self, model_id: str) -> list[wire.ForwardRequest | wire.ForwardBackwardRequest]:
+    def messages(
+        self, model_id: str
+    ) -> list[messages.ForwardRequest | messages.ForwardBackwardRequest]:
         """The requests, still without their numbers."""
-        kind = wire.ForwardBackwardRequest if self.backward else wire.ForwardRequest
+        kind = messages.ForwardBackwardRequest if self.backward else messages.ForwardRequest
         inputs = [
-            wire.ForwardBackwardInput(cast("list[Datum]", chunk.data), self.loss_fn, self._config)
+            messages.ForwardBackwardInput(
+                cast("list[Datum]", chunk.data), self.loss_fn, self._config
+            )
             for chunk in self._chunks
         ]
         return [kind(given, model_id) for given in inputs]

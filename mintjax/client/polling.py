@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mintjax import errors, protobuf, wire
+from mintjax import errors
 from mintjax.client.settings import Patience
 from mintjax.client.transport import Failure, Reply, Request, Transport
 from mintjax.errors import APIResponseError
+from mintjax.protocol import messages, protobuf
 from mintjax.types import ForwardBackwardOutput
 
 T = TypeVar("T")
@@ -48,8 +49,8 @@ async def retrieve(transport: Transport, request: Request, as_type: type[T]) -> 
     headers = {"Accept": f"{protobuf.MEDIA_TYPE}, application/json"} if request.headers else {}
     metadata_only, quick_answers, queue_state = True, 0, "active"
     while True:
-        asked = wire.FutureRetrieveRequest(request.request_id, metadata_only)
-        question = Request(_PATH, wire.encode(asked), headers=headers)
+        asked = messages.FutureRetrieveRequest(request.request_id, metadata_only)
+        question = Request(_PATH, messages.encode(asked), headers=headers)
         read = partial(_read, transport, request, as_type, metadata_only)
         answer = await transport.attempt(question, read, policy.poll_timeout)
         if isinstance(answer, Failure) and answer.reply and answer.status == 408:
@@ -113,4 +114,4 @@ async def _pause(
             deadline = 0.0
     await transport.pause(request, failure, patience, deadline)
     if gone:
-        request.request_id = (await transport.call(request, wire.UntypedFuture)).request_id
+        request.request_id = (await transport.call(request, messages.UntypedFuture)).request_id

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 
-from mintjax import wire
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, awaited
 from mintjax.errors import APIResponseError, DataError
+from mintjax.protocol import messages
 from mintjax.types import ModelInput, SampleResponse, SamplingParams
 
 
@@ -37,8 +37,10 @@ class SamplingClient:
         """
         path = "create_sampling_session"
         session, number = await connection.session(), next(connection.sampling_numbers)
-        request = wire.CreateSamplingSessionRequest(session, number, base_model, model_path, path)
-        answer = await connection.ask(path, request, wire.CreateSamplingSessionResponse)
+        request = messages.CreateSamplingSessionRequest(
+            session, number, base_model, model_path, path
+        )
+        answer = await connection.ask(path, request, messages.CreateSamplingSessionResponse)
         return cls(connection, answer.sampling_session_id)
 
     def sample(
@@ -88,10 +90,10 @@ class SamplingClient:
 
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams, prompt_logprobs: bool
-    ) -> wire.SampleRequest:
+    ) -> messages.SampleRequest:
         _check(prompt, num_samples, params)
         number = next(self._numbers)
-        return wire.SampleRequest(
+        return messages.SampleRequest(
             prompt, params, self._session, number, num_samples, prompt_logprobs
         )
 

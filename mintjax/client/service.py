@@ -8,7 +8,6 @@ from typing import Any, Self, TypeVar
 import httpx
 import msgspec
 
-from mintjax import wire
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, both
 from mintjax.client.sampling import SamplingClient
@@ -16,7 +15,8 @@ from mintjax.client.settings import Progress, RetryPolicy, Settings, from_enviro
 from mintjax.client.training import TrainingClient, make_model, probe
 from mintjax.client.transport import Request
 from mintjax.errors import APIStatusError, ConfigError, DataError
-from mintjax.surrogates import Reduction
+from mintjax.protocol import messages
+from mintjax.step.reduction import Reduction
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
 
 T = TypeVar("T")
@@ -190,7 +190,7 @@ class ServiceClient:
 
     get_server_capabilities, get_server_capabilities_async = both(_get_server_capabilities)
 
-    def _get_client_config(self) -> APIFuture[wire.ClientConfigResponse]:
+    def _get_client_config(self) -> APIFuture[messages.ClientConfigResponse]:
         """The flags by which the trainer tells clients what to send; defaults if it has none."""
         return self._connection.start(self._client_config)
 
@@ -250,7 +250,7 @@ class ServiceClient:
     def __repr__(self) -> str:
         return f"ServiceClient({self.base_url!r})"
 
-    async def _client_config(self) -> wire.ClientConfigResponse:
+    async def _client_config(self) -> messages.ClientConfigResponse:
         await self._connection.session()
         return self._connection.limits
 
@@ -274,6 +274,6 @@ class ServiceClient:
             if error.status_code not in (404, 405) or model_id == path:
                 raise
         # A trainer without that endpoint may still hold the model that the checkpoint is of.
-        request = wire.ModelRequest(model_id, "get_info")
+        request = messages.ModelRequest(model_id, "get_info")
         info = await ask("get_info", request, GetInfoResponse)
         return _WeightsInfo(info.model_data.model_name, info.lora_rank)

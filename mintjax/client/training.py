@@ -13,27 +13,21 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mintjax import wire
-from mintjax.accumulated import Accumulated
-from mintjax.batch import Batch, check_data
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, both, submitted
 from mintjax.client.lane import Lane, Turn
 from mintjax.client.passes import Pass
 from mintjax.client.sampling import SamplingClient
-from mintjax.custom_step import custom_step
-from mintjax.custom_step import logprobs as logprobs_of
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
-from mintjax.probe import measure_reduction
-from mintjax.surrogates import (
-    FORWARD_LOSS_FN,
-    SENT,
-    SUM,
-    Reduction,
-    carrier,
-    forward_data,
-)
+from mintjax.protocol import messages
+from mintjax.ragged.batch import Batch, check_data
+from mintjax.step.carrier import FORWARD_LOSS_FN, SENT, carrier, forward_data
+from mintjax.step.pending import Accumulated
+from mintjax.step.probe import measure_reduction
+from mintjax.step.reduction import SUM, Reduction
+from mintjax.step.run import custom_step
+from mintjax.step.run import logprobs as logprobs_of
 from mintjax.types import (
     AdamParams,
     CustomStepOutput,
@@ -213,7 +207,7 @@ class TrainingClient:
         """
         params = {k: float(v) for k, v in msgspec.structs.asdict(adam_params).items()}
         _check_finite(params)
-        request = wire.OptimStepRequest(AdamParams(**params), self.model_id)
+        request = messages.OptimStepRequest(AdamParams(**params), self.model_id)
         step = self._accumulated.step
         return self.submit("optim_step", request, OptimStepResponse, mutates=True, before=step)
 
@@ -229,7 +223,7 @@ class TrainingClient:
 
     def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer state under a name, to train on from."""
-        request = wire.SaveWeightsRequest(self.model_id, name, type="save_weights")
+        request = messages.SaveWeightsRequest(self.model_id, name, type="save_weights")
         return self.submit("save_weights", request, SaveWeightsResponse, mutates=False)
 
     def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
@@ -243,7 +237,7 @@ class TrainingClient:
     def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`."""
         path = "save_weights_for_sampler"
-        request = wire.SaveWeightsForSamplerRequest(self.model_id, name, type=path)
+        request = messages.SaveWeightsForSamplerRequest(self.model_id, name, type=path)
         return self.submit(path, request, SaveWeightsResponse, mutates=False)
 
     def _save_weights_and_get_sampling_client(
@@ -259,9 +253,9 @@ class TrainingClient:
             turn.begin()
             path, connection = "save_weights_for_sampler", self._connection
             number = None if name is not None else next(connection.sampling_numbers)
-            request = wire.SaveWeightsForSamplerRequest(self.model_id, name, number, type=path)
+            request = messages.SaveWeightsForSamplerRequest(self.model_id, name, number, type=path)
             (saved,) = await turn.request(
-                path, [request], wire.SaveWeightsForSamplerResponse, mutates=False
+                path, [request], messages.SaveWeightsForSamplerResponse, mutates=False
             )
             if saved.sampling_session_id is not None:
                 return SamplingClient(connection, saved.sampling_session_id)
@@ -285,7 +279,7 @@ class TrainingClient:
 
     def _get_info(self) -> APIFuture[GetInfoResponse]:
         """What the trainer says of the model: base model, tokenizer, rank."""
-        request = wire.ModelRequest(self.model_id, "get_info")
+        request = messages.ModelRequest(self.model_id, "get_info")
         ask = self._connection.ask
         return self._connection.start(ask, "get_info", request, GetInfoResponse)
 
@@ -297,7 +291,7 @@ class TrainingClient:
         async def run(turn: Turn) -> None:
             turn.begin()
             await turn.alone()
-            request = wire.ModelRequest(self.model_id, "unload_model")
+            request = messages.ModelRequest(self.model_id, "unload_model")
             await self._connection.run("unload_model", request, dict)
 
         future = self._lane.submit(run)
@@ -399,7 +393,7 @@ class TrainingClient:
 
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
         name, forget = "load_weights", self._accumulated.forget
-        request = wire.LoadWeightsRequest(self.model_id, path, None, optimizer, name)
+        request = messages.LoadWeightsRequest(self.model_id, path, None, optimizer, name)
         return self.submit(name, request, LoadWeightsResponse, mutates=True, before=forget)
 
 
@@ -411,8 +405,8 @@ async def make_model(
 ) -> TrainingClient:
     """Have the trainer make a model, within the client's loop."""
     session, number = await connection.session(), next(connection.model_numbers)
-    request = wire.CreateModelRequest(session, number, base_model, config, user_metadata)
-    made = await connection.run("create_model", request, wire.CreateModelResponse)
+    request = messages.CreateModelRequest(session, number, base_model, config, user_metadata)
+    made = await connection.run("create_model", request, messages.CreateModelResponse)
     return TrainingClient(connection, made.model_id)
 
 

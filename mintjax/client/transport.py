@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 import httpx
 import msgspec
 
-from mintjax import errors, protobuf, wire
+from mintjax import errors
 from mintjax.client.settings import Event, Patience, Progress, Settings, retry_after
 from mintjax.errors import APIError, APIResponseError, APIStatusError
+from mintjax.protocol import messages, protobuf
 from mintjax.types import ForwardBackwardOutput
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class Transport:
 
     async def submit(self, request: Request) -> None:
         """Send a request until the trainer has accepted it, for its result to be asked for."""
-        request.request_id = (await self.call(request, wire.UntypedFuture)).request_id
+        request.request_id = (await self.call(request, messages.UntypedFuture)).request_id
         what = ", ".join(request.headers.values()) or "application/json"
         self.tell("accepted", request, 1, f"{len(request.body):,} bytes of {what}")
 
@@ -303,7 +304,7 @@ class Transport:
         try:
             if reply.is_protobuf and as_type is ForwardBackwardOutput:
                 return cast("T", protobuf.decode_output(reply.body))
-            return wire.decode(reply.body, as_type)
+            return messages.decode(reply.body, as_type)
         except (errors.DataError, errors.ConfigError) as error:
             words = self.redact(str(error))
         raise APIResponseError(f"{self.address}: the answer to {path} is {words}")

@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mintjax import compression, protobuf, wire
 from mintjax.errors import APIStatusError, BadRequestError, DataError, MintjaxError
-from mintjax.local import encodings
+from mintjax.local import bodies
 from mintjax.local.access import Access
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
 from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
+from mintjax.protocol import messages, protobuf, zstd
 
 M = TypeVar("M")
 
@@ -36,7 +36,7 @@ def application(
     *,
     api_key: str | None = None,
     poll_seconds: float = 20.0,
-    config: wire.ClientConfigResponse | None = None,
+    config: messages.ClientConfigResponse | None = None,
     json_passes: bool = True,
 ) -> Generator[Starlette]:
     """An ASGI application in front of an engine, for as long as the block lasts.
@@ -53,11 +53,11 @@ def application(
     Raises:
         ConfigError: it would ask for what takes the extra ``protobuf`` to read.
     """
-    config = config or wire.ClientConfigResponse()
+    config = config or messages.ClientConfigResponse()
     if config.proto_write_fwdbwd or not json_passes:
         protobuf.require()
     if config.proto_compress_fwdbwd:
-        compression.require()
+        zstd.require()
     sequencer = Sequencer()
     access = Access(api_key)
     endpoints = Endpoints(engine, sequencer, access, config)
@@ -92,34 +92,34 @@ class _Http:
             self._post("client/config", None, lambda _: do.client_config()),
             self._post("auth/token", None, lambda _: do.auth_token()),
             self._post("telemetry", None, lambda _: do.telemetry()),
-            self._post("create_session", wire.CreateSessionRequest, do.create_session),
-            self._post("session_heartbeat", wire.SessionHeartbeatRequest, do.session_heartbeat),
-            self._post("get_info", wire.ModelRequest, do.get_info),
+            self._post("create_session", messages.CreateSessionRequest, do.create_session),
+            self._post("session_heartbeat", messages.SessionHeartbeatRequest, do.session_heartbeat),
+            self._post("get_info", messages.ModelRequest, do.get_info),
             self._post("weights_info", WeightsInfoRequest, do.weights_info),
             self._post(
                 "create_sampling_session",
-                wire.CreateSamplingSessionRequest,
+                messages.CreateSamplingSessionRequest,
                 do.create_sampling_session,
             ),
-            self._queued("create_model", wire.CreateModelRequest, do.create_model),
-            self._queued("unload_model", wire.ModelRequest, do.unload_model),
-            self._queued("forward", wire.ForwardRequest, do.forward, is_pass=True),
+            self._queued("create_model", messages.CreateModelRequest, do.create_model),
+            self._queued("unload_model", messages.ModelRequest, do.unload_model),
+            self._queued("forward", messages.ForwardRequest, do.forward, is_pass=True),
             self._queued(
                 "forward_backward",
-                wire.ForwardBackwardRequest,
+                messages.ForwardBackwardRequest,
                 do.forward_backward,
                 is_pass=True,
                 forward_only=do.forward,
             ),
-            self._queued("optim_step", wire.OptimStepRequest, do.optim_step),
-            self._queued("save_weights", wire.SaveWeightsRequest, do.save_weights),
-            self._queued("load_weights", wire.LoadWeightsRequest, do.load_weights),
+            self._queued("optim_step", messages.OptimStepRequest, do.optim_step),
+            self._queued("save_weights", messages.SaveWeightsRequest, do.save_weights),
+            self._queued("load_weights", messages.LoadWeightsRequest, do.load_weights),
             self._queued(
                 "save_weights_for_sampler",
-                wire.SaveWeightsForSamplerRequest,
+                messages.SaveWeightsForSamplerRequest,
                 do.save_weights_for_sampler,
             ),
-            self._queued("asample", wire.SampleRequest, do.asample),
+            self._queued("asample", messages.SampleRequest, do.asample),
             self._route("retrieve_future", "POST", self._retrieve_future),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_route})
@@ -134,8 +134,8 @@ class _Http:
         """A request that is answered at once; ``as_type`` None for one whose body says nothing."""
 
         async def respond(request: Request) -> Response:
-            body = await encodings.content(request)
-            message: Any = None if as_type is None else encodings.decode(request, body, as_type)
+            body = await bodies.content(request)
+            message: Any = None if as_type is None else bodies.decode(request, body, as_type)
             return _json(answer(message))
 
         return self._route(path, "POST", respond)
@@ -147,7 +147,7 @@ class _Http:
         prepare: Callable[[M], Run],
         *,
         is_pass: bool = False,
-        forward_only: Callable[[wire.ForwardRequest], Run] | None = None,
+        forward_only: Callable[[messages.ForwardRequest], Run] | None = None,
     ) -> Route:
         """A request that takes effect in its turn, and whose result is fetched later.
 
@@ -155,24 +155,24 @@ class _Http:
         """
 
         async def respond(request: Request) -> Response:
-            body = await encodings.content(request)
-            as_protobuf = forward_only is not None and encodings.is_protobuf(request)
+            body = await bodies.content(request)
+            as_protobuf = forward_only is not None and bodies.is_protobuf(request)
             try:
                 if as_protobuf:
-                    message = encodings.decode_pass(body)
+                    message = bodies.decode_pass(body)
                 elif is_pass and not self._json_passes:
                     raise BadRequestError(
                         415, f"content-type: a pass is read as {protobuf.MEDIA_TYPE} only"
                     )
                 else:
-                    message = encodings.decode(request, body, as_type)
-                if forward_only is not None and isinstance(message, wire.ForwardRequest):
+                    message = bodies.decode(request, body, as_type)
+                if forward_only is not None and isinstance(message, messages.ForwardRequest):
                     run = forward_only(message)
                 else:
                     run = prepare(cast("M", message))
                 line, number = _place(message)
             except MintjaxError:
-                self._reject(encodings.number_of(request, body))
+                self._reject(bodies.number_of(request, body))
                 raise
             header = request.headers.get("x-idempotency-key")
             request_id = self._sequencer.submit(
@@ -181,8 +181,8 @@ class _Http:
                 number=number,
                 key=None if header is None else (path, header),
             )
-            accepted = wire.UntypedFuture(request_id)
-            if isinstance(message, wire.SampleRequest):
+            accepted = messages.UntypedFuture(request_id)
+            if isinstance(message, messages.SampleRequest):
                 names = (f"{request_id}:{i}" for i in range(message.num_samples))
                 accepted.sample_sequence_ids = list(names)
             return _json(accepted)
@@ -208,8 +208,8 @@ class _Http:
         return Route(f"/api/v1/{path}", endpoint, methods=[method])
 
     async def _retrieve_future(self, request: Request) -> Response:
-        body = await encodings.content(request)
-        question = encodings.decode(request, body, wire.FutureRetrieveRequest)
+        body = await bodies.content(request)
+        question = bodies.decode(request, body, messages.FutureRetrieveRequest)
         request_id = question.request_id
         try:
             future = self._sequencer.result(request_id)
@@ -223,7 +223,7 @@ class _Http:
         if not future.done():
             awaited = self._sequencer.waits_for(request_id)
             reason = None if awaited is None else f"seq_id {awaited} has not arrived"
-            return _json(wire.TryAgain(request_id, "active", reason))
+            return _json(messages.TryAgain(request_id, "active", reason))
         self._sequencer.retrieved(request_id)
         return _outcome(request, future)
 
@@ -246,7 +246,7 @@ def _place(message: Any) -> tuple[str | None, int | None]:
 
 def _work(path: str, run: Run, as_protobuf: bool) -> bytes:
     try:
-        return encodings.encode(run(), as_protobuf=as_protobuf)
+        return bodies.encode(run(), as_protobuf=as_protobuf)
     except MintjaxError:
         raise
     except Exception:
@@ -270,23 +270,23 @@ async def _wait(future: Future[bytes], seconds: float) -> None:
 
 def _outcome(request: Request, future: Future[bytes]) -> Response:
     if future.cancelled():
-        error = wire.FutureError(
+        error = messages.FutureError(
             "it was not run: the model was unloaded, or the trainer closed", "user"
         )
         return _json(error)
     failure = future.exception()
     if failure is None:
-        body, media_type = encodings.acceptable(request, future.result())
+        body, media_type = bodies.acceptable(request, future.result())
         return Response(body, media_type=media_type)
     if isinstance(failure, APIStatusError):
-        return _json(wire.FutureError(failure.message, "user"))
+        return _json(messages.FutureError(failure.message, "user"))
     if isinstance(failure, MintjaxError):
-        return _json(wire.FutureError(str(failure), "user"))
-    return _json(wire.FutureError(f"internal error: {_said(failure)}", "server"))
+        return _json(messages.FutureError(str(failure), "user"))
+    return _json(messages.FutureError(f"internal error: {_said(failure)}", "server"))
 
 
 def _json(answer: Answer) -> Response:
-    return Response(wire.encode(answer), media_type="application/json")
+    return Response(messages.encode(answer), media_type="application/json")
 
 
 def _refusal(status: int, detail: str) -> Response:

@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from mintjax import wire
 from mintjax.errors import DataError
 from mintjax.local import optimizer, sampling
 from mintjax.local.access import Access
@@ -17,6 +16,7 @@ from mintjax.local.model import BASE_MODELS
 from mintjax.local.sequencer import Sequencer
 from mintjax.local.sessions import Sessions
 from mintjax.local.tokenizer import TOKENIZER_ID
+from mintjax.protocol import messages
 from mintjax.types import (
     GetInfoResponse,
     LoadWeightsResponse,
@@ -56,7 +56,7 @@ class Endpoints:
         engine: Engine,
         sequencer: Sequencer,
         access: Access,
-        config: wire.ClientConfigResponse,
+        config: messages.ClientConfigResponse,
     ) -> None:
         self.engine = engine
         self._sequencer = sequencer
@@ -89,11 +89,11 @@ class Endpoints:
             ]
         )
 
-    def create_session(self, request: wire.CreateSessionRequest) -> Answer:
+    def create_session(self, request: messages.CreateSessionRequest) -> Answer:
         """``create_session``."""
-        return wire.CreateSessionResponse(self._sessions.open())
+        return messages.CreateSessionResponse(self._sessions.open())
 
-    def session_heartbeat(self, request: wire.SessionHeartbeatRequest) -> Answer:
+    def session_heartbeat(self, request: messages.SessionHeartbeatRequest) -> Answer:
         """``session_heartbeat``."""
         self._sessions.get(request.session_id)
         return {"type": "session_heartbeat"}
@@ -115,7 +115,7 @@ class Endpoints:
             "model_path": None if source in BASE_MODELS else source,
         }
 
-    def get_info(self, request: wire.ModelRequest) -> Answer:
+    def get_info(self, request: messages.ModelRequest) -> Answer:
         """``get_info``."""
         model = self.engine.model(request.model_id)
         return GetInfoResponse(
@@ -139,7 +139,7 @@ class Endpoints:
             "train_attn": lora.train_attn,
         }
 
-    def create_sampling_session(self, request: wire.CreateSamplingSessionRequest) -> Answer:
+    def create_sampling_session(self, request: messages.CreateSamplingSessionRequest) -> Answer:
         """``create_sampling_session``: from a checkpoint, else from a base model."""
         session = self._sessions.get(request.session_id)
         source = request.model_path or request.base_model
@@ -150,9 +150,9 @@ class Endpoints:
         else:
             check_create(source, LoraConfig(1))
         opened = self._sessions.open_sampling(session, source)
-        return wire.CreateSamplingSessionResponse(opened)
+        return messages.CreateSamplingSessionResponse(opened)
 
-    def create_model(self, request: wire.CreateModelRequest) -> Run:
+    def create_model(self, request: messages.CreateModelRequest) -> Run:
         """``create_model``."""
         session = self._sessions.get(request.session_id)
         lora_config = request.lora_config or LoraConfig(32)
@@ -161,11 +161,11 @@ class Endpoints:
         def run() -> Answer:
             model_id = self.engine.create_model(request.base_model, lora_config)
             session.model_ids.append(model_id)
-            return wire.CreateModelResponse(model_id)
+            return messages.CreateModelResponse(model_id)
 
         return run
 
-    def unload_model(self, request: wire.ModelRequest) -> Run:
+    def unload_model(self, request: messages.ModelRequest) -> Run:
         """``unload_model``: after what was submitted before it."""
         self.engine.model(request.model_id)
 
@@ -176,27 +176,27 @@ class Endpoints:
 
         return run
 
-    def forward(self, request: wire.ForwardRequest) -> Run:
+    def forward(self, request: messages.ForwardRequest) -> Run:
         """``forward``."""
         given = request.forward_input
         arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
         self.engine.check_pass(*arguments)
         return lambda: self.engine.forward(*arguments)
 
-    def forward_backward(self, request: wire.ForwardBackwardRequest) -> Run:
+    def forward_backward(self, request: messages.ForwardBackwardRequest) -> Run:
         """``forward_backward``."""
         given = request.forward_backward_input
         arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
         self.engine.check_pass(*arguments)
         return lambda: self.engine.forward_backward(*arguments)
 
-    def optim_step(self, request: wire.OptimStepRequest) -> Run:
+    def optim_step(self, request: messages.OptimStepRequest) -> Run:
         """``optim_step``."""
         self.engine.model(request.model_id)
         optimizer.check_params(request.adam_params)
         return lambda: self.engine.optim_step(request.model_id, request.adam_params)
 
-    def save_weights(self, request: wire.SaveWeightsRequest) -> Run:
+    def save_weights(self, request: messages.SaveWeightsRequest) -> Run:
         """``save_weights``."""
         self.engine.model(request.model_id)
         if request.path is not None:
@@ -205,7 +205,7 @@ class Endpoints:
             path=self.engine.save_weights(request.model_id, request.path)
         )
 
-    def load_weights(self, request: wire.LoadWeightsRequest) -> Run:
+    def load_weights(self, request: messages.LoadWeightsRequest) -> Run:
         """``load_weights``. Whether there is such a checkpoint is only known in its turn."""
         self.engine.model(request.model_id)
         CheckpointPath.parse(request.path, field="path")
@@ -218,7 +218,7 @@ class Endpoints:
 
         return run
 
-    def save_weights_for_sampler(self, request: wire.SaveWeightsForSamplerRequest) -> Run:
+    def save_weights_for_sampler(self, request: messages.SaveWeightsForSamplerRequest) -> Run:
         """``save_weights_for_sampler``: under a name, or for a sampling session that it opens."""
         self.engine.model(request.model_id)
         if request.path is not None:
@@ -227,14 +227,14 @@ class Endpoints:
         def run() -> Answer:
             path = self.engine.save_weights_for_sampler(request.model_id, request.path)
             if request.path is not None:
-                return wire.SaveWeightsForSamplerResponse(path=path)
+                return messages.SaveWeightsForSamplerResponse(path=path)
             session = self._sessions.of_model(request.model_id)
             opened = self._sessions.open_sampling(session, path)
-            return wire.SaveWeightsForSamplerResponse(sampling_session_id=opened)
+            return messages.SaveWeightsForSamplerResponse(sampling_session_id=opened)
 
         return run
 
-    def asample(self, request: wire.SampleRequest) -> Run:
+    def asample(self, request: messages.SampleRequest) -> Run:
         """``asample``."""
         if request.sampling_session_id is None:
             raise DataError(

@@ -14,7 +14,7 @@ from typing import Any
 import optax  # pyright: ignore[reportMissingTypeStubs]
 
 from mintjax.errors import DataError, NonFiniteError, NotFoundError
-from mintjax.local import builtin, checkpoints, model, optimizer, passes, sampling
+from mintjax.local import checkpoints, compute, loss_fns, model, optimizer, sampling
 from mintjax.local.checkpoints import CheckpointPath, Description
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.tokenizer import VOCAB_SIZE
@@ -159,7 +159,7 @@ class Engine:
             DataError: naming the datum, the field, and what to do.
         """
         context = self.model(model_id).config.max_context_length
-        builtin.check_request(
+        loss_fns.check_request(
             data, loss_fn, loss_fn_config, vocab_size=VOCAB_SIZE, max_context_length=context
         )
 
@@ -354,7 +354,7 @@ class Engine:
         backward: bool,
     ) -> ForwardBackwardOutput:
         state = self.model(model_id)
-        result = passes.run(
+        result = compute.run(
             state.config,
             state.lora,
             data,
@@ -364,7 +364,7 @@ class Engine:
             backward=backward,
         )
         if result.gradient is not None:
-            gradient = passes.add(state.gradient, result.gradient)
+            gradient = compute.add(state.gradient, result.gradient)
             if not math.isfinite(optimizer.norm(gradient)):
                 raise NonFiniteError(
                     f"the gradient of {loss_fn} is not finite, or too large to be squared, though "

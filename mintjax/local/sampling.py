@@ -13,8 +13,8 @@ from jax import Array
 
 from mintjax.errors import DataError
 from mintjax.local import model
+from mintjax.local.compute import MAX_ROWS, length_bucket, row_bucket
 from mintjax.local.model import Cache, ModelConfig, Weights
-from mintjax.local.passes import MAX_ROWS, length_bucket, row_bucket
 from mintjax.local.tokenizer import END, VOCAB_SIZE, to_bytes
 from mintjax.types import SampledSequence, SampleResponse, SamplingParams
 

@@ -14,7 +14,7 @@ import uvicorn
 from mintjax.client import ServiceClient
 from mintjax.local.app import application
 from mintjax.local.engine import Engine
-from mintjax.wire import ClientConfigResponse
+from mintjax.protocol.messages import ClientConfigResponse
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from typing import Any, ClassVar, TypeAlias, TypeVar, cast, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from mintjax import _tiles
-from mintjax.batch import Batch, as_batch
 from mintjax.errors import DataError
-from mintjax.ragged import Ragged
+from mintjax.ragged import Ragged, tiling
+from mintjax.ragged.batch import Batch, as_batch
 from mintjax.types import Datum, LossFnName
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
@@ -102,7 +101,7 @@ def objective(cls: _T) -> _T:
 def token_mask(data: Batch, logprobs: Ragged) -> Array:
     """Which positions of ``logprobs.tiles`` count: tokens whose ``weights``, if any, are not 0."""
     tiles = logprobs.tiles
-    inside = _tiles.widen(_tiles.mask(logprobs.layout), tiles)
+    inside = tiling.widen(tiling.mask(logprobs.layout), tiles)
     if "weights" in data:
         inside = inside & (on_tokens(data["weights"], logprobs) != 0)
     return jnp.broadcast_to(inside, tiles.shape)
@@ -122,7 +121,7 @@ def weighted(values: Array, data: Batch, logprobs: Ragged, where: Array) -> Arra
 def on_tokens(values: Any, logprobs: Ragged) -> Array:
     """A column, or one value per datum, in the shape of ``logprobs.tiles``."""
     if isinstance(values, Ragged) and values.layout is logprobs.layout:
-        tiles = _tiles.widen(values.tiles, logprobs.tiles)
+        tiles = tiling.widen(values.tiles, logprobs.tiles)
         return jnp.broadcast_to(tiles, logprobs.tiles.shape)
 
     def spread(mine: Array, other: Array) -> Array:

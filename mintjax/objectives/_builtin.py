@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from mintjax import losses
-from mintjax.batch import Batch
 from mintjax.objectives._base import (
     Array,
     LossObjective,
@@ -21,6 +20,7 @@ from mintjax.objectives._base import (
 )
 from mintjax.objectives._reduce import Aggregation, aggregate
 from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
 from mintjax.types import LossFnName
 
 

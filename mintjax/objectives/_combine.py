@@ -9,9 +9,9 @@ from typing import Any, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 
-from mintjax.batch import Batch
 from mintjax.objectives._base import Array, LossObjective
 from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
 
 Term: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 Schedule: TypeAlias = Callable[[Any], Any]

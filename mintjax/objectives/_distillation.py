@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from mintjax import losses
-from mintjax.batch import Batch
 from mintjax.errors import DataError
 from mintjax.objectives._base import Array, LossObjective, objective, on_tokens, static, token_mask
 from mintjax.objectives._reduce import Aggregation, aggregate
 from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
 
 
 class CandidateObjective(LossObjective):

@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 
 from mintjax import losses
-from mintjax.batch import Batch
 from mintjax.objectives._base import Array, LossObjective, objective, on_tokens, static, token_mask
 from mintjax.objectives._reduce import Aggregation, aggregate
 from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
 
 
 class PenaltyObjective(LossObjective):

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mintjax import _tiles, losses
-from mintjax.batch import Batch
+from mintjax import losses
 from mintjax.objectives._base import Array, objective, on_tokens, static, token_mask, weighted
 from mintjax.objectives._builtin import PolicyObjective
 from mintjax.objectives._reduce import Aggregation, aggregate
-from mintjax.ragged import Ragged
+from mintjax.ragged import Ragged, tiling
+from mintjax.ragged.batch import Batch
 
 
 @objective
@@ -139,5 +139,5 @@ class gspo(PolicyObjective):
     def _sequence_log_ratio(sampling: Array, where: Array, logprobs: Ragged) -> Array:
         """The mean over each row's tokens of ``lp - q``: ``[B]``."""
         difference = losses.kl_k1(logprobs.tiles, sampling, where=where)
-        count = _tiles.row_sums(jnp.where(where, 1, 0).astype(difference.dtype), logprobs.layout)
-        return _tiles.row_sums(difference, logprobs.layout) / jnp.maximum(count, 1)
+        count = tiling.row_sums(jnp.where(where, 1, 0).astype(difference.dtype), logprobs.layout)
+        return tiling.row_sums(difference, logprobs.layout) / jnp.maximum(count, 1)

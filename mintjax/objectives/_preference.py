@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from mintjax import losses
-from mintjax.batch import Batch
 from mintjax.errors import DataError
 from mintjax.objectives._base import Array, LossObjective, objective, static
 from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
 
 
 class SequenceObjective(LossObjective):

@@ -6,9 +6,9 @@ from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from mintjax import _tiles, losses
+from mintjax import losses
 from mintjax.objectives._base import Array
-from mintjax.ragged import Ragged
+from mintjax.ragged import Ragged, tiling
 
 Aggregation: TypeAlias = Literal["sum", "token_mean", "sequence_mean"]
 """``"sum"`` over tokens, as trainers have it; ``"token_mean"``: every token weighs the same;
@@ -37,6 +37,6 @@ def aggregate(values: Array, where: Array, logprobs: Ragged, how: Aggregation) -
 
 
 def _sequence_mean(values: Array, where: Array, logprobs: Ragged) -> Array:
-    sums = _tiles.row_sums(values, logprobs.layout)
-    count = _tiles.row_sums(jnp.asarray(where).astype(values.dtype), logprobs.layout)
+    sums = tiling.row_sums(values, logprobs.layout)
+    count = tiling.row_sums(jnp.asarray(where).astype(values.dtype), logprobs.layout)
     return losses.token_mean(sums / jnp.maximum(count, 1), where=count > 0)

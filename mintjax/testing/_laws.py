@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from mintjax import _tiles
-from mintjax.batch import Batch
 from mintjax.errors import NonFiniteError
 from mintjax.gradients import Objective, value_and_logprob_grads
-from mintjax.ragged import Ragged
+from mintjax.ragged import Ragged, tiling
+from mintjax.ragged.batch import Batch
 from mintjax.types import Datum, ModelInput
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -314,7 +313,7 @@ class _Refilled:
         if not isinstance(column, Ragged):
             return column
         tiles = jnp.asarray(column.tiles)
-        inside = _tiles.widen(_tiles.mask(column.layout), tiles)
+        inside = tiling.widen(tiling.mask(column.layout), tiles)
         fill = jnp.asarray(self.fill).astype(tiles.dtype)
         return Ragged(jnp.where(inside, tiles, fill), column.layout)
 

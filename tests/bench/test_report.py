@@ -155,7 +155,7 @@ def test_a_torch_loss_of_ones_own_is_taken_by_name(small_torch, module):
         "own_loss",
         """
         import torch
-        from mintjax.interop import torch_objective
+        from mintjax.gradients.torch import torch_objective
 
         def loss(data, rows):
             weights = [torch.tensor(datum.loss_fn_inputs["weights"]) for datum in data]

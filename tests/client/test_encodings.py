@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from mintjax import compression, protobuf, wire
 from mintjax.client import ServiceClient
 from mintjax.errors import APIResponseError, BadRequestError, ConfigError, DataError
 from mintjax.local import Engine
 from mintjax.local.app import application
 from mintjax.objectives import bradley_terry
+from mintjax.protocol import messages, protobuf, zstd
 from mintjax.tensors import TensorData
 from mintjax.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 
@@ -26,9 +26,9 @@ from .test_against_trainer import PATIENT, new_model, same, state, train
 
 MODEL = "mintjax/nano"
 PROTOBUF = protobuf.MEDIA_TYPE
-PLAIN = wire.ClientConfigResponse()
-ASKS = wire.ClientConfigResponse(proto_write_fwdbwd=True, fwdbwd_max_chunk_len=3)
-ASKS_COMPRESSED = wire.ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
+PLAIN = messages.ClientConfigResponse()
+ASKS = messages.ClientConfigResponse(proto_write_fwdbwd=True, fwdbwd_max_chunk_len=3)
+ASKS_COMPRESSED = messages.ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
 TRAINERS = {
     "json": {"config": PLAIN},
     "asks": {"config": ASKS},
@@ -36,7 +36,7 @@ TRAINERS = {
     "insists": {"json_passes": False},
     "insists in parts": {
         "json_passes": False,
-        "config": wire.ClientConfigResponse(fwdbwd_max_chunk_len=3),
+        "config": messages.ClientConfigResponse(fwdbwd_max_chunk_len=3),
     },
 }
 
@@ -93,7 +93,7 @@ def in_json(engine):
 @pytest.mark.parametrize("name", ["asks", "compressed", "insists", "insists in parts"])
 def test_either_encoding_trains_to_the_same_bit(engine, in_json, name):
     if "parts" in name or name == "asks":  # sums of parts are rounded in another order
-        in_json = trained(engine, config=wire.ClientConfigResponse(fwdbwd_max_chunk_len=3))
+        in_json = trained(engine, config=messages.ClientConfigResponse(fwdbwd_max_chunk_len=3))
     seen = []
     weights, outputs = trained(engine, seen.append, **TRAINERS[name])
     assert weights == in_json[0]
@@ -250,7 +250,7 @@ def test_without_the_extra_nothing_is_sent(connect, monkeypatch):
     def missing(body):
         raise ConfigError('pip install "mintjax[protobuf]"')
 
-    monkeypatch.setattr(compression, "compress", missing)
+    monkeypatch.setattr(zstd, "compress", missing)
     asked = {"proto_write_fwdbwd": True, "proto_compress_fwdbwd": True}
     trainer = Scripted(output(), config=asked)
     client = connect(trainer)
@@ -281,8 +281,8 @@ def test_what_was_changed_after_it_was_handed_over_is_sent_as_it_was(connect):
     future = client.forward_backward([first, DATA[1]], "cross_entropy")
     weights[:] = 7
     future.result(10)
-    request = protobuf.decode_request(compression.decompress(b"".join(bodies), 10_000))
-    assert isinstance(request, wire.ForwardBackwardRequest)
+    request = protobuf.decode_request(zstd.decompress(b"".join(bodies), 10_000))
+    assert isinstance(request, messages.ForwardBackwardRequest)
     sent = request.forward_backward_input.data[0].loss_fn_inputs["weights"]
     assert sent.tolist() == [1, 1, 1]
     assert msgspec.structs.asdict(request)["seq_id"] == 1

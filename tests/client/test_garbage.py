@@ -14,10 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mintjax import protobuf
 from mintjax.client import ServiceClient
 from mintjax.errors import APIError, APIResponseError, DataError, RequestFailedError
-from mintjax.protobuf import messages_pb2 as messages
+from mintjax.protocol import protobuf
+from mintjax.protocol.protobuf import messages_pb2 as messages
 from mintjax.tensors import TensorData
 from mintjax.types import AdamParams, ForwardBackwardOutput, ModelInput, SamplingParams
 

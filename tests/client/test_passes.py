@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mintjax import wire
 from mintjax.client.passes import chunks
 from mintjax.errors import (
     AmbiguousRequestError,
@@ -17,6 +16,7 @@ from mintjax.errors import (
     NonFiniteError,
     RequestFailedError,
 )
+from mintjax.protocol import messages
 from mintjax.types import AdamParams
 
 from .data import DATA, datum
@@ -32,10 +32,12 @@ MANY = [datum([i % 50, 1], [2, i % 7], [1.0, float(i)]) for i in range(23)]
 )
 def test_chunks_are_the_batch_in_order_within_the_limits(lengths, most, size):
     data = [datum([i] * n, [i] * n, [float(i)] * n) for i, n in enumerate(lengths)]
-    limits = wire.ClientConfigResponse(fwdbwd_max_chunk_len=most, fwdbwd_max_chunk_bytes_count=size)
+    limits = messages.ClientConfigResponse(
+        fwdbwd_max_chunk_len=most, fwdbwd_max_chunk_bytes_count=size
+    )
     parts = chunks(data, limits)
     decoded = [json.loads(bytes(part.data)) for part in parts]
-    assert [d for part in decoded for d in part] == json.loads(wire.encode(data))
+    assert [d for part in decoded for d in part] == json.loads(messages.encode(data))
     for part, given_data in zip(parts, decoded, strict=True):
         assert 1 <= len(given_data) <= most
         assert len(given_data) == len(part.shapes) == 1 or len(bytes(part.data)) <= size + most + 2
@@ -52,7 +54,7 @@ def test_a_non_finite_number_is_named():
     with pytest.raises(
         NonFiniteError, match=r"datum 1, position 1, input 'weights': inf"
     ) as caught:
-        chunks(data, wire.ClientConfigResponse())
+        chunks(data, messages.ClientConfigResponse())
     assert (caught.value.datum, caught.value.position) == (1, 1)
 
 

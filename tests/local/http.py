@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from mintjax import wire
 from mintjax.local import Engine
 from mintjax.local.app import application
+from mintjax.protocol import messages
 
 
 class Http:
@@ -39,7 +39,7 @@ class Http:
 
     def post(self, path: str, message: Any, **headers: str) -> httpx.Response:
         """POST a struct, a dict or raw bytes."""
-        body = message if isinstance(message, bytes) else wire.encode(message)
+        body = message if isinstance(message, bytes) else messages.encode(message)
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.send(
             "POST", path, content=body, headers={"Content-Type": "application/json", **headers}
@@ -72,4 +72,4 @@ def serving(engine: Engine, api_key: str | None = None, **options: Any) -> Gener
 
 def as_json(message: Any) -> Any:
     """A struct as the JSON that would be sent, to be spoilt before it is."""
-    return json.loads(wire.encode(message))
+    return json.loads(messages.encode(message))

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from mintjax import wire
 from mintjax.local import app as app_module
-from mintjax.local import encodings
+from mintjax.local import bodies
 from mintjax.local.sequencer import Sequencer
+from mintjax.protocol import messages
 from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 
 from .conftest import BASE_MODEL
@@ -27,32 +27,34 @@ def http(engine):
 
 @pytest.fixture(scope="module")
 def session_id(http):
-    return http.post("create_session", wire.CreateSessionRequest("1")).json()["session_id"]
+    return http.post("create_session", messages.CreateSessionRequest("1")).json()["session_id"]
 
 
 @pytest.fixture
 def model_id(http, session_id):
-    request = wire.CreateModelRequest(session_id, 0, BASE_MODEL, LoraConfig(4, seed=1))
+    request = messages.CreateModelRequest(session_id, 0, BASE_MODEL, LoraConfig(4, seed=1))
     return http.call("create_model", request)["model_id"]
 
 
 @pytest.fixture(scope="module")
 def sampling_session_id(http, session_id):
-    request = wire.CreateSamplingSessionRequest(session_id, 0, base_model=BASE_MODEL)
+    request = messages.CreateSamplingSessionRequest(session_id, 0, base_model=BASE_MODEL)
     return http.post("create_sampling_session", request).json()["sampling_session_id"]
 
 
 def forward_backward(model_id, data=None, loss_fn="cross_entropy", config=None, seq_id=None):
-    given = wire.ForwardBackwardInput(data or batch(), loss_fn, config)
-    return wire.ForwardBackwardRequest(given, model_id, seq_id)
+    given = messages.ForwardBackwardInput(data or batch(), loss_fn, config)
+    return messages.ForwardBackwardRequest(given, model_id, seq_id)
 
 
 class TestTraining:
     @pytest.mark.parametrize("loss_fn", LOSSES)
     def test_forward_and_backward(self, http, model_id, loss_fn):
-        given = wire.ForwardBackwardInput(batch(), loss_fn)
-        forward = http.call("forward", wire.ForwardRequest(given, model_id, 1))
-        backward = http.call("forward_backward", wire.ForwardBackwardRequest(given, model_id, 2))
+        given = messages.ForwardBackwardInput(batch(), loss_fn)
+        forward = http.call("forward", messages.ForwardRequest(given, model_id, 1))
+        backward = http.call(
+            "forward_backward", messages.ForwardBackwardRequest(given, model_id, 2)
+        )
         for one, other in zip(forward["loss_fn_outputs"], backward["loss_fn_outputs"], strict=True):
             np.testing.assert_allclose(
                 one["logprobs"]["data"], other["logprobs"]["data"], atol=1e-5
@@ -64,7 +66,7 @@ class TestTraining:
     def test_a_step(self, http, model_id, engine):
         before = engine.model(model_id).lora
         http.post("forward_backward", forward_backward(model_id, seq_id=1))
-        step = http.call("optim_step", wire.OptimStepRequest(AdamParams(), model_id, 2))
+        step = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
         assert step["metrics"]["grad_norm"] > 0
         after = engine.model(model_id).lora
         assert not np.array_equal(before["unembed"]["b"], after["unembed"]["b"])
@@ -74,7 +76,7 @@ class TestTraining:
         assert "metrics" in http.call("optim_step", request)
 
     def test_arrival_out_of_order(self, http, model_id, engine):
-        second = http.post("optim_step", wire.OptimStepRequest(AdamParams(), model_id, 2))
+        second = http.post("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
         assert engine.model(model_id).num_datums == 0
         first = http.post("forward_backward", forward_backward(model_id, seq_id=1))
         assert http.result(second)["metrics"]["grad_norm"] > 0
@@ -96,11 +98,11 @@ class TestTraining:
 
     def test_checkpoints(self, http, model_id, session_id):
         http.call("forward_backward", forward_backward(model_id))
-        http.call("optim_step", wire.OptimStepRequest(AdamParams(), model_id))
-        saved = http.call("save_weights", wire.SaveWeightsRequest(model_id, "kept"))
+        http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id))
+        saved = http.call("save_weights", messages.SaveWeightsRequest(model_id, "kept"))
         assert saved == {"path": f"tinker://{model_id}/weights/kept"}
         loaded = http.call(
-            "load_weights", wire.LoadWeightsRequest(model_id, saved["path"], optimizer=True)
+            "load_weights", messages.LoadWeightsRequest(model_id, saved["path"], optimizer=True)
         )
         assert loaded["path"] == saved["path"]
         info = http.post("weights_info", {"tinker_path": saved["path"]}).json()
@@ -118,11 +120,13 @@ class TestTraining:
         path = http.call("save_weights", request)["path"]
         assert path.startswith(f"tinker://{model_id}/weights/")
         assert path != http.call("save_weights", request | {"seq_id": 2})["path"]
-        assert http.call("load_weights", wire.LoadWeightsRequest(model_id, path))["path"] == path
+        assert (
+            http.call("load_weights", messages.LoadWeightsRequest(model_id, path))["path"] == path
+        )
 
     def test_a_checkpoint_that_is_not_there(self, http, model_id):
         path = f"tinker://{model_id}/weights/nothing"
-        failed = http.call("load_weights", wire.LoadWeightsRequest(model_id, path))
+        failed = http.call("load_weights", messages.LoadWeightsRequest(model_id, path))
         assert failed["category"] == "user"
         assert path in failed["error"]
 
@@ -143,7 +147,7 @@ class TestTraining:
             raise RuntimeError("a bug")
 
         monkeypatch.setattr(engine, "optim_step", fail)
-        failed = http.call("optim_step", wire.OptimStepRequest(AdamParams(), model_id))
+        failed = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id))
         assert failed == {"error": "internal error: RuntimeError: a bug", "category": "server"}
         assert "optim_step failed" in caplog.text
 
@@ -167,7 +171,7 @@ class TestNaN:
 
 class TestSampling:
     def sample(self, http, sampling_session_id, **options):
-        request = wire.SampleRequest(
+        request = messages.SampleRequest(
             ModelInput.from_ints([65, 66]),
             SamplingParams(max_tokens=4, seed=1),
             sampling_session_id,
@@ -183,9 +187,9 @@ class TestSampling:
 
     def test_from_a_path(self, http, session_id, model_id):
         saved = http.call(
-            "save_weights_for_sampler", wire.SaveWeightsForSamplerRequest(model_id, "here")
+            "save_weights_for_sampler", messages.SaveWeightsForSamplerRequest(model_id, "here")
         )
-        request = wire.CreateSamplingSessionRequest(session_id, 1, model_path=saved["path"])
+        request = messages.CreateSamplingSessionRequest(session_id, 1, model_path=saved["path"])
         opened = http.post("create_sampling_session", request).json()["sampling_session_id"]
         assert self.sample(http, opened)["sequences"][0]["tokens"]
         sampler = http.send("GET", f"samplers/{opened}").json()
@@ -193,7 +197,9 @@ class TestSampling:
         assert sampler["model_path"] == saved["path"]
 
     def test_from_a_session_of_its_own(self, http, model_id, session_id):
-        request = wire.SaveWeightsForSamplerRequest(model_id, sampling_session_seq_id=5, seq_id=1)
+        request = messages.SaveWeightsForSamplerRequest(
+            model_id, sampling_session_seq_id=5, seq_id=1
+        )
         opened = http.call("save_weights_for_sampler", request)["sampling_session_id"]
         assert self.sample(http, opened)["sequences"][0]["tokens"]
         session = http.send("GET", f"sessions/{session_id}").json()
@@ -221,14 +227,16 @@ class TestFutures:
 
     def test_one_asked_for_twice(self, http, model_id):
         """A result stays for those whose connection broke."""
-        accepted = http.post("optim_step", wire.OptimStepRequest(AdamParams(), model_id, 1))
+        accepted = http.post("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 1))
         assert http.result(accepted) == http.result(accepted)
 
     def test_one_asked_for_too_late(self, engine, model_id, monkeypatch):
         monkeypatch.setattr(app_module, "Sequencer", lambda: Sequencer(max_results=1))
         with serving(engine) as forgetful:
             steps = [
-                forgetful.post("optim_step", wire.OptimStepRequest(AdamParams(), model_id, seq_id))
+                forgetful.post(
+                    "optim_step", messages.OptimStepRequest(AdamParams(), model_id, seq_id)
+                )
                 for seq_id in (1, 2, 3)
             ]
             forgetful.result(steps[-1])
@@ -384,7 +392,7 @@ class TestBadInput:
         assert engine.model(model_id) is before
         # The number can be used again, and the line goes on.
         http.post("forward_backward", forward_backward(model_id, seq_id=1))
-        step = http.call("optim_step", wire.OptimStepRequest(AdamParams(), model_id, 2))
+        step = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
         assert step["metrics"]["grad_norm"] > 0
 
     def test_a_number_left_out_after_a_refusal(self, http, model_id):
@@ -470,14 +478,17 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("path", "message"),
         [
-            ("forward", wire.ForwardRequest(wire.ForwardBackwardInput(batch(), "ppo"), "nobody")),
+            (
+                "forward",
+                messages.ForwardRequest(messages.ForwardBackwardInput(batch(), "ppo"), "nobody"),
+            ),
             ("forward_backward", forward_backward("nobody", seq_id=1)),
-            ("optim_step", wire.OptimStepRequest(AdamParams(), "nobody", 1)),
-            ("save_weights", wire.SaveWeightsRequest("nobody", "x")),
-            ("save_weights_for_sampler", wire.SaveWeightsForSamplerRequest("nobody", "x")),
-            ("load_weights", wire.LoadWeightsRequest("nobody", "tinker://a/weights/b")),
-            ("get_info", wire.ModelRequest("nobody")),
-            ("unload_model", wire.ModelRequest("nobody")),
+            ("optim_step", messages.OptimStepRequest(AdamParams(), "nobody", 1)),
+            ("save_weights", messages.SaveWeightsRequest("nobody", "x")),
+            ("save_weights_for_sampler", messages.SaveWeightsForSamplerRequest("nobody", "x")),
+            ("load_weights", messages.LoadWeightsRequest("nobody", "tinker://a/weights/b")),
+            ("get_info", messages.ModelRequest("nobody")),
+            ("unload_model", messages.ModelRequest("nobody")),
         ],
     )
     def test_an_unknown_model(self, http, path, message):
@@ -493,7 +504,7 @@ class TestBadInput:
             assert answer.json()["detail"]
 
     def test_a_body_that_is_too_large(self, http, monkeypatch):
-        monkeypatch.setattr(encodings, "MAX_BODY_BYTES", 10)
+        monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 10)
         assert http.post("create_session", b" " * 11).status_code == 413
 
     @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""The bodies that the embedded trainer reads, and those that it writes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from mintjax.errors import BadRequestError, ConfigError, DataError
+from mintjax.local.endpoints import Answer
+from mintjax.protocol import messages, protobuf, zstd
+from mintjax.tensors import TensorData
+from mintjax.types import ForwardBackwardOutput, SampleResponse
+
+M = TypeVar("M")
+
+MAX_BODY_BYTES = 256 * 1024 * 1024
+JSON = "application/json"
+
+
+class ProtobufResult(bytes):
+    """A result as a protocol buffer, where others are JSON."""
+
+
+class SampleResult(bytes):
+    """What was sampled, as JSON; nothing in its request says how it will be asked for."""
+
+
+class _Numbered(msgspec.Struct):
+    model_id: str
+    seq_id: int
+
+
+class _ColumnsOfDatum(msgspec.Struct):
+    loss_fn_inputs: dict[str, msgspec.Raw]
+
+
+class _ColumnsOfData(msgspec.Struct):
+    data: list[_ColumnsOfDatum]
+
+
+class _Columns(msgspec.Struct):
+    forward_input: _ColumnsOfData | None = None
+    forward_backward_input: _ColumnsOfData | None = None
+
+
+def is_protobuf(request: Request) -> bool:
+    """Whether the body says that it is a protocol buffer."""
+    return _given(request, "content-type", JSON) == protobuf.MEDIA_TYPE
+
+
+async def content(request: Request) -> bytes:
+    """The body of a request, decompressed.
+
+    Raises:
+        BadRequestError: larger than ``MAX_BODY_BYTES``, before or after; no such compression, or
+            not compressed as it says.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise BadRequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    encoding = _given(request, "content-encoding", "identity")
+    if encoding == "identity":
+        return bytes(body)
+    if encoding != "zstd":
+        raise BadRequestError(415, f"content-encoding: this trainer reads zstd, not {encoding}")
+    try:
+        return zstd.decompress(bytes(body), MAX_BODY_BYTES)
+    except zstd.TooLargeError as error:
+        raise BadRequestError(413, str(error)) from None
+    except DataError as error:
+        raise BadRequestError(400, str(error)) from None
+    except ConfigError as error:
+        raise BadRequestError(415, f"content-encoding: {error}") from None
+
+
+def decode(request: Request, body: bytes, as_type: type[M]) -> M:
+    """Decode a body as a struct of the protocol; as JSON, whether or not it says so.
+
+    Raises:
+        BadRequestError: it says that it is something else, or is not of that type.
+    """
+    given = _given(request, "content-type", JSON)
+    if given != JSON:
+        raise BadRequestError(415, f"content-type: this is read as {JSON}, not {given}")
+    try:
+        return messages.decode(body, as_type)
+    except DataError as error:
+        raise BadRequestError(422, _column_at_fault(body) or str(error)) from None
+
+
+def decode_pass(body: bytes) -> messages.ForwardRequest | messages.ForwardBackwardRequest:
+    """Decode a pass that says that it is a protocol buffer.
+
+    Raises:
+        BadRequestError: it is none, or cannot be read here.
+    """
+    try:
+        return protobuf.decode_request(body)
+    except DataError as error:
+        raise BadRequestError(422, str(error)) from None
+    except ConfigError as error:
+        raise BadRequestError(415, f"content-type: {error}") from None
+
+
+def number_of(request: Request, body: bytes) -> tuple[str, int] | None:
+    """The model and number of a request that is refused, as far as they can be read."""
+    if is_protobuf(request):
+        with suppress(ConfigError):
+            return protobuf.number_of(body)
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        refused = msgspec.json.decode(body, type=_Numbered)
+        return refused.model_id, refused.seq_id
+    return None
+
+
+def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
+    """Encode a result; as a protocol buffer if that is wanted and there is a message for it."""
+    if as_protobuf and isinstance(answer, ForwardBackwardOutput):
+        return ProtobufResult(protobuf.encode_output(answer))
+    content = messages.encode(answer)
+    return SampleResult(content) if isinstance(answer, SampleResponse) else content
+
+
+def acceptable(request: Request, result: bytes) -> tuple[bytes, str]:
+    """A result in an encoding that the request accepts, and its media type."""
+    accepted = protobuf.MEDIA_TYPE in request.headers.get("accept", "").lower()
+    if accepted and isinstance(result, SampleResult):
+        sampled = messages.decode(result, SampleResponse)
+        return protobuf.encode_sample(sampled), protobuf.MEDIA_TYPE
+    if accepted and isinstance(result, ProtobufResult):
+        return result, protobuf.MEDIA_TYPE
+    if isinstance(result, ProtobufResult):
+        return messages.encode(protobuf.decode_output(result)), JSON
+    return result, JSON
+
+
+def _given(request: Request, header: str, default: str) -> str:
+    value: Any = request.headers.get(header, default)
+    return value.partition(";")[0].strip().lower()
+
+
+def _column_at_fault(body: bytes) -> str | None:
+    """Name the column that cannot be read; a decoder only says that there is one."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        message = msgspec.json.decode(body, type=_Columns)
+        given = message.forward_input or message.forward_backward_input or _ColumnsOfData([])
+        for i, datum in enumerate(given.data):
+            for name, value in datum.loss_fn_inputs.items():
+                try:
+                    messages.decode(value, TensorData)
+                except DataError as error:
+                    return str(DataError(str(error), datum=i, field=name))
+    return None

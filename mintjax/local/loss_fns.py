@@ -1,0 +1,172 @@
+"""The built-in losses as the embedded trainer runs them: inputs, options, reduction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import Array
+
+from mintjax import losses
+from mintjax.errors import DataError
+from mintjax.ragged.batch import check_data
+from mintjax.types import Datum
+
+_RL_INPUTS = ("target_tokens", "logprobs", "advantages")
+
+REQUIRED_INPUTS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("target_tokens", "weights"),
+    "importance_sampling": _RL_INPUTS,
+    "ppo": _RL_INPUTS,
+    "cispo": _RL_INPUTS,
+    "dro": _RL_INPUTS,
+}
+"""What each loss reads of a datum; the others also read ``weights``, a mask, where it is given."""
+
+_FUNCTIONS: dict[str, Callable[..., Array]] = {
+    name: getattr(losses, name) for name in REQUIRED_INPUTS
+}
+_DEFAULTS: dict[str, dict[str, float]] = {
+    name: {
+        option.name: option.default
+        for option in inspect.signature(function).parameters.values()
+        if option.kind is option.KEYWORD_ONLY and option.name != "where"
+    }
+    for name, function in _FUNCTIONS.items()
+}
+
+
+class Columns(NamedTuple):
+    """The inputs of a loss beside the logprobs, padded; each ``[rows, length, candidates]``."""
+
+    weights: Array | npt.NDArray[np.float32]
+    sampling_logprobs: Array | npt.NDArray[np.float32]
+    advantages: Array | npt.NDArray[np.float32]
+    real: Array | npt.NDArray[np.bool_]
+    """Boolean: False in the padding."""
+
+
+def options(loss_fn: str, config: Mapping[str, float] | None) -> dict[str, dict[str, float]]:
+    """The options of every loss, those of ``loss_fn`` replaced by what the request says.
+
+    Raises:
+        DataError: no such loss, or no such option of it.
+    """
+    if loss_fn not in _DEFAULTS:
+        raise DataError(
+            f"{loss_fn!r} is none of {', '.join(REQUIRED_INPUTS)}; another loss is computed by the "
+            "client, with forward_backward_custom",
+            field="loss_fn",
+        )
+    given = dict(config or {})
+    if unknown := sorted(given.keys() - _DEFAULTS[loss_fn].keys()):
+        known = ", ".join(_DEFAULTS[loss_fn]) or "nothing"
+        raise DataError(
+            f"{loss_fn} has no option {unknown[0]!r}; it takes {known}", field="loss_fn_config"
+        )
+    own = _DEFAULTS[loss_fn] | given
+    if own.get("clip_low_threshold", 0) > own.get("clip_high_threshold", 0):
+        raise DataError(
+            f"clip_low_threshold {own['clip_low_threshold']} is above clip_high_threshold "
+            f"{own['clip_high_threshold']}",
+            field="loss_fn_config",
+        )
+    return _DEFAULTS | {loss_fn: own}
+
+
+def check_request(
+    data: Sequence[Datum],
+    loss_fn: str,
+    config: Mapping[str, float] | None,
+    *,
+    vocab_size: int,
+    max_context_length: int,
+) -> None:
+    """Check everything that can be known of a pass before it runs.
+
+    Raises:
+        DataError: naming the datum, the field, and what to do.
+    """
+    options(loss_fn, config)
+    required = REQUIRED_INPUTS[loss_fn]
+    check_data(data, {*required, "weights"}, required=required, vocab_size=vocab_size)
+    for i, datum in enumerate(data):
+        if datum.model_input.length > max_context_length:
+            raise DataError(
+                f"{datum.model_input.length} tokens, where the model reads {max_context_length}",
+                datum=i,
+                field="model_input",
+            )
+        wanted = datum.loss_fn_inputs["target_tokens"].shape
+        if len(wanted) > 2 or 0 in wanted:
+            raise DataError(
+                f"shape {list(wanted)}; targets are [T], or [T, K] with K candidates a position",
+                datum=i,
+                field="target_tokens",
+            )
+        for name in {*required, "weights"} & datum.loss_fn_inputs.keys():
+            shape = datum.loss_fn_inputs[name].shape
+            if shape != wanted:
+                raise DataError(
+                    f"shape {list(shape)}, where target_tokens has {list(wanted)}",
+                    datum=i,
+                    field=name,
+                )
+
+
+def token_losses(
+    loss_fn: Array,
+    config: Mapping[str, Mapping[str, Array | float]],
+    target_logprobs: Array,
+    columns: Columns,
+) -> Array:
+    """The loss of each token, by a number that is traced: one compiled program serves all losses.
+
+    ``weights`` is a factor in ``cross_entropy`` and a mask in the others. There, a weight other
+    than 0 and 1 scales its token.
+
+    Args:
+        loss_fn: int scalar, an index into :data:`REQUIRED_INPUTS`.
+        config: from :func:`options`.
+        target_logprobs: ``[rows, length, candidates]``.
+        columns: the other inputs, of the same shape.
+
+    Returns:
+        float32, the shape of ``target_logprobs``; 0 in the padding.
+    """
+
+    def cross_entropy(target_logprobs: Array) -> Array:
+        return losses.cross_entropy(target_logprobs, columns.weights, where=columns.real)
+
+    def masked(name: str) -> Callable[[Array], Array]:
+        def loss(target_logprobs: Array) -> Array:
+            return jnp.asarray(columns.weights) * _FUNCTIONS[name](
+                target_logprobs,
+                columns.sampling_logprobs,
+                columns.advantages,
+                where=columns.real & (columns.weights != 0),
+                **config[name],
+            )
+
+        return loss
+
+    branches = [cross_entropy, *(masked(name) for name in REQUIRED_INPUTS if name in _RL_NAMES)]
+    return cast(Array, jax.lax.switch(loss_fn, branches, target_logprobs))
+
+
+_RL_NAMES = tuple(name for name, inputs in REQUIRED_INPUTS.items() if inputs == _RL_INPUTS)
+
+
+def row_divisors(columns: Columns, normalise: bool) -> Array:
+    """What each datum's sum of token losses is divided by, ``[rows]``.
+
+    1, or ``max(sum(weights), 1e-9)`` as SkyRL's JAX backend has it.
+    """
+    if not normalise:
+        return jnp.ones(columns.weights.shape[0])
+    return jnp.maximum(jnp.sum(columns.weights, axis=(1, 2)), 1e-9)

@@ -1,0 +1,248 @@
+"""Writing the messages of ``messages.proto``.
+
+A message is written as the parts that it consists of, joined once: the numbers of a batch are
+copied from where they are to where they travel from, and nowhere else. Fields may come in any
+order: the numbers come last, so that all before them is one small head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mintjax.errors import DataError
+from mintjax.protocol import messages
+from mintjax.tensors import check_finite, first_not_finite
+from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput, SampleResponse
+
+Part: TypeAlias = bytes | memoryview
+Request: TypeAlias = messages.ForwardRequest | messages.ForwardBackwardRequest
+Column: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]  # name, dtype, shape of an entry
+
+_DTYPES = {np.dtype("<f4"): 1, np.dtype("<i8"): 2}
+
+
+class EncodedData(bytes):
+    """Datums that were encoded one by one, by :func:`encode_datum`, one after another.
+
+    Stands for the list of datums in the request that is encoded.
+    """
+
+
+def encode_request(request: Request) -> bytes:
+    """Encode a request for a pass, as ``ForwardBackwardRequest``.
+
+    Args:
+        request: its data may be :class:`EncodedData`.
+
+    Returns:
+        The message.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity, which no encoding of the protocol carries; names datum
+            and position.
+        DataError: a token or a ``seq_id`` that is no int32.
+    """
+    if isinstance(request, messages.ForwardRequest):
+        given, forward_only = request.forward_input, True
+    else:
+        given, forward_only = request.forward_backward_input, False
+    parts: list[Part] = [_text(b"\x0a", request.model_id)]
+    if request.seq_id is not None:
+        if not 0 <= request.seq_id < 2**31:
+            raise DataError(f"{request.seq_id} is no int32", field="seq_id")
+        parts += [b"\x10", _varint(request.seq_id)]
+    if isinstance(given.data, EncodedData):
+        parts.append(given.data)
+    else:
+        for i, datum in enumerate(given.data):
+            parts += _datum(datum, i)
+    parts.append(_text(b"\x22", given.loss_fn))
+    for name, value in (given.loss_fn_config or {}).items():
+        key, number = _text(b"\x0a", name), struct.pack("<d", value)
+        parts.append(_message(b"\x2a", key, b"\x11", number))
+        parts.append(_message(b"\x3a", key, _message(b"\x12", b"\x09", number)))
+    if forward_only:
+        parts.append(b"\x30\x01")
+    return b"".join(parts)
+
+
+def encode_datum(datum: Datum, position: int = 0) -> bytes:
+    """Encode one datum, for :class:`EncodedData`.
+
+    Args:
+        datum: one.
+        position: of it in its batch, for the errors' sake.
+
+    Returns:
+        The field ``data`` of a request, with its tag and length.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity.
+        DataError: a token that is no int32.
+    """
+    return b"".join(_datum(datum, position))
+
+
+def encode_output(output: ForwardBackwardOutput) -> bytes:
+    """Encode the result of a pass, as ``ForwardBackwardOutput``.
+
+    Neighbours that have the same fields of the same dtype and trailing shape are one record. What
+    has no axis becomes an array of one number.
+
+    Args:
+        output: of a pass.
+
+    Returns:
+        The message.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity; names datum and position.
+    """
+    parts: list[Part] = [_text(b"\x0a", output.loss_fn_output_type)]
+    run: list[Mapping[str, npt.NDArray[Any]]] = []
+    kind: list[Column] = []
+    for i, one in enumerate(output.loss_fn_outputs):
+        this = [(name, array.dtype, array.shape[1:]) for name, array in one.items()]
+        if run and this != kind:
+            parts += _record(run, kind, i - len(run))
+            run = []
+        kind = this
+        run.append(one)
+    if run:
+        parts += _record(run, kind, len(output.loss_fn_outputs) - len(run))
+    for name, value in output.metrics.items():
+        parts.append(_message(b"\x1a", _text(b"\x0a", name), b"\x11", struct.pack("<d", value)))
+    return b"".join(parts)
+
+
+def encode_sample(response: SampleResponse) -> bytes:
+    """Encode what was sampled, as ``SampleResponse``.
+
+    A prompt token without a logprob has NaN, which is how the format says so.
+
+    Args:
+        response: what was sampled.
+
+    Returns:
+        The message.
+    """
+    parts: list[bytes] = []
+    for sequence in response.sequences:
+        tokens = _bytes(b"\x12", np.asarray(sequence.tokens, "<i4").tobytes())
+        fields = [b"\x08\x01" if sequence.stop_reason == "length" else b"", tokens]
+        if sequence.logprobs is not None:
+            fields.append(_bytes(b"\x1a", np.asarray(sequence.logprobs, "<f4").tobytes()))
+        parts.append(_message(b"\x0a", *fields))
+    if response.prompt_logprobs is not None:
+        prompt = [math.nan if one is None else one for one in response.prompt_logprobs]
+        parts.append(_bytes(b"\x12", np.asarray(prompt, "<f4").tobytes()))
+    return b"".join(parts)
+
+
+def _datum(datum: Datum, position: int) -> list[Part]:
+    parts: list[Part] = [b""]
+    size = 0
+    for chunk in datum.model_input.chunks:
+        tokens = _int32(chunk, position)
+        head = _head_of_tokens(len(tokens))
+        size += len(head) + len(tokens)
+        parts += (head, tokens)
+    for name, column in datum.loss_fn_inputs.items():
+        values = np.ascontiguousarray(column)
+        if first_not_finite(values) is not None:
+            check_finite(values, position, f"input {name!r}")
+        head = _head_of_column(name, values.dtype, column.shape, values.nbytes)
+        size += len(head) + values.nbytes
+        parts += (head, values.data)
+    parts[0] = b"\x1a" + _varint(size)
+    return parts
+
+
+def _record(
+    run: list[Mapping[str, npt.NDArray[Any]]], kind: list[Column], first: int
+) -> list[Part]:
+    parts: list[Part] = [b"", b"\x18", _varint(len(run)), _text(b"\x0a", "ArrayRecord")]
+    for name, dtype, trailing in kind:
+        rows = [np.ascontiguousarray(one[name]) for one in run]
+        for i, row in enumerate(rows):
+            if first_not_finite(row) is not None:
+                check_finite(row, first + i, f"output {name!r}")
+        offsets = np.cumsum([0, *(row.nbytes for row in rows)], dtype="<i8")
+        about = _bytes(b"\x12", offsets.tobytes()) + _about(dtype, trailing)
+        parts.append(_head(name, about, int(offsets[-1])))
+        parts += [row.data for row in rows]
+    parts[0] = b"\x12" + _varint(sum(_size(part) for part in parts))
+    return parts
+
+
+def _int32(chunk: EncodedTextChunk, position: int) -> bytes:
+    tokens = chunk.tokens
+    try:
+        return struct.pack(f"<{len(tokens)}i", *tokens)
+    except struct.error:
+        raise DataError(
+            f"a token among {len(tokens)} is no int32", datum=position, field="model_input"
+        ) from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _head_of_tokens(size: int) -> bytes:
+    """A chunk, the text in it, and the tokens in that, of which ``size`` bytes follow."""
+    head = b"\x0a" + _varint(size)
+    for _ in range(2):
+        head = b"\x0a" + _varint(len(head) + size) + head
+    return head
+
+
+@functools.lru_cache(maxsize=4096)
+def _head_of_column(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> bytes:
+    return _head(name, _about(dtype, shape), size)
+
+
+def _head(name: str, about: bytes, size: int) -> bytes:
+    """An entry of field 2, by name: a tensor with these fields and ``size`` bytes that follow."""
+    about += b"\x0a" + _varint(size)
+    entry = _text(b"\x0a", name) + b"\x12" + _varint(len(about) + size) + about
+    return b"\x12" + _varint(len(entry) + size) + entry
+
+
+def _about(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Fields 3 and 4 of a tensor: what its numbers are, and how they are arranged."""
+    sizes = b"".join(map(_varint, shape))
+    return b"\x18" + _varint(_DTYPES[dtype]) + (_bytes(b"\x22", sizes) if shape else b"")
+
+
+def _message(tag: bytes, *fields: bytes) -> bytes:
+    return _bytes(tag, b"".join(fields))
+
+
+def _text(tag: bytes, text: str) -> bytes:
+    return _bytes(tag, text.encode())
+
+
+def _bytes(tag: bytes, content: bytes) -> bytes:
+    return tag + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return _SMALL[number]
+    low: list[int] = []
+    while number >= 0x80:
+        low.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*low, number])
+
+
+_SMALL = [bytes([number]) for number in range(0x80)]
+
+
+def _size(part: Part) -> int:
+    return len(part) if isinstance(part, bytes) else part.nbytes

@@ -1,0 +1,5 @@
+"""Rows of different lengths as one value, and batches of datums that are read by column."""
+
+from mintjax.ragged.rows import Ragged, RowAccessError
+
+__all__ = ["Ragged", "RowAccessError"]

@@ -1,0 +1,292 @@
+"""A batch of datums, by row and by column."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+
+from mintjax.errors import DataError
+from mintjax.ragged import tiling
+from mintjax.ragged.rows import Ragged, RowAccessError
+from mintjax.types import Datum
+
+Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
+
+_NDIM = operator.attrgetter("ndim")
+
+
+class Batch(Sequence[Datum]):
+    """Datums in order, whose ``loss_fn_inputs`` can be read as columns.
+
+    ``data["weights"]`` is the column of that name: a :class:`~mintjax.Ragged` with one row per
+    datum, or an array ``[B]`` if each datum holds a single number there. ``data[0]`` and iteration
+    give the datums, ``data[::2]`` a smaller batch, ``"weights" in data`` says whether it is there.
+
+    An objective gets one. Where it reads columns only, its gradient is compiled once; where it
+    takes datums one by one, it is evaluated with exact lengths, which is slower.
+
+    Args:
+        data: at least one datum.
+
+    Raises:
+        DataError: there is no datum.
+    """
+
+    def __init__(self, data: Sequence[Datum]) -> None:
+        if not len(data):
+            raise DataError("there is no datum; pass at least one")
+        self._datums: Sequence[Datum] | None = data
+        self._inputs = [datum.loss_fn_inputs for datum in data]
+        self._num_rows = len(data)
+        self._columns: dict[str, Column] = {}
+        self._names: frozenset[str] | None = None
+        self._read = self._read_datums
+        self._lengths: list[int] | None = None
+        self._layout: tiling.Layout | None = None
+
+    @classmethod
+    def of_columns(
+        cls, names: Iterable[str], num_rows: int, read: Callable[[str], Column]
+    ) -> Batch:
+        """A batch that has columns only; taking a datum from it is a ``RowAccessError``.
+
+        Args:
+            names: of the columns there are.
+            num_rows: B.
+            read: called once for each column that is asked for.
+        """
+        batch = cls.__new__(cls)
+        batch._datums = None
+        batch._inputs = []
+        batch._num_rows = num_rows
+        batch._columns = {}
+        batch._names = frozenset(names)
+        batch._read = read
+        batch._lengths = None
+        batch._layout = None
+        return batch
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all columns, those that only some datums have among them."""
+        if self._names is None:
+            self._names = frozenset(itertools.chain.from_iterable(self._inputs))
+        return self._names
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each datum has.
+
+        Raises:
+            RowAccessError: the lengths are traced.
+        """
+        if self._lengths is None:
+            if self._datums is None:
+                raise RowAccessError
+            chunks = [datum.model_input.chunks for datum in self._datums]
+            self._lengths = [
+                len(one[0].tokens) if len(one) == 1 else sum(len(chunk.tokens) for chunk in one)
+                for one in chunks
+            ]
+        return self._lengths
+
+    @property
+    def layout(self) -> tiling.Layout:
+        """Where the datums' tokens lie in a tiled buffer; for code that builds on this."""
+        if self._layout is None:
+            self._layout = tiling.layout_of(self.lengths)
+        return self._layout
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, str):
+            return item in self.names
+        return any(item is datum for datum in self)
+
+    def __iter__(self) -> Iterator[Datum]:
+        if self._datums is None:
+            raise RowAccessError
+        return iter(self._datums)
+
+    @overload
+    def __getitem__(self, index: int) -> Datum: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batch: ...
+    @overload
+    def __getitem__(self, index: str) -> Column: ...
+    def __getitem__(self, index: int | slice | str) -> Datum | Batch | Column:
+        """A column by its name, a datum by its number, or the batch of a slice of the datums.
+
+        Raises:
+            DataError: no such column, or a datum lacks it; the message names both.
+            RowAccessError: a datum was asked for where lengths are traced.
+        """
+        if isinstance(index, str):
+            if index not in self._columns:
+                self._columns[index] = self._read(index)
+            return self._columns[index]
+        if isinstance(index, slice):
+            if self._datums is not None:
+                return Batch(self._datums[index])
+            count = len(range(*index.indices(self._num_rows)))
+            return Batch.of_columns(self.names, count, lambda name: self[name][index])
+        if self._datums is None:
+            raise RowAccessError
+        return self._datums[index]
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self)} datums, columns {sorted(self.names)})"
+
+    def _read_datums(self, name: str) -> Column:
+        rows = self.rows(name)
+        if rows[0].ndim == 0:
+            return np.stack(rows)
+        return Ragged(None, self.layout, tuple(row.view(np.ndarray) for row in rows))
+
+    def rows(self, name: str) -> list[Any]:
+        """One column's arrays, one per datum, sharing the datums' memory.
+
+        Raises:
+            DataError: no such column, a datum lacks it, its first axis is not as long as that
+                datum's model input, or its trailing axis differs from datum 0's.
+            RowAccessError: the batch has columns only.
+        """
+        if self._datums is None:
+            raise RowAccessError
+        try:
+            rows: list[Any] = [inputs[name] for inputs in self._inputs]
+        except KeyError:
+            i, datum = next((i, d) for i, d in enumerate(self) if name not in d.loss_fn_inputs)
+            have = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"
+            raise DataError(
+                f"it is needed, but this datum has only: {have}", datum=i, field=name
+            ) from None
+        check_shapes(name, rows, self.lengths)
+        return rows
+
+
+def as_batch(data: Sequence[Datum] | Batch) -> Batch:
+    """The data as a ``Batch``; a batch stays itself.
+
+    Raises:
+        DataError: there is no datum.
+    """
+    return data if isinstance(data, Batch) else Batch(data)
+
+
+def check_data(
+    data: Sequence[Datum] | Batch,
+    columns: Iterable[str] | None = None,
+    *,
+    required: Sequence[str] = ("target_tokens",),
+    vocab_size: int | None = None,
+) -> Batch:
+    """Check what every trainer needs to hold, before anything is sent or computed.
+
+    Args:
+        data: at least one datum, each with at least one token.
+        columns: names of the inputs that will travel; all if None. Those a datum has must be finite
+            and as long as its model input.
+        required: names of the inputs that every datum must have.
+        vocab_size: if given, tokens and targets must be below it.
+
+    Returns:
+        The data as a :class:`Batch`.
+
+    Raises:
+        DataError: naming the datum, the field, and what to do.
+    """
+    batch = as_batch(data)
+    if 0 in batch.lengths:
+        raise DataError(
+            "it has no token; a datum needs one", datum=batch.lengths.index(0), field="model_input"
+        )
+    if vocab_size is not None:
+        for i, datum in enumerate(batch):
+            _check_vocabulary(i, datum, vocab_size)
+    names = batch.names if columns is None else batch.names.intersection(columns)
+    for name in sorted(names.union(required)):
+        _check_column(name, batch, optional=name not in required, vocab_size=vocab_size)
+    return batch
+
+
+def _check_vocabulary(i: int, datum: Datum, vocab_size: int) -> None:
+    tokens = datum.model_input.to_ints()
+    if max(tokens) >= vocab_size:
+        at = next(t for t, token in enumerate(tokens) if token >= vocab_size)
+        raise DataError(
+            f"token {tokens[at]} at position {at} is outside the vocabulary of {vocab_size}",
+            datum=i,
+            field="model_input",
+        )
+
+
+def _check_column(name: str, batch: Batch, *, optional: bool, vocab_size: int | None) -> None:
+    present = [i for i, datum in enumerate(batch) if name in datum.loss_fn_inputs]
+    if optional and len(present) < len(batch):
+        rows = Batch([batch[i] for i in present]).rows(name)
+    else:
+        rows, present = batch.rows(name), range(len(batch))
+    for i, row in zip(present, rows, strict=True):
+        if row.ndim == 0:
+            raise DataError(
+                "a single number cannot travel; it needs one for each token", datum=i, field=name
+            )
+    flat = np.concatenate([row.ravel() for row in rows])
+    if flat.dtype.kind == "f":
+        bad, why = ~np.isfinite(flat), "is not finite; a request can only hold finite numbers"
+    elif name == "target_tokens":
+        bad, why = flat < 0, "is negative; a target is the id of a token"
+        if vocab_size is not None and not bad.any():
+            bad, why = flat >= vocab_size, f"is outside the vocabulary of {vocab_size}"
+    else:
+        return
+    if bad.any():
+        at = int(np.argmax(bad))
+        ends = np.cumsum([row.size for row in rows])
+        i = int(np.searchsorted(ends, at, side="right"))
+        position = at - int(ends[i]) + rows[i].size
+        raise DataError(f"{flat[at]} at position {position} {why}", datum=present[i], field=name)
+
+
+def check_shapes(name: str, rows: Sequence[Any], lengths: Sequence[int]) -> None:
+    """Check that the rows of a column fit the datums.
+
+    Args:
+        name: of the column.
+        rows: one array per datum: ``[T_i]``, ``[T_i, K]`` with one K, or ``[]`` throughout.
+        lengths: T of each datum.
+
+    Raises:
+        DataError: a row does not fit; names it.
+    """
+    if set(map(_NDIM, rows)) == {1} and list(map(len, rows)) == lengths:
+        return
+    shapes = [row.shape for row in rows]
+    trailing = shapes[0][1:]
+    for i, (shape, length) in enumerate(zip(shapes, lengths, strict=True)):
+        if not shapes[0]:
+            if shape:
+                raise DataError(
+                    f"shape {list(shape)}, where datum 0 has a single number", datum=i, field=name
+                )
+        elif shape[:1] != (length,):
+            raise DataError(
+                f"shape {list(shape)} does not fit the model input of {length} tokens; it needs "
+                "one entry for each",
+                datum=i,
+                field=name,
+            )
+        elif shape[1:] != trailing:
+            raise DataError(
+                f"shape {list(shape)}, where datum 0 has {list(shapes[0])}; all need the same "
+                "trailing axis",
+                datum=i,
+                field=name,
+            )

@@ -1,0 +1,446 @@
+"""Rows of different lengths as one pytree, with padding that cannot be reached."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeAlias, cast, overload
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from mintjax.errors import MintjaxError
+from mintjax.ragged import tiling
+from mintjax.ragged.operators import Operators
+from mintjax.ragged.tiling import Layout
+
+Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
+Operand: TypeAlias = "Ragged | Array | float"
+
+
+class RowAccessError(MintjaxError, TypeError):
+    """A single row was asked for where row lengths are traced, so that no row has a static shape.
+
+    ``value_and_logprob_grads`` catches this and goes on with exact lengths; under a ``jit`` of your
+    own, use the row reductions instead of a loop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "rows cannot be taken one by one while their lengths are traced; use the row "
+            "reductions (x.sum(), x.dot(w), x.mean(), x[0::2], ...), which give one value per row"
+        )
+
+
+_ADVICE = (
+    "a Ragged is not an array: jnp.sum, jnp.mean and their like would count padding; use its "
+    "methods: x.sum(), x.mean(), x.max(), x.logsumexp() for one value per row, x.total() for one "
+    "in all, x.map(fn) for an element-wise function"
+)
+
+
+class _NotAnArray(type):
+    """Gives the class a repr that JAX's own TypeErrors, which name the class, turn into advice."""
+
+    def __repr__(cls) -> str:
+        return f"{super().__repr__()} ({_ADVICE})"
+
+
+@jax.tree_util.register_pytree_node_class
+class Ragged(Operators, metaclass=_NotAnArray):
+    """Rows of different lengths, each of shape ``[T_i]`` or ``[T_i, K]``, as one value.
+
+    Arithmetic and comparison work number by number with another ``Ragged`` of the same lengths,
+    with a scalar, and with an array of shape ``[B]``: one value per row. Reductions take each row
+    as a whole and give a JAX array of shape ``[B]``; :meth:`total` takes everything. No operation
+    can see padding. It is a sequence of its rows too: ``len``, iteration, unpacking,
+    ``zip`` and slices work, single rows only where the lengths are not traced.
+
+    Build one with :meth:`from_rows` or :meth:`from_packed`.
+
+    Example:
+        >>> from mintjax import Ragged
+        >>> logprobs = Ragged.from_rows([[-1.0, -2.0], [-3.0]])
+        >>> (logprobs * 2).sum()
+        Array([-6., -6.], dtype=float32)
+        >>> [row.tolist() for row in logprobs - logprobs.mean()]
+        [[0.5, -0.5], [0.0]]
+    """
+
+    __slots__ = ("_layout", "_rows", "_tiles")
+
+    def __init__(
+        self, tiles: Array | None, layout: Layout, rows: tuple[Array, ...] | None = None
+    ) -> None:
+        self._tiles = tiles
+        self._layout = layout
+        self._rows = rows
+
+    # Construction and conversion
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Array]) -> Ragged:
+        """From one array per row, NumPy or JAX, of one dtype; nothing is copied yet.
+
+        Args:
+            rows: at least one array, each of shape ``[T_i]`` or ``[T_i, K]`` with the same K.
+
+        Raises:
+            ValueError: no rows, a row that is a scalar, or rows that differ in dtype or in K.
+        """
+        arrays = tuple(row if hasattr(row, "shape") else np.asarray(row) for row in rows)
+        if not arrays:
+            raise ValueError("a Ragged needs at least one row")
+        for i, row in enumerate(arrays):
+            if row.ndim == 0 or row.shape[1:] != arrays[0].shape[1:]:
+                raise ValueError(
+                    f"row {i} has shape {row.shape}; every row needs an axis of its own length "
+                    f"and then the trailing shape of row 0, {arrays[0].shape[1:]}"
+                )
+            if row.dtype != arrays[0].dtype:
+                raise ValueError(f"row {i} is {row.dtype}, row 0 is {arrays[0].dtype}")
+        return cls(None, tiling.layout_of([row.shape[0] for row in arrays]), arrays)
+
+    @classmethod
+    def from_packed(
+        cls, values: npt.NDArray[Any], offsets: npt.NDArray[Any] | Sequence[int]
+    ) -> Ragged:
+        """From rows that lie one after another; the rows are views, nothing is copied yet.
+
+        Args:
+            values: shape ``[N]`` or ``[N, K]``.
+            offsets: where each row begins, and N: integers ``[B + 1]``, never falling.
+
+        Raises:
+            ValueError: the offsets do not cut ``values`` into at least one row.
+        """
+        cuts = np.asarray(offsets)
+        if (
+            cuts.ndim != 1
+            or cuts.size < 2
+            or cuts[0] != 0
+            or cuts[-1] != len(values)
+            or (np.diff(cuts) < 0).any()
+        ):
+            raise ValueError(
+                f"offsets must rise from 0 to {len(values)}, the number of values, in one axis"
+            )
+        bounds: list[int] = cuts.tolist()
+        rows = [values[a:b] for a, b in itertools.pairwise(bounds)]
+        return cls.from_rows(rows)
+
+    def to_rows(self) -> list[Array]:
+        """One array per row, in order; views where the values are NumPy's.
+
+        Raises:
+            RowAccessError: the lengths are traced.
+        """
+        return list(self._row_tuple())
+
+    def to_packed(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Values ``[N]`` or ``[N, K]`` one after another, and offsets ``[B + 1]``, as NumPy.
+
+        Raises:
+            RowAccessError: the lengths are traced.
+        """
+        rows = [np.asarray(row) for row in self._row_tuple()]
+        offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+        return np.concatenate(rows), offsets
+
+    def tree_flatten(self) -> tuple[tuple[Array, Layout], None]:
+        """The leaves, for JAX: the tiled values and where rows lie in them."""
+        return (self.tiles, self._layout), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Array, Layout]) -> Ragged:
+        """The inverse of :meth:`tree_flatten`."""
+        return cls(*children)
+
+    # What it is
+
+    @property
+    def tiles(self) -> Array:
+        """The buffer ``[tiles, 128, ...]`` that the rows lie in, for code that builds on this."""
+        if self._tiles is None:
+            rows = cast("tuple[Array, ...]", self._rows)
+            if all(isinstance(row, np.ndarray) for row in rows):
+                self._tiles = tiling.pack_anew(rows, self._layout, rows[0].dtype)
+            else:
+                self._tiles = _concatenate(rows, self._layout)
+        return self._tiles
+
+    @property
+    def layout(self) -> Layout:
+        """Where the rows lie in :attr:`tiles`; for code that builds on this."""
+        return self._layout
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows, B."""
+        return int(self._layout.lengths.shape[0])
+
+    @property
+    def lengths(self) -> Array:
+        """The first axis of each row: int32 ``[B]``."""
+        return self._layout.lengths
+
+    @property
+    def row_mask(self) -> Array:
+        """Which rows are real: bool ``[B]``.
+
+        All are, except inside mintjax's own objectives, for which the batch may be padded with
+        empty rows.
+        """
+        if self._layout.row_mask is None:
+            return np.ones(self.num_rows, bool)
+        return self._layout.row_mask
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the values."""
+        return self._rows[0].dtype if self._rows is not None else self.tiles.dtype
+
+    @property
+    def trailing_shape(self) -> tuple[int, ...]:
+        """The shape of what stands at one token: ``()``, or ``(K,)``."""
+        if self._rows is not None:
+            return tuple(self._rows[0].shape[1:])
+        return tuple(self.tiles.shape[2:])
+
+    def __repr__(self) -> str:
+        lengths = self._layout.lengths
+        traced = isinstance(lengths, jax.core.Tracer)
+        shown = "traced" if traced else np.array2string(np.asarray(lengths), threshold=8)
+        return f"Ragged(rows={self.num_rows}, lengths={shown}, dtype={self.dtype})"
+
+    # As a sequence of rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self._row_tuple())
+
+    @overload
+    def __getitem__(self, index: int) -> Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> Ragged: ...
+    def __getitem__(self, index: int | slice) -> Array | Ragged:
+        """A row, or a ``Ragged`` of the rows of a slice (at least one)."""
+        if not isinstance(index, slice):
+            return self._row_tuple()[operator.index(index)]
+        chosen = np.arange(self.num_rows)[index]
+        if not chosen.size:
+            raise ValueError(f"{index} selects none of {self.num_rows} rows")
+        rows = None if self._rows is None else self._rows[index]
+        if rows is not None and self._tiles is None:
+            return Ragged(None, tiling.layout_of([row.shape[0] for row in rows]), rows)
+        layout = tiling.select_rows(self._layout, chosen)
+        return Ragged(tiling.hide_others(self.tiles, layout), layout, rows)
+
+    def _row_tuple(self) -> tuple[Array, ...]:
+        if self._rows is None:
+            if isinstance(self._layout.lengths, jax.core.Tracer):
+                raise RowAccessError
+            flat = self.tiles.reshape(-1, *self.trailing_shape)
+            starts: list[int] = np.asarray(self._layout.row_start).tolist()
+            lengths: list[int] = np.asarray(self._layout.lengths).tolist()
+            self._rows = tuple(flat[s : s + n] for s, n in zip(starts, lengths, strict=True))
+        return self._rows
+
+    # Number by number
+
+    def map(self, fn: Callable[..., Array], *others: Operand) -> Ragged:
+        """Apply an element-wise function to this and others of the same lengths.
+
+        Args:
+            fn: takes arrays of shape ``[..., K]`` or ``[...]`` and returns one with the same
+                leading axes. It must treat every token by itself: a sum over the
+                leading axes would mix rows.
+            others: each a ``Ragged`` of the same lengths, a scalar, or one value per row ``[B]``.
+
+        Returns:
+            A ``Ragged`` of what ``fn`` returns.
+
+        Raises:
+            TypeError: ``fn`` changed the leading axes.
+            ValueError: the lengths differ, or an array is not of shape ``[B]``.
+        """
+        tiles = self.tiles
+        result = jnp.asarray(fn(tiles, *(self._lift(other) for other in others)))
+        if result.shape[:2] != tiles.shape[:2]:
+            raise TypeError(
+                "map needs a function that keeps one result per token; this one turned the leading "
+                f"axes {tiles.shape[:2]} into {result.shape[:2]}. For one value per row use a "
+                "reduction such as sum() or mean()."
+            )
+        return Ragged(result, self._layout)
+
+    def astype(self, dtype: Any) -> Ragged:
+        """The same values in another dtype."""
+        return Ragged(jnp.asarray(self.tiles).astype(dtype), self._layout)
+
+    def _lift(self, other: Operand) -> Array:
+        """Bring an operand to a shape that broadcasts against the tiles."""
+        if isinstance(other, Ragged):
+            return self._align(other)
+        if isinstance(other, (list, tuple)):
+            raise TypeError("combine a Ragged with another Ragged, a scalar or an array [B]")
+        if np.ndim(other) == 0:
+            return other
+        per_row = jnp.asarray(other)
+        if per_row.shape != (self.num_rows,):
+            raise ValueError(
+                f"an array beside a Ragged of {self.num_rows} rows must hold one value per row, "
+                f"shape ({self.num_rows},), not {per_row.shape}"
+            )
+        tiled = tiling.to_tiles(per_row, self._layout)[:, None]
+        return tiling.widen(tiled, self.tiles)
+
+    def _align(self, other: Ragged) -> Array:
+        mine, theirs, tiles = self._layout, other._layout, other.tiles
+        if mine is not theirs:
+            if self.num_rows != other.num_rows:
+                raise ValueError(f"{self.num_rows} rows do not combine with {other.num_rows}")
+            traced = any(isinstance(x, jax.core.Tracer) for x in (mine.lengths, theirs.lengths))
+            same = mine.tile_row.shape == theirs.tile_row.shape
+            if not traced:
+                a, b = np.asarray(mine.lengths), np.asarray(theirs.lengths)
+                if (a != b).any():
+                    i = int(np.argmax(a != b))
+                    raise ValueError(f"row {i} has {a[i]} tokens here and {b[i]} there")
+                same = same and np.array_equal(mine.row_start, theirs.row_start)
+            elif not same:
+                raise ValueError("rows of different lengths do not combine")
+            if traced or not same:
+                tiles = tiling.move(tiles, theirs, mine)
+        return tiling.widen(tiles, self.tiles) if tiles.ndim < self.tiles.ndim else tiles
+
+    def _unary(self, op: Callable[[Array], Array]) -> Ragged:
+        return Ragged(op(self.tiles), self._layout)
+
+    def _binary(self, other: Operand, op: Callable[[Array, Array], Array]) -> Ragged:
+        lifted = self._lift(other)
+        mine = self.tiles
+        if np.ndim(lifted) > mine.ndim:
+            mine = tiling.widen(mine, lifted)
+        return Ragged(op(mine, lifted), self._layout)
+
+    def cumsum(self) -> Ragged:
+        """Running sums along each row: ``y[t] = x[0] + ... + x[t]``."""
+        tiles = self._masked(None, 0)
+        within = jnp.cumsum(tiles, axis=1)
+        starts = self._layout.tile_row[1:] != self._layout.tile_row[:-1]
+        starts = tiling.widen(jnp.concatenate([jnp.ones(1, bool), starts]), within[:, -1])
+
+        def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+            return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
+
+        last = within[:, -1]
+        starts = jnp.broadcast_to(starts, last.shape)
+        ends = jax.lax.associative_scan(add, (starts, last))[1]
+        before = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+        return Ragged(within + jnp.where(starts, 0, before)[:, None], self._layout)
+
+    # One value per row: [B]
+
+    def sum(self, where: Ragged | None = None) -> Array:
+        """The sum of each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
+        return tiling.row_sums(self._masked(where, 0), self._layout)
+
+    def count(self, where: Ragged | None = None) -> Array:
+        """How many numbers each row has, int32 ``[B]``; with ``where``, how many it marks."""
+        if where is None:
+            return jnp.asarray(self._layout.lengths) * int(np.prod(self.trailing_shape, dtype=int))
+        ones = jnp.ones_like(self.tiles, jnp.int32)
+        return Ragged(ones, self._layout).sum(where)
+
+    def mean(self, where: Ragged | None = None) -> Array:
+        """The mean of each row, ``[B]``; 0 for a row with no numbers to take the mean of."""
+        return self.sum(where) / jnp.maximum(self.count(where), 1).astype(self._float_dtype())
+
+    def var(self, where: Ragged | None = None) -> Array:
+        """The variance of each row, ``[B]``: the mean square of what is left after the mean."""
+        centred = self - self.mean(where)
+        return (centred * centred).mean(where)
+
+    def max(self, where: Ragged | None = None) -> Array:
+        """The largest number of each row, ``[B]``; -inf (or the least integer) if none."""
+        tiles = self._masked(where, _least(self.dtype))
+        per_tile = tiles.reshape(tiles.shape[0], -1).max(axis=1)
+        return jax.ops.segment_max(per_tile, self._layout.tile_row, self.num_rows)
+
+    def min(self, where: Ragged | None = None) -> Array:
+        """The smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
+        return -((-self).max(where))
+
+    def logsumexp(self, where: Ragged | None = None) -> Array:
+        """``log(sum(exp(row)))``, ``[B]``, without overflow; -inf for a row with no numbers."""
+        top = jax.lax.stop_gradient(self.max(where))
+        shift = jnp.where(jnp.isfinite(top), top, 0)
+        centred = Ragged(self._masked(where, -jnp.inf), self._layout) - shift
+        return jnp.log(centred.map(jnp.exp).sum()) + shift
+
+    def dot(self, other: Ragged, where: Ragged | None = None) -> Array:
+        """``sum(row * other's row)`` of each row, ``[B]``."""
+        return (self * other).sum(where)
+
+    def first(self) -> Array:
+        """What stands at the first token of each row, ``[B, ...]``."""
+        return self._at(self._layout.row_start)
+
+    def last(self) -> Array:
+        """What stands at the last token of each row, ``[B, ...]``."""
+        layout = self._layout
+        return self._at(layout.row_start + jnp.maximum(layout.lengths, 1) - 1)
+
+    def _at(self, position: Array) -> Array:
+        flat = jnp.asarray(self.tiles).reshape(-1, *self.trailing_shape)
+        return jnp.take(flat, position, axis=0, mode="clip")
+
+    # One value for all
+
+    def total(self, where: Ragged | None = None) -> Array:
+        """The sum over all numbers of all rows: a scalar."""
+        return jnp.sum(self.sum(where))
+
+    def total_count(self, where: Ragged | None = None) -> Array:
+        """How many numbers there are in all rows, or how many ``where`` marks: an int32 scalar."""
+        return jnp.sum(self.count(where))
+
+    def _masked(self, where: Ragged | None, fill: Any) -> Array:
+        tiles = self.tiles
+        keep = tiling.widen(tiling.mask(self._layout), tiles)
+        if where is not None:
+            keep = keep & tiling.widen(jnp.asarray(self._align(where)) != 0, tiles)
+        dtype = jax.dtypes.canonicalize_dtype(tiles.dtype)
+        return jnp.where(keep, tiles, jnp.asarray(fill, dtype))
+
+    def _float_dtype(self) -> Any:
+        return jax.dtypes.canonicalize_dtype(jnp.promote_types(self.dtype, jnp.float32))
+
+    # What it is not
+
+    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise TypeError(_ADVICE)
+
+
+def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
+    """Tile rows that may be traced, whose lengths are known; differentiable in the rows."""
+
+    def repeated(row: Array, size: int) -> Array:
+        return jnp.resize(jax.lax.stop_gradient(row), (size, *row.shape[1:]))
+
+    size = layout.tile_row.shape[0] * tiling.TILE
+    flat = jnp.concatenate(tiling.pieces(rows, [row.shape[0] for row in rows], size, repeated))
+    return flat.reshape(-1, tiling.TILE, *rows[0].shape[1:])
+
+
+def _least(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return -jnp.inf
+    return False if dtype == np.dtype(bool) else jnp.iinfo(dtype).min

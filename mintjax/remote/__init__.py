@@ -1,0 +1,1 @@
+"""The remote model as a differentiable JAX function, and its optimizer."""

@@ -1,0 +1,1 @@
+"""One custom training step: which requests it takes, and what they carry."""

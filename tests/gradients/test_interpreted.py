@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mintjax.gradients import interpreted
+
+x = np.random.default_rng(0).standard_normal(12).astype(np.float32)
+m = x.reshape(3, 4)
+
+PROGRAMS = {
+    "transcendental": lambda x: jnp.exp(x) + jnp.log1p(x**2) + jnp.tanh(x) - jnp.expm1(-x) / 2,
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "logsumexp": jax.nn.logsumexp,
+    "powers": lambda x: x**3 + x**-2 + jnp.sqrt(abs(x)) + jax.lax.rsqrt(abs(x)) + abs(x) ** 0.3,
+    "comparisons": lambda x: jnp.where((x > 0) & (x < 1) | ~(x >= -1), x, -2 * x),
+    "clip": lambda x: jnp.clip(x, -0.5, 0.7) + jnp.sign(x) + jnp.floor(x) + jnp.ceil(x),
+    "clamp": lambda x: jax.lax.clamp(-0.5, x, 0.7),
+    "reductions": lambda x: x.max() + x.min() + x.prod() + x.mean() + x.var() + x.argmax(),
+    "logical": lambda x: 1.0 * (x > 5).any() + (x < 5).all() + jnp.isfinite(x).sum(),
+    "slices": lambda x: x[2:9:3].sum() + x[::-1][:4].sum() + x[-1],
+    "pad": lambda x: jnp.pad(x, (2, 3)).cumsum()[::2],
+    "gather": lambda x: x[np.array([3, 1, 3])] * jnp.arange(3),
+    "concatenate": lambda x: jnp.concatenate([x[:3], x * 2]).reshape(5, 3).T,
+    "stack": lambda x: jnp.stack([x, -x]).sum(0),
+    "split": lambda x: sum(part.sum() * i for i, part in enumerate(jnp.split(x, [2, 5]))),
+    "cumulative": lambda x: (
+        x.cumsum() + jax.lax.cummax(x) + jnp.cumprod(x) - jax.lax.cumsum(x, reverse=True)
+    ),
+    "dot": lambda x: jnp.dot(x, x) + (x.reshape(3, 4) @ x.reshape(4, 3)).sum(),
+    "batched_dot": lambda x: jnp.einsum("bij,bjk->bik", x.reshape(2, 3, 2), x.reshape(2, 2, 3)),
+    "sort": lambda x: jnp.sort(x) * jnp.arange(12.0),
+    "loop": lambda x: jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y), x),
+    "barrier": lambda x: sum(jax.lax.optimization_barrier((jnp.exp(x), 2 * x))),
+    "remat": lambda x: jax.checkpoint(jnp.exp)(x),
+    "jit": lambda x: jax.jit(lambda y: y * 2 + jnp.cos(y))(x),
+    "integers": lambda x: (jnp.arange(12) // 5 + jnp.arange(12) % 5 + x.astype(jnp.int32)) * x,
+    "select": lambda x: jax.lax.select_n(jnp.arange(12) % 3, x, -x, 2 * x),
+    "logistic": lambda x: jax.nn.sigmoid(x) + jax.nn.softplus(x) + jax.nn.relu(x),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_value_and_gradient_are_jaxs_own(name):
+    program = PROGRAMS[name]
+
+    def run(x):
+        return jnp.sum(program(x)), jax.grad(lambda x: jnp.sum(program(x)))(x), program(x)
+
+    got = interpreted.evaluate(jax.make_jaxpr(run)(x), [x])
+    want = jax.jit(run)(x)
+    for g, w in zip(got, want, strict=True):
+        assert isinstance(g, np.ndarray)
+        assert g.dtype == w.dtype
+        np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [[(1, 2, 0)], [(-1, 2, 0)], [(2, -3, 1)], [(-2, -2, 2)], [(0, 0, 3)]]
+)
+def test_padding_may_be_negative_and_between(config):
+    got = interpreted._pad(x, np.float32(7), config)
+    np.testing.assert_array_equal(got, jax.lax.pad(x, np.float32(7), config))
+
+
+def test_infinities_are_values_and_not_warnings():
+    closed = jax.make_jaxpr(lambda x: (jnp.exp(x * 1e4), jnp.log(x * 0), 0 / (x * 0)))(x)
+    for value in interpreted.evaluate(closed, [x]):
+        assert not np.isfinite(value).all()

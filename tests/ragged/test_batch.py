@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from mintjax import Batch, Datum, ModelInput, Ragged
+from mintjax.errors import DataError
+from mintjax.ragged import RowAccessError
+from mintjax.ragged.batch import check_data
+
+
+def datum(n, **columns):
+    inputs = {"target_tokens": np.arange(n), "weights": np.ones(n, np.float32), **columns}
+    return Datum(ModelInput.from_ints(range(n)), inputs)
+
+
+def test_columns_and_rows():
+    data = [datum(3, reward=1.0), datum(5, reward=2.0), datum(2, reward=3.0)]
+    batch = Batch(data)
+    assert isinstance(batch["weights"], Ragged)
+    np.testing.assert_array_equal(batch["weights"].sum(), [3, 5, 2])
+    np.testing.assert_array_equal(batch["reward"], [1, 2, 3])
+    assert batch["weights"] is batch["weights"]
+    assert batch[1] is data[1]
+    assert list(batch[::2]) == [data[0], data[2]]
+    np.testing.assert_array_equal(batch[::2]["reward"], [1, 3])
+    assert "weights" in batch
+    assert "advantages" not in batch
+    assert data[0] in batch
+    assert repr(batch) == "Batch(3 datums, columns ['reward', 'target_tokens', 'weights'])"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "no datum; pass at least one"),
+        ([datum(0)], "datum 0, field 'model_input': it has no token"),
+        (
+            [datum(2), Datum(ModelInput.from_ints([1]), {})],
+            "datum 1, field 'target_tokens': it is needed, but this datum has only: nothing",
+        ),
+        (
+            [datum(2), datum(3, weights=np.ones(4))],
+            r"datum 1, field 'weights': shape \[4\] does not fit the model input of 3 tokens",
+        ),
+        ([datum(2, weights=np.ones((2, 2))), datum(2)], r"datum 1.*shape \[2\], where datum 0 has"),
+        (
+            [datum(2), datum(3, weights=[1, np.nan, 1])],
+            "datum 1, field 'weights': nan at position 1 is not finite",
+        ),
+        ([datum(2, advantages=[1, np.inf])], "field 'advantages': inf at position 1"),
+        ([datum(2), datum(2, logprobs=[1, -np.inf])], "datum 1, field 'logprobs': -inf at pos"),
+        ([datum(2, weights=[1e39, 0])], "field 'weights': inf at position 0"),
+        (
+            [datum(3), datum(3, target_tokens=[1, 2, -5])],
+            "datum 1, field 'target_tokens': -5 at position 2 is negative",
+        ),
+        ([datum(3, target_tokens=[0, 1, 9])], "9 at position 2 is outside the vocabulary of 8"),
+        ([datum(9)], "field 'model_input': token 8 at position 8 is outside the vocabulary of 8"),
+        ([datum(3, reward=2.0)], "field 'reward': a single number cannot travel"),
+    ],
+)
+def test_bad_data_is_named_by_datum_and_field(data, message):
+    from mintjax.errors import DataError
+
+    with pytest.raises(DataError, match=message) as caught:
+        check_data(data, vocab_size=8)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_only_what_travels_is_checked():
+    data = [datum(2, logprobs=[np.nan, 1], advantages=[1.0], reward=1.0)]
+    batch = check_data(data, ["target_tokens", "weights"])
+    assert list(batch) == data
+    assert check_data(batch, ["weights"]) is batch
+
+
+def test_whole_numbers_of_ones_own_are_as_they_are():
+    assert len(check_data([datum(2, group=np.array([-1, 9]))], vocab_size=8)) == 1
+
+
+def test_what_a_loss_requires_is_checked():
+    from mintjax.errors import DataError
+
+    with pytest.raises(DataError, match="datum 0, field 'advantages': it is needed"):
+        check_data([datum(2)], required=("target_tokens", "advantages"))
+
+
+def test_a_batch_of_columns_has_no_datums_to_give():
+    whole = Batch([datum(3, reward=1.0), datum(5, reward=2.0)])
+    columns = Batch.of_columns(whole.names, 2, lambda name: whole[name])
+    np.testing.assert_array_equal(columns["weights"].sum(), [3, 5])
+    assert len(columns[:1]) == 1
+    for ask in (lambda: columns[0], lambda: columns.rows("weights"), lambda: columns.lengths):
+        with pytest.raises(RowAccessError):
+            ask()
+
+
+def test_targets_outside_the_vocabulary_are_named():
+    data = [datum(3), datum(4, target_tokens=[1, 2, 300, 0])]
+    with pytest.raises(DataError, match="datum 1, field 'target_tokens': 300 at position 2 is out"):
+        check_data(data, vocab_size=256)
+
+
+def test_a_column_is_one_number_in_all_datums_or_in_none():
+    with pytest.raises(DataError, match=r"shape \[3\], where datum 0 has a single number"):
+        Batch([datum(2, reward=1.0), datum(3, reward=np.ones(3))])["reward"]
