@@ -3,6 +3,7 @@
 from mintjax.losses._advantages import dr_grpo, group_mean_centred, grpo, rloo
 from mintjax.losses._aggregation import fixed_length_mean, sequence_mean, token_mean
 from mintjax.losses._builtin import cispo, cross_entropy, dro, importance_sampling, ppo
+from mintjax.losses._clipping import clipped_tokens
 from mintjax.losses._conventions import CONVENTIONS, FORMULAS, Convention, Formula, describe
 from mintjax.losses._diagnostics import (
     policy_summary,
@@ -33,6 +34,7 @@ __all__ = [
     "bradley_terry",
     "brier_score",
     "cispo",
+    "clipped_tokens",
     "cross_entropy",
     "describe",
     "distillation_forward_kl",

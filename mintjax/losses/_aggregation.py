@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, keep
+from mintjax.losses._arrays import aligned, count, keep
 
 
 def token_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
@@ -19,7 +19,7 @@ def token_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Arra
         where: same shape, boolean; which tokens count.
 
     Returns:
-        A scalar, in units of the losses.
+        A scalar, in units of the losses: float32, or float64 if the losses are.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -47,7 +47,7 @@ def sequence_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.A
         where: same shape, boolean; which tokens count.
 
     Returns:
-        A scalar, in units of the losses.
+        A scalar, in units of the losses: float32, or float64 if the losses are.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -61,9 +61,9 @@ def sequence_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.A
         Shao et al. 2024, "DeepSeekMath", eq. 3.
     """
     (losses,) = aligned(where, losses)
-    count = jnp.sum(keep(jnp.ones_like(losses), where), axis=-1)
-    means = jnp.sum(losses, axis=-1) / jnp.maximum(count, 1)
-    return jnp.sum(means) / jnp.maximum(jnp.sum(count > 0), 1)
+    tokens = count(losses, where)[..., 0]
+    means = jnp.sum(losses, axis=-1) / jnp.maximum(tokens, 1)
+    return jnp.sum(means) / jnp.maximum(jnp.sum((tokens > 0).astype(means.dtype)), 1)
 
 
 def fixed_length_mean(
@@ -79,7 +79,7 @@ def fixed_length_mean(
         where: same shape, boolean; which tokens count. Every sequence counts, masked whole or not.
 
     Returns:
-        A scalar, in units of the losses.
+        A scalar, in units of the losses: float32, or float64 if the losses are.
 
     Raises:
         ValueError: the shapes do not fit.

@@ -1,10 +1,11 @@
-"""How every loss reads its arguments: one dtype, one shape, and nothing behind the mask."""
+"""Reading of arguments, shared by all losses: one dtype, one shape, nothing behind the mask."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
@@ -14,14 +15,14 @@ from jax.typing import ArrayLike, DTypeLike
 def aligned(
     where: ArrayLike | None, target_logprobs: ArrayLike, **others: ArrayLike
 ) -> tuple[jax.Array, ...]:
-    """All inputs of a loss in the dtype and shape of ``target_logprobs``, 0 where masked.
+    """Brings all inputs of a loss to one shape and dtype, with 0 where they are masked.
 
-    Each must have that shape, or be a scalar, or have 1 in place of a dimension. Fewer dimensions
-    are refused: ``[T]`` beside ``[T, K]`` is a mistake that plain broadcasting hides whenever T
-    equals K.
+    Each input must have the shape of ``target_logprobs``, or be a scalar, or have 1 in place of a
+    dimension. Fewer dimensions are refused, because ``[T]`` beside ``[T, K]`` is a mistake that
+    plain broadcasting hides whenever T equals K.
 
-    The mask comes before everything else, for ``exp``, a square or a product of what it hides would
-    leave ``0 * inf`` in the gradient.
+    The mask comes before everything else, because ``exp``, a square or a product of a masked
+    infinity would leave ``0 * inf`` in the gradient.
 
     Args:
         where: the mask, or None for all positions.
@@ -29,31 +30,109 @@ def aligned(
         others: further inputs by name.
 
     Returns:
-        ``target_logprobs`` and the others, in the order given.
+        ``target_logprobs`` and the others, in the order given: float32, because 16 bits are too few
+        for differences and sums of logprobs, or float64 if ``target_logprobs`` is float64.
 
     Raises:
+        TypeError: ``where`` holds floats.
         ValueError: a shape does not fit; the message names the argument.
     """
     first = _array(target_logprobs)
-    dtype = jax.dtypes.canonicalize_dtype(first.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.result_type(0.0)
+    dtype = jnp.promote_types(_float_dtype(first), jnp.float32)
     columns = [first, *map(_array, others.values())]
     for name, column in zip(others, columns[1:], strict=True):
         _check_shape(column, first.shape, name)
     if where is not None:
-        mask = _mask(where, first.shape)
-        columns = [jnp.where(mask, column, 0) for column in columns]
+        mask = as_mask(where, first.shape)
+        columns = [_hide(column, mask) for column in columns]
     return tuple(jnp.broadcast_to(_as_dtype(column, dtype), first.shape) for column in columns)
 
 
 def keep(values: jax.Array, where: ArrayLike | None) -> jax.Array:
-    """``values`` where the mask holds, 0 elsewhere."""
-    return values if where is None else jnp.where(_mask(where, values.shape), values, 0)
+    """Puts 0 where the mask does not hold."""
+    return values if where is None else _hide(values, as_mask(where, values.shape))
+
+
+def finish(values: jax.Array, where: ArrayLike | None, target_logprobs: ArrayLike) -> jax.Array:
+    """Puts 0 where the mask does not hold, in the dtype of ``target_logprobs``."""
+    return keep(_as_dtype(values, _float_dtype(_array(target_logprobs))), where)
+
+
+def count(values: jax.Array, where: ArrayLike | None) -> jax.Array:
+    """Counts the unmasked positions along the last axis, which stays with size 1."""
+    return jnp.sum(keep(jnp.ones_like(values), where), axis=-1, keepdims=True)
+
+
+def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Reads a mask: booleans, or integers that count where they are not 0.
+
+    Raises:
+        TypeError: it holds floats, which may be weights that a mask would round up to 1.
+        ValueError: its shape does not fit.
+    """
+    mask = _array(where)
+    if jnp.issubdtype(mask.dtype, jnp.inexact):
+        raise TypeError(
+            f"where must be boolean, not {mask.dtype}: pass where=weights != 0 for a mask, and "
+            "multiply the losses by the weights if they are factors"
+        )
+    _check_shape(mask, shape, "where")
+    return jnp.broadcast_to(jnp.asarray(mask).astype(bool), shape)
+
+
+def known(value: Any) -> np.ndarray | None:
+    """Reads a hyperparameter as NumPy; None while it is traced, because it has no value then."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    array = np.asarray(jax.device_get(value))
+    return array.astype(np.float64) if array.dtype.kind in "fiub" else None
+
+
+def check_bounds(
+    low: Any, high: Any, names: tuple[str, str] = ("clip_low_threshold", "clip_high_threshold")
+) -> None:
+    """Checks that a lower bound of a ratio is not above the upper one.
+
+    Raises:
+        ValueError: it is; the message says what the bounds mean.
+    """
+    below, above = known(low), known(high)
+    if below is not None and above is not None and (below > above).any():
+        raise ValueError(
+            f"{names[0]} is {_brief(below)} and {names[1]} is {_brief(above)}, so no ratio lies "
+            f"between them. They bound the ratio itself: 0.8 means 0.8, not 1 - 0.8. For an "
+            f"epsilon of 0.2 pass {names[0]}=0.8, {names[1]}=1.2"
+        )
+
+
+def check_positive(loss: str, **values: Any) -> None:
+    """Checks that hyperparameters are above 0.
+
+    Raises:
+        ValueError: one is not; the message names it and the loss.
+    """
+    for name, value in values.items():
+        number = known(value)
+        if number is not None and not (number > 0).all():
+            raise ValueError(f"{name} of {loss} must be above 0, not {_brief(number)}")
+
+
+def _hide(values: jax.Array | np.ndarray, mask: jax.Array) -> jax.Array:
+    # The 0 has the dtype of the values, because strict promotion mixes no kinds.
+    return jnp.where(mask, values, np.zeros((), values.dtype))
+
+
+def _brief(number: np.ndarray) -> str:
+    return f"{number:g}" if number.ndim == 0 else np.array2string(number, threshold=4, edgeitems=2)
 
 
 def _array(values: ArrayLike) -> jax.Array | np.ndarray:
     return values if isinstance(values, jax.Array) else np.asarray(values)
+
+
+def _float_dtype(array: jax.Array | np.ndarray) -> Any:
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(0.0)
 
 
 def _as_dtype(column: jax.Array | np.ndarray, dtype: DTypeLike) -> jax.Array:
@@ -62,12 +141,6 @@ def _as_dtype(column: jax.Array | np.ndarray, dtype: DTypeLike) -> jax.Array:
     if isinstance(column, jax.Array) and column.dtype == dtype:
         return column
     return jnp.asarray(column).astype(dtype)
-
-
-def _mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    mask = _array(where)
-    _check_shape(mask, shape, "where")
-    return jnp.broadcast_to(jnp.asarray(mask) != 0, shape)
 
 
 def _check_shape(column: jax.Array | np.ndarray, shape: tuple[int, ...], name: str) -> None:
@@ -83,7 +156,7 @@ def _check_shape(column: jax.Array | np.ndarray, shape: tuple[int, ...], name: s
 
 
 def torch_clip(values: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """``values`` held within ``[low, high]``, with torch's derivative: 1 at the bounds themselves.
+    """Holds ``values`` within ``[low, high]``, with torch's derivative: 1 at the bounds themselves.
 
     ``jnp.clip`` has 1/2 there and ``lax.clamp`` 0, and on-policy ratios of exactly 1 meet a
     one-sided threshold of 1.
@@ -93,7 +166,7 @@ def torch_clip(values: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def product(coefficients: jax.Array, values: jax.Array) -> jax.Array:
-    """``coefficients * values``, 0 where the coefficient is 0 however large the value grows.
+    """Multiplies; the result is 0 where the coefficient is 0, however large the value grows.
 
     Its derivative by ``values`` is the coefficients, and does not look at the values at all.
     """
@@ -115,9 +188,9 @@ product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
 def harmless_where_zero(coefficients: jax.Array, values: jax.Array) -> jax.Array:
-    """``values``, but 0 where they are not finite and their coefficient is 0.
+    """Puts 0 in place of values that are not finite and whose coefficient is 0.
 
     The limit of ``coefficient * value`` for a coefficient of exactly 0 is 0 however large the value
     grows, where IEEE arithmetic says NaN.
     """
-    return jnp.where((coefficients == 0) & ~jnp.isfinite(values), 0, values)
+    return jnp.where((coefficients == 0) & ~jnp.isfinite(values), jnp.zeros_like(values), values)

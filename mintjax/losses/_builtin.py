@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, harmless_where_zero, keep, product, torch_clip
+from mintjax.losses._arrays import (
+    aligned,
+    check_bounds,
+    finish,
+    harmless_where_zero,
+    product,
+    torch_clip,
+)
 from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
 
@@ -38,8 +45,8 @@ def cross_entropy(
     Reference:
         Goodfellow, Bengio & Courville 2016, "Deep Learning", section 6.2.1.1.
     """
-    target_logprobs, weights = aligned(where, target_logprobs, weights=weights)
-    return keep(-product(weights, target_logprobs), where)
+    logprobs, weights = aligned(where, target_logprobs, weights=weights)
+    return finish(-product(weights, logprobs), where, target_logprobs)
 
 
 def importance_sampling(
@@ -74,10 +81,10 @@ def importance_sampling(
     Reference:
         Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 6.
     """
-    target_logprobs, sampling_logprobs, advantages = aligned(
+    target, sampling, advantages = aligned(
         where, target_logprobs, sampling_logprobs=sampling_logprobs, advantages=advantages
     )
-    return keep(-ratio_surrogate(target_logprobs - sampling_logprobs, advantages), where)
+    return finish(-ratio_surrogate(target - sampling, advantages), where, target_logprobs)
 
 
 def ppo(
@@ -107,7 +114,7 @@ def ppo(
         The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the low threshold is above the high one.
 
     Example:
         >>> from mintjax import losses
@@ -117,7 +124,8 @@ def ppo(
     Reference:
         Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
     """
-    target_logprobs, sampling_logprobs, advantages, low, high = aligned(
+    check_bounds(clip_low_threshold, clip_high_threshold)
+    target, sampling, advantages, low, high = aligned(
         where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
@@ -125,8 +133,8 @@ def ppo(
         clip_low_threshold=clip_low_threshold,
         clip_high_threshold=clip_high_threshold,
     )
-    surrogate = clipped_surrogate(target_logprobs - sampling_logprobs, advantages, low, high)
-    return keep(-surrogate, where)
+    surrogate = clipped_surrogate(target - sampling, advantages, low, high)
+    return finish(-surrogate, where, target_logprobs)
 
 
 def cispo(
@@ -156,7 +164,7 @@ def cispo(
         The loss of each token, in nats times advantage; shape and dtype of ``target_logprobs``.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the low threshold is above the high one.
 
     Example:
         >>> from mintjax import losses
@@ -167,7 +175,8 @@ def cispo(
         MiniMax 2025, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
         eq. 4 and 5.
     """
-    target_logprobs, sampling_logprobs, advantages, low, high = aligned(
+    check_bounds(clip_low_threshold, clip_high_threshold)
+    target, sampling, advantages, low, high = aligned(
         where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
@@ -175,9 +184,10 @@ def cispo(
         clip_low_threshold=clip_low_threshold,
         clip_high_threshold=clip_high_threshold,
     )
-    ratio = jnp.exp(jax.lax.stop_gradient(target_logprobs - sampling_logprobs))
+    ratio = jnp.exp(jax.lax.stop_gradient(target - sampling))
     coefficients = harmless_where_zero(advantages, torch_clip(ratio, low, high)) * advantages
-    return keep(-coefficients * harmless_where_zero(coefficients, target_logprobs), where)
+    values = -coefficients * harmless_where_zero(coefficients, target)
+    return finish(values, where, target_logprobs)
 
 
 def dro(
@@ -214,14 +224,15 @@ def dro(
         Richemond et al. 2024, "Offline Regularised Reinforcement Learning for Large Language Models
         Alignment", in the form of Tinker's documentation of ``dro``.
     """
-    target_logprobs, sampling_logprobs, advantages, beta = aligned(
+    target, sampling, advantages, beta = aligned(
         where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
         advantages=advantages,
         beta=beta,
     )
-    log_ratio = harmless_where_zero(beta, target_logprobs - sampling_logprobs)
+    log_ratio = harmless_where_zero(beta, target - sampling)
     # At an infinite log-ratio the square outgrows the linear term, and inf - inf would hide it.
-    linear = jnp.where(jnp.isinf(log_ratio), 0, target_logprobs) * advantages
-    return keep(-(linear - 0.5 * beta * log_ratio * log_ratio), where)
+    linear = jnp.where(jnp.isinf(log_ratio), 0, target) * advantages
+    values = -(linear - 0.5 * beta * log_ratio * log_ratio)
+    return finish(values, where, target_logprobs)

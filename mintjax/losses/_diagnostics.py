@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, keep
+from mintjax.losses._arrays import aligned, as_mask, check_bounds, keep
+from mintjax.losses._penalties import exp_beyond_linear
 
 # Beyond this log-ratio the numbers below have said all they can, and squares would overflow.
 _LARGEST_LOG_RATIO = 20.0
@@ -23,16 +22,18 @@ def policy_sums(
     *,
     clip_low_threshold: ArrayLike = 0.0,
     clip_high_threshold: ArrayLike = jnp.inf,
+    clipped: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
     """Sums over tokens of what tells how far a policy is from the one that sampled.
 
     With ``d = target_logprobs - sampling_logprobs``, held within [-20, 20], and ``r = exp(d)``:
-    ``tokens``, their number; ``clipped``, how many lie where the clipped surrogate of :func:`ppo`
-    has no gradient (``r > high`` and ``A > 0``, or ``r < low`` and ``A < 0``); ``outside``, how
-    many ratios lie outside ``[low, high]``; ``ratio`` and ``ratio_squared``; ``kl_k1``, the sum of
-    ``-d``, and ``kl_k3``, of ``r - 1 - d``: estimates of KL(sampler || model) from the sampler's
-    tokens. No gradient passes.
+    ``tokens``, their number; ``clipped``, how many of them the loss clips: by default those where
+    the clipped surrogate of :func:`ppo` has no gradient (``r > high`` and ``A > 0``, or ``r < low``
+    and ``A < 0``); ``outside``, how many ratios lie outside ``[low, high]``; ``ratio`` and
+    ``ratio_squared``; ``excess``, the sum of ``r - 1``, and ``excess_squared``, of its square;
+    ``kl_k1``, the sum of ``-d``, and ``kl_k3``, of ``r - 1 - d``: estimates of
+    KL(sampler || model) from the sampler's tokens. No gradient passes.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
@@ -40,78 +41,50 @@ def policy_sums(
         advantages: same shape, or a scalar.
         clip_low_threshold: least ratio; a scalar, or one per token.
         clip_high_threshold: greatest ratio; a scalar, or one per token.
+        clipped: which tokens the loss clips, as :func:`clipped_tokens` tells of each loss; same
+            shape, boolean. None takes the rule of :func:`ppo`.
         where: same shape, boolean; which tokens count.
 
     Returns:
-        Scalars by name. Those of two chunks of data, added, are those of both together.
+        Scalars by name, float32 or float64. Those of two chunks of data, added, are those of both
+        together.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the low threshold is above the high one.
 
     Reference:
         Schulman 2020, "Approximating KL Divergence".
     """
-    # Nothing here is differentiated, so that masking the results is enough, and the ratio is held
-    # in bounds behind the exponential, which the loss beside it takes of the same numbers.
+    check_bounds(clip_low_threshold, clip_high_threshold)
     arrays = aligned(
-        None,
+        where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
         advantages=advantages,
         clip_low_threshold=clip_low_threshold,
         clip_high_threshold=clip_high_threshold,
     )
-    arrays = tuple(map(jax.lax.stop_gradient, arrays))
-    # Behind a barrier, or XLA would take the exponential anew for each of the sums.
-    ratio = jax.lax.optimization_barrier(jnp.exp(arrays[0] - arrays[1]))
-    mask = () if where is None else (jnp.broadcast_to(jnp.asarray(where) != 0, ratio.shape),)
-    return _sum_terms(_policy_terms, ratio, *arrays, *mask)
-
-
-def _policy_terms(
-    unbounded: jax.Array,
-    target: jax.Array,
-    sampling: jax.Array,
-    advantages: jax.Array,
-    low: jax.Array,
-    high: jax.Array,
-    where: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+    target, sampling, advantages, low, high = map(jax.lax.stop_gradient, arrays)
     log_ratio = jnp.clip(target - sampling, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    bound = math.exp(_LARGEST_LOG_RATIO)
-    ratio = jnp.clip(unbounded, 1 / bound, bound)
-    # exp(d) - 1 - d, which cancels near 0, where four terms of its series are as good as it gets.
-    series = 1 + log_ratio / 3 * (1 + log_ratio / 4 * (1 + log_ratio / 5 * (1 + log_ratio / 6)))
-    near = 0.5 * log_ratio * log_ratio * series
+    ratio, excess = jnp.exp(log_ratio), jnp.expm1(log_ratio)
+    if clipped is None:
+        clipped = jnp.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0))
     terms = {
         "tokens": jnp.ones_like(ratio),
-        "clipped": jnp.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0)),
+        "clipped": as_mask(clipped, ratio.shape),
         "outside": (ratio > high) | (ratio < low),
         "ratio": ratio,
         "ratio_squared": ratio * ratio,
+        "excess": excess,
+        "excess_squared": excess * excess,
         "kl_k1": -log_ratio,
-        "kl_k3": jnp.where(jnp.abs(log_ratio) < 0.125, near, ratio - 1 - log_ratio),
+        "kl_k3": exp_beyond_linear(log_ratio),
     }
-    return {name: keep(term.astype(ratio.dtype), where) for name, term in terms.items()}
+    return _sum_each({name: keep(term.astype(ratio.dtype), where) for name, term in terms.items()})
 
 
-def _sum_terms(
-    terms: Callable[..., dict[str, jax.Array]], *arrays: jax.Array
-) -> dict[str, jax.Array]:
-    """The sums of what an element-wise function gives, in one pass over its arguments.
-
-    Four parts of them are added up first: XLA does that in the loop that computes the terms, where
-    for a sum it would write each of them to memory and read it again.
-    """
-    whole = [jnp.atleast_1d(array) for array in arrays]
-    parts = 1 if whole[0].shape[0] % 4 else 4
-    quarters = [terms(*part) for part in zip(*(jnp.split(a, parts) for a in whole), strict=True)]
-    return _sum_each({name: sum(part[name] for part in quarters) for name in quarters[0]})
-
-
-def _sum_each(values: Mapping[str, Any]) -> dict[str, jax.Array]:
-    stacked = jnp.stack(list(values.values()))
-    return dict(zip(values, stacked.reshape(len(values), -1).sum(axis=1), strict=True))
+def _sum_each(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.sum(value) for name, value in values.items()}
 
 
 def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -131,11 +104,15 @@ def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     tokens = jnp.maximum(sums["tokens"], 1)
     mean = sums["ratio"] / tokens
     square = sums["ratio_squared"] / tokens
+    # From ratios less 1, because on-policy the mean of their squares and the square of their mean
+    # are both 1, and their difference would be rounding error.
+    shift = sums["excess"] / tokens
+    variance = sums["excess_squared"] / tokens - shift * shift
     return {
         "clip_fraction": sums["clipped"] / tokens,
         "outside_fraction": sums["outside"] / tokens,
         "mean_ratio": mean,
-        "ratio_std": jnp.sqrt(jnp.maximum(square - mean * mean, 0)),
+        "ratio_std": jnp.sqrt(jnp.maximum(variance, 0)),
         "approx_kl": sums["kl_k3"] / tokens,
         "effective_sample_size": mean * mean / jnp.where(square > 0, square, 1),
     }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, harmless_where_zero, keep
+from mintjax.losses._arrays import aligned, finish, harmless_where_zero, keep
 
 
 def distillation_forward_kl(
@@ -45,7 +45,7 @@ def distillation_forward_kl(
     student, teacher = aligned(where, target_logprobs, teacher_logprobs=teacher_logprobs)
     if renormalise:
         student, teacher = _log_normalise(student, where), _log_normalise(teacher, where)
-    return jnp.sum(keep(_kl_terms(teacher, student), where), axis=-1)
+    return finish(jnp.sum(keep(_kl_terms(teacher, student), where), axis=-1), None, target_logprobs)
 
 
 def distillation_reverse_kl(
@@ -83,7 +83,7 @@ def distillation_reverse_kl(
     student, teacher = aligned(where, target_logprobs, teacher_logprobs=teacher_logprobs)
     if renormalise:
         student, teacher = _log_normalise(student, where), _log_normalise(teacher, where)
-    return jnp.sum(keep(_kl_terms(student, teacher), where), axis=-1)
+    return finish(jnp.sum(keep(_kl_terms(student, teacher), where), axis=-1), None, target_logprobs)
 
 
 def brier_score(
@@ -122,7 +122,7 @@ def brier_score(
     if renormalise:
         logprobs = _log_normalise(logprobs, where)
     error = jnp.exp(logprobs) - outcomes
-    return jnp.sum(keep(error * error, where), axis=-1)
+    return finish(jnp.sum(keep(error * error, where), axis=-1), None, target_logprobs)
 
 
 def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, keep
+from mintjax.losses._arrays import aligned, finish
 
 
 def kl_k1(
@@ -39,8 +39,8 @@ def kl_k1(
     Reference:
         Schulman 2020, "Approximating KL Divergence", k1.
     """
-    target_logprobs, ref_logprobs = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
-    return keep(target_logprobs - ref_logprobs, where)
+    target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
+    return finish(target - reference, where, target_logprobs)
 
 
 def kl_k2(
@@ -71,7 +71,9 @@ def kl_k2(
         Schulman 2020, "Approximating KL Divergence", k2; its gradient: Tang & Munos 2025, "On a few
         pitfalls in KL divergence gradient estimation for RL".
     """
-    return 0.5 * l2_to_reference(target_logprobs, ref_logprobs, where=where)
+    target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
+    difference = target - reference
+    return finish(0.5 * difference * difference, where, target_logprobs)
 
 
 def kl_k3(
@@ -102,8 +104,8 @@ def kl_k3(
     Reference:
         Schulman 2020, "Approximating KL Divergence", k3; Shao et al. 2024, "DeepSeekMath", eq. 4.
     """
-    target_logprobs, ref_logprobs = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
-    return keep(exp_beyond_linear(ref_logprobs - target_logprobs), where)
+    target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
+    return finish(exp_beyond_linear(reference - target), where, target_logprobs)
 
 
 def sampled_entropy(target_logprobs: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
@@ -134,8 +136,8 @@ def sampled_entropy(target_logprobs: ArrayLike, *, where: ArrayLike | None = Non
         Williams & Peng 1991, "Function Optimization Using Connectionist Reinforcement Learning
         Algorithms".
     """
-    (target_logprobs,) = aligned(where, target_logprobs)
-    return keep(-target_logprobs, where)
+    (target,) = aligned(where, target_logprobs)
+    return finish(-target, where, target_logprobs)
 
 
 def l2_to_reference(
@@ -165,9 +167,9 @@ def l2_to_reference(
         Kimi Team 2025, "Kimi k1.5: Scaling Reinforcement Learning with LLMs", section 2.3.2, where
         it regularises sequences.
     """
-    target_logprobs, ref_logprobs = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
-    difference = target_logprobs - ref_logprobs
-    return keep(difference * difference, where)
+    target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
+    difference = target - reference
+    return finish(difference * difference, where, target_logprobs)
 
 
 @jax.custom_jvp

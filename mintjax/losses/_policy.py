@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, harmless_where_zero, keep
+from mintjax.losses._arrays import aligned, check_bounds, count, finish, harmless_where_zero
 from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
 
@@ -49,7 +49,8 @@ def dual_clip_ppo(
         Ye et al. 2020, "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning",
         section "Dual-clip PPO".
     """
-    target_logprobs, sampling_logprobs, advantages, low, high, dual = aligned(
+    check_bounds(clip_low_threshold, clip_high_threshold)
+    target, sampling, advantages, low, high, dual = aligned(
         where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
@@ -58,12 +59,12 @@ def dual_clip_ppo(
         clip_high_threshold=clip_high_threshold,
         dual_clip_threshold=dual_clip_threshold,
     )
-    log_ratio = target_logprobs - sampling_logprobs
+    log_ratio = target - sampling
     bounded = (advantages < 0) & (jnp.exp(jax.lax.stop_gradient(log_ratio)) > dual)
     surrogate = clipped_surrogate(jnp.where(bounded, 0, log_ratio), advantages, low, high)
     floor = dual * advantages
     raised = jnp.where(advantages < 0, jnp.maximum(surrogate, floor), surrogate)
-    return keep(-jnp.where(bounded, floor, raised), where)
+    return finish(-jnp.where(bounded, floor, raised), where, target_logprobs)
 
 
 def dppo(
@@ -106,17 +107,18 @@ def dppo(
         (arXiv:2602.04879), the variant called DPPO-Binary-TV, with the threshold of the authors'
         recipe.
     """
-    target_logprobs, sampling_logprobs, advantages, threshold = aligned(
+    target, sampling, advantages, threshold = aligned(
         where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
         advantages=advantages,
         divergence_threshold=divergence_threshold,
     )
-    shift = jax.lax.stop_gradient(jnp.exp(target_logprobs) - jnp.exp(sampling_logprobs))
+    shift = jax.lax.stop_gradient(jnp.exp(target) - jnp.exp(sampling))
     left = jnp.where(advantages > 0, shift > threshold, shift < -threshold)
-    log_ratio = jnp.where(left, 0, target_logprobs - sampling_logprobs)
-    return keep(-ratio_surrogate(log_ratio, jnp.where(left, 0, advantages)), where)
+    log_ratio = jnp.where(left, 0, target - sampling)
+    values = -ratio_surrogate(log_ratio, jnp.where(left, 0, advantages))
+    return finish(values, where, target_logprobs)
 
 
 def truncated_importance_sampling(
@@ -156,17 +158,18 @@ def truncated_importance_sampling(
         Ionides 2008, "Truncated Importance Sampling", eq. 3; for language models Yao et al. 2025,
         "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
-    target_logprobs, sampling_logprobs, advantages, threshold = aligned(
+    target, sampling, advantages, threshold = aligned(
         where,
         target_logprobs,
         sampling_logprobs=sampling_logprobs,
         advantages=advantages,
         truncation_threshold=truncation_threshold,
     )
-    ratio = jnp.exp(jax.lax.stop_gradient(target_logprobs - sampling_logprobs))
+    ratio = jnp.exp(jax.lax.stop_gradient(target - sampling))
     weights = harmless_where_zero(advantages, jnp.minimum(ratio, threshold))
     coefficients = weights * advantages
-    return keep(-coefficients * harmless_where_zero(coefficients, target_logprobs), where)
+    values = -coefficients * harmless_where_zero(coefficients, target)
+    return finish(values, where, target_logprobs)
 
 
 def gspo(
@@ -211,8 +214,8 @@ def gspo(
         computed as in eq. 13 and 14; the thresholds: section 5.1.
     """
     target, sampling = aligned(where, target_logprobs, sampling_logprobs=sampling_logprobs)
-    count = jnp.sum(keep(jnp.ones_like(target), where), axis=-1, keepdims=True)
-    log_ratio = jnp.sum(target - sampling, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    tokens = jnp.maximum(count(target, where), 1)
+    log_ratio = jnp.sum(target - sampling, axis=-1, keepdims=True) / tokens
     return gspo_token(
         target_logprobs,
         log_ratio,
@@ -256,7 +259,8 @@ def gspo_token(
     Reference:
         Zheng et al. 2025, "Group Sequence Policy Optimization", section 4.3, eq. 13 and 14.
     """
-    target_logprobs, log_ratio, advantages, low, high = aligned(
+    check_bounds(clip_low_threshold, clip_high_threshold)
+    target, log_ratio, advantages, low, high = aligned(
         where,
         target_logprobs,
         sequence_log_ratios=sequence_log_ratios,
@@ -265,7 +269,7 @@ def gspo_token(
         clip_high_threshold=clip_high_threshold,
     )
     # lp - sg(lp) is 0 with derivative 1; of an infinite logprob it would be NaN.
-    finite = jnp.where(jnp.isfinite(target_logprobs), target_logprobs, 0)
+    finite = jnp.where(jnp.isfinite(target), target, 0)
     carrier = finite - jax.lax.stop_gradient(finite)
     log_ratio = jax.lax.stop_gradient(log_ratio) + carrier
-    return keep(-clipped_surrogate(log_ratio, advantages, low, high), where)
+    return finish(-clipped_surrogate(log_ratio, advantages, low, high), where, target_logprobs)

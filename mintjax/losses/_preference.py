@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, harmless_where_zero, keep
+from mintjax.losses._arrays import (
+    aligned,
+    as_mask,
+    check_positive,
+    finish,
+    harmless_where_zero,
+    known,
+)
+from mintjax.losses._sigmoids import log_odds, log_sigmoid, sigmoid
 
 
 def bradley_terry(
@@ -38,7 +47,7 @@ def bradley_terry(
         et al. 2022, "Training language models to follow instructions with human feedback", eq. 1.
     """
     chosen, rejected = aligned(where, chosen_scores, rejected_scores=rejected_scores)
-    return keep(-jax.nn.log_sigmoid(chosen - rejected), where)
+    return finish(-log_sigmoid(chosen - rejected), where, chosen_scores)
 
 
 def dpo(
@@ -93,9 +102,9 @@ def dpo(
         label_smoothing=label_smoothing,
     )
     logits = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    right = jax.nn.log_sigmoid(logits)
-    wrong = harmless_where_zero(smoothing, jax.nn.log_sigmoid(-logits))
-    return keep(-((1 - smoothing) * right + smoothing * wrong), where)
+    right = log_sigmoid(logits)
+    wrong = harmless_where_zero(smoothing, log_sigmoid(-logits))
+    return finish(-((1 - smoothing) * right + smoothing * wrong), where, chosen_scores)
 
 
 def ipo(
@@ -125,7 +134,7 @@ def ipo(
         The loss of each pair, in nats squared; shape and dtype of ``chosen_scores``.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or ``beta`` is not above 0.
 
     Example:
         >>> from mintjax import losses
@@ -136,6 +145,7 @@ def ipo(
         Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
         Preferences", eq. 17.
     """
+    check_positive("ipo", beta=beta)
     chosen, rejected, ref_chosen, ref_rejected, beta = aligned(
         where,
         chosen_scores,
@@ -145,9 +155,9 @@ def ipo(
         beta=beta,
     )
     if where is not None:  # masking left 0 in the place of beta
-        beta = jnp.where(beta == 0, 1, beta)
+        beta = jnp.where(as_mask(where, beta.shape), beta, 1)
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-    return keep((margin - 1 / (2 * beta)) ** 2, where)
+    return finish((margin - 1 / (2 * beta)) ** 2, where, chosen_scores)
 
 
 def simpo(
@@ -200,7 +210,7 @@ def simpo(
         gamma=gamma,
     )
     margin = _per_token(chosen, chosen_lengths) - _per_token(rejected, rejected_lengths)
-    return keep(-jax.nn.log_sigmoid(beta * margin - gamma), where)
+    return finish(-log_sigmoid(beta * margin - gamma), where, chosen_scores)
 
 
 def orpo(
@@ -251,8 +261,9 @@ def orpo(
         odds_ratio_weight=odds_ratio_weight,
     )
     chosen, rejected = _per_token(chosen, chosen_lengths), _per_token(rejected, rejected_lengths)
-    log_odds = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
-    return keep(-chosen - weight * jax.nn.log_sigmoid(log_odds), where)
+    return finish(
+        -chosen - weight * log_sigmoid(log_odds(chosen) - log_odds(rejected)), where, chosen_scores
+    )
 
 
 def kto(
@@ -276,7 +287,8 @@ def kto(
         scores: sum of the logprobs of each answer under the model in training, in nats; any shape,
             such as ``[B]``.
         ref_scores: under the reference model; same shape, or a scalar.
-        desirable: whether the answer is a good one; same shape, boolean.
+        desirable: whether the answer is a good one; same shape, or a scalar. True or 1 is good;
+            False, 0 or -1 is bad.
         kl: an estimate of the divergence of the model from the reference, in nats: the point from
             which gain and loss are felt. The paper takes the mean of ``scores - ref_scores`` over
             answers paired with other questions' prompts. A scalar, or one per answer.
@@ -289,7 +301,7 @@ def kto(
         The loss of each answer, between 0 and its weight; shape and dtype of ``scores``.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or a label is none of 1, 0 and -1.
 
     Example:
         >>> from mintjax import losses
@@ -300,43 +312,43 @@ def kto(
         Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", the
         definition of L_KTO.
     """
-    scores, ref_scores, label, kl, beta, good_weight, bad_weight = aligned(
+    gained, reference, label, kl, beta, good_weight, bad_weight = aligned(
         where,
         scores,
         ref_scores=ref_scores,
-        desirable=desirable,
+        desirable=labels(desirable, where),
         kl=kl,
         beta=beta,
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    gain = scores - ref_scores - jax.lax.stop_gradient(jnp.maximum(kl, 0))
-    sign = jnp.where(label != 0, 1, -1).astype(scores.dtype)
-    weight = jnp.where(label != 0, good_weight, bad_weight)
+    gain = gained - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0))
+    sign = jnp.where(label > 0, jnp.ones_like(gain), -jnp.ones_like(gain))
+    weight = jnp.where(label > 0, good_weight, bad_weight)
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small.
-    return keep(weight * _sigmoid(-sign * beta * gain), where)
+    return finish(weight * sigmoid(-sign * beta * gain), where, scores)
 
 
-def _sigmoid(x: jax.Array) -> jax.Array:
-    """The logistic function, whose derivative keeps its digits at both ends.
+def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array | np.ndarray:
+    """Reads labels of answers: True for a good one, by the sign of what is given.
 
-    That of ``jax.nn.sigmoid`` is ``s * (1 - s)``, which is 0 in float32 from x = 17 on.
+    Args:
+        desirable: 1 or True for a good answer, 0, -1 or False for a bad one; any shape.
+        where: which answers count, or None for all.
+
+    Raises:
+        ValueError: one is none of 1, 0 and -1 (or True and False).
     """
-    shrinking = jnp.exp(jnp.where(x < 0, x, -x))
-    return jnp.where(x < 0, shrinking, 1) / (1 + shrinking)
+    given = desirable if isinstance(desirable, jax.Array) else np.asarray(desirable)
+    numbers, mask = known(given), known(True if where is None else where)
+    wrong = None if numbers is None or mask is None else ~np.isin(numbers, (-1, 0, 1)) & (mask != 0)
+    if numbers is not None and wrong is not None and wrong.any():
+        raise ValueError(
+            f"desirable must be 1 (or True) for a good answer and 0 or -1 (or False) for a bad "
+            f"one, not {np.broadcast_to(numbers, wrong.shape)[wrong][0]:g}"
+        )
+    return given > 0
 
 
 def _per_token(scores: jax.Array, lengths: jax.Array) -> jax.Array:
     return scores / jnp.maximum(lengths, 1)
-
-
-def _log_complement(logprobs: jax.Array) -> jax.Array:
-    """``log(1 - exp(logprobs))``, by the branch that keeps the digits."""
-    # A probability that rounds to 1 stands for 1 - 1e-30: the odds are then large, and the loss and
-    # its gradient have their limits, where 1 would give inf - inf and 0 * inf.
-    excess = jax.lax.stop_gradient(jnp.maximum(logprobs + 1e-30, 0))
-    logprobs = logprobs - excess
-    near = logprobs > -0.6931472
-    close = jnp.log(-jnp.expm1(jnp.where(near, logprobs, -1)))
-    far = jnp.log1p(-jnp.exp(jnp.where(near, -1, logprobs)))
-    return jnp.where(near, close, far)

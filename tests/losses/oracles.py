@@ -184,16 +184,17 @@ def simpo(
 
 
 def orpo(chosen: Any, rejected: Any, n_c: Any, n_r: Any, weight: float = 0.1) -> Triple:
-    """A probability of 1, which has no odds, stands for ``1 - 1e-30``."""
+    """A probability that rounds to 1, which has no odds, stands for ``exp(-2**-23)``."""
     chosen, rejected, n_c, n_r = f64(chosen, rejected, n_c, n_r)
     n_c, n_r = np.maximum(n_c, 1), np.maximum(n_r, 1)
-    c, r = np.minimum(chosen / n_c, -1e-30), np.minimum(rejected / n_r, -1e-30)
+    eps = 2.0**-23
+    c, r = np.minimum(chosen / n_c, -eps), np.minimum(rejected / n_r, -eps)
     log_not_c, log_not_r = np.log(-np.expm1(c)), np.log(-np.expm1(r))
     log_odds = c - log_not_c - r + log_not_r
     share = sigmoid(-log_odds)
     slope_c = -1 - weight * share / -np.expm1(c)
     slope_r = weight * share / -np.expm1(r)
-    return -c + weight * softplus(-log_odds), slope_c / n_c, slope_r / n_r
+    return -chosen / n_c + weight * softplus(-log_odds), slope_c / n_c, slope_r / n_r
 
 
 def kto(

@@ -1,0 +1,124 @@
+"""Which tokens each policy loss clips, for its ``clip_fraction``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mintjax.losses._arrays import aligned, finish
+
+
+def clipped_tokens(
+    loss: str,
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    **settings: Any,
+) -> jax.Array:
+    """Tells the tokens whose gradient a policy loss cuts off or whose weight it holds at a bound.
+
+    ``ppo`` and what is made of it clip ``r > high`` where ``A > 0`` and ``r < low`` where
+    ``A < 0``; ``dual_clip_ppo`` clips ``r > dual_clip_threshold`` where ``A < 0`` besides;
+    ``cispo`` and ``truncated_importance_sampling`` clip every weight outside their bounds; ``dppo``
+    clips what has left its trust region. A loss without bounds clips nothing.
+
+    Args:
+        loss: the name of the loss.
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        where: same shape, boolean; positions that are False are not clipped.
+        settings: the thresholds of the loss, under the names that it has for them.
+
+    Returns:
+        Booleans, in the shape of ``target_logprobs``, by which nothing is differentiated.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.clipped_tokens("cispo", [-1.0, -1.0], [-1.0, -1.5], 0.0, clip_high_threshold=1.2)
+        Array([False,  True], dtype=bool)
+    """
+    names = [name for name in settings if name.endswith("_threshold")]
+    target, sampling, advantages, *thresholds = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        **{name: settings[name] for name in names},
+    )
+    tokens = _Tokens(target, sampling, advantages, dict(zip(names, thresholds, strict=True)))
+    clipped = _CLIPPED.get(loss, _nothing)(tokens)
+    return finish(clipped.astype(target.dtype), where, target) != 0
+
+
+class _Tokens:
+    """What a rule looks at."""
+
+    def __init__(
+        self,
+        target: jax.Array,
+        sampling: jax.Array,
+        advantages: jax.Array,
+        at: dict[str, jax.Array],
+    ) -> None:
+        self.target = jax.lax.stop_gradient(target)
+        self.sampling = jax.lax.stop_gradient(sampling)
+        self.advantages = jax.lax.stop_gradient(advantages)
+        self.ratio = jnp.exp(self.target - self.sampling)
+        self.at = at
+
+    def below(self, name: str = "clip_low_threshold") -> jax.Array:
+        """Where the ratio is below a threshold, if there is such."""
+        return self.ratio < self.at[name] if name in self.at else jnp.zeros(self.ratio.shape, bool)
+
+    def above(self, name: str = "clip_high_threshold") -> jax.Array:
+        """Where the ratio is above a threshold, if there is such."""
+        return self.ratio > self.at[name] if name in self.at else jnp.zeros(self.ratio.shape, bool)
+
+
+def _nothing(tokens: _Tokens) -> jax.Array:
+    return jnp.zeros(tokens.ratio.shape, bool)
+
+
+def _surrogate(tokens: _Tokens) -> jax.Array:
+    raised = tokens.above() & (tokens.advantages > 0)
+    return raised | (tokens.below() & (tokens.advantages < 0))
+
+
+def _dual(tokens: _Tokens) -> jax.Array:
+    bounded = tokens.above("dual_clip_threshold") & (tokens.advantages < 0)
+    return _surrogate(tokens) | bounded
+
+
+def _outside(tokens: _Tokens) -> jax.Array:
+    return tokens.below() | tokens.above()
+
+
+def _truncated(tokens: _Tokens) -> jax.Array:
+    return tokens.above("truncation_threshold")
+
+
+def _total_variation(tokens: _Tokens) -> jax.Array:
+    shift = jnp.exp(tokens.target) - jnp.exp(tokens.sampling)
+    threshold = tokens.at["divergence_threshold"]
+    risen = (shift > threshold) & (tokens.advantages > 0)
+    return risen | ((shift < -threshold) & (tokens.advantages < 0))
+
+
+_CLIPPED: dict[str, Callable[[_Tokens], jax.Array]] = {
+    "ppo": _surrogate,
+    "gspo": _surrogate,
+    "dual_clip_ppo": _dual,
+    "cispo": _outside,
+    "truncated_importance_sampling": _truncated,
+    "dppo": _total_variation,
+}

@@ -1,0 +1,175 @@
+"""Numbers that rounding, overflow or a misread hyperparameter used to get wrong."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mintjax import losses
+
+from . import cases
+
+GROUPS = [losses.grpo, losses.rloo, losses.group_mean_centred, losses.dr_grpo]
+
+
+@pytest.mark.parametrize("estimator", GROUPS)
+@pytest.mark.parametrize("reward", [250.3, 0.1, 1e-30, -7.7, 3e30])
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 1000])
+def test_a_group_whose_rewards_agree_has_no_advantage(estimator, reward, size):
+    rewards = np.full(size, reward, np.float32)
+    assert (np.asarray(estimator(rewards)) == 0).all()
+    assert (np.asarray(estimator(rewards, where=np.arange(size) % 3 != 1)) == 0).all()
+
+
+def test_rewards_far_from_zero_keep_the_digits_of_their_differences():
+    rewards = np.float32(4096.0) + np.arange(5, dtype=np.float32) / 1024
+    np.testing.assert_allclose(losses.grpo(rewards), [-1.2649, -0.63246, 0, 0.63246, 1.2649], 2e-3)
+    exactly = losses.group_mean_centred(rewards)
+    np.testing.assert_array_equal(exactly, np.arange(-2, 3, dtype=np.float32) / 1024)
+
+
+@pytest.mark.parametrize("chosen", [0.0, 1e-7, -1e-9, -1e-30, -3e-8])
+def test_orpo_of_a_certain_chosen_answer(chosen):
+    value, (slope, _) = jax.value_and_grad(losses.orpo, argnums=(0, 1))(chosen, -1.0, 1.0, 1.0)
+    # -log sigmoid(log odds) has the slope -p_r / (1 - p_r) where the chosen answer is certain.
+    assert abs(value) < 1e-6
+    assert slope == pytest.approx(-1 - 0.1 * np.exp(-1) / -np.expm1(-1), rel=1e-4)
+
+
+@pytest.mark.parametrize("rejected", [0.0, 1e-7, -1e-9, -1e-30])
+def test_orpo_of_a_certain_rejected_answer(rejected):
+    value, (_, slope) = jax.value_and_grad(losses.orpo, argnums=(0, 1))(-1.0, rejected, 1.0, 1.0)
+    eps = 2.0**-23  # a probability that rounds to 1 counts as exp(-eps)
+    odds = -1 - np.log(-np.expm1(-1)) + np.log(eps)
+    assert value == pytest.approx(1 + 0.1 * np.log1p(np.exp(-odds)), rel=1e-5)
+    assert 0 < slope < 0.101 / eps
+    assert np.isfinite(slope)
+
+
+def test_ipo_has_no_target_without_beta():
+    for beta in (0, -0.1, [0.1, 0.0]):
+        with pytest.raises(ValueError, match="beta of ipo must be above 0"):
+            losses.ipo([-3.0, -3.0], -6.0, -4.0, -4.0, beta=beta)
+    masked = losses.ipo([-3.0, -3.0], -6.0, -4.0, -4.0, beta=0.125, where=[True, False])
+    np.testing.assert_array_equal(masked, [1.0, 0.0])  # (3 - 4)**2
+
+
+@pytest.mark.parametrize("bad", [0, -1, False, 0.0, -1.0])
+def test_kto_reads_a_label_alike_as_a_scalar_and_as_a_column(bad):
+    one = losses.kto(-3.0, -4.0, bad, 0.0)
+    column = losses.kto([-3.0, -3.0], -4.0, [bad, True], 0.0)
+    assert one == column[0]
+    assert one == pytest.approx(1 / (1 + np.exp(-0.1)), rel=1e-6)  # a bad answer that gained
+    assert column[1] == pytest.approx(1 / (1 + np.exp(0.1)), rel=1e-6)
+    assert jax.jit(losses.kto)(-3.0, -4.0, bad, 0.0) == one
+
+
+@pytest.mark.parametrize("label", [2, 0.5, np.nan, [1.0, 0.3]])
+def test_kto_refuses_what_is_no_label(label):
+    with pytest.raises(ValueError, match="desirable must be 1"):
+        losses.kto([-3.0, -3.0], -4.0, label, 0.0)
+    losses.kto([-3.0, -3.0], -4.0, [1.0, 0.3], 0.0, where=[True, False])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 0.3])
+def test_the_spread_of_ratios_is_no_rounding_noise(scale):
+    d = (scale * np.sin(np.arange(1000))).astype(np.float32)
+    summary = losses.policy_summary(losses.policy_sums(d, np.zeros_like(d)))
+    ratios = np.exp(d.astype(np.float64))
+    np.testing.assert_allclose(summary["ratio_std"], ratios.std(), rtol=2e-5)
+    equal = losses.policy_summary(losses.policy_sums(np.zeros(1000, np.float32), 0.0))
+    assert equal["ratio_std"] == 0
+    assert equal["effective_sample_size"] == 1
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.ppo, losses.cispo, losses.dual_clip_ppo, losses.gspo, losses.gspo_token]
+)
+def test_thresholds_that_are_an_epsilon_are_refused(loss):
+    with pytest.raises(ValueError, match=r"0\.8 means 0.8, not 1 - 0\.8"):
+        loss([-1.0], [-1.0], 1.0, clip_low_threshold=0.8, clip_high_threshold=0.28)
+    with pytest.raises(ValueError, match="clip_low_threshold is"):
+        loss([-1.0], [-1.0], 1.0, clip_low_threshold=1.3, clip_high_threshold=1.2)
+    loss([-1.0], [-1.0], 1.0, clip_low_threshold=1.0, clip_high_threshold=1.0)
+
+
+CLIPPING = {
+    "ppo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    "dual_clip_ppo": {
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 1.2,
+        "dual_clip_threshold": 1.5,
+    },
+    "dppo": {"divergence_threshold": 0.05},
+}
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+def test_the_tokens_that_are_clipped_are_those_without_a_gradient(name):
+    rng = np.random.default_rng(4)
+    target = -rng.gamma(1.0, 0.7, 500).astype(np.float32)
+    sampling = target - rng.normal(0, 0.5, 500).astype(np.float32)
+    advantages = rng.normal(size=500).astype(np.float32)
+    loss = getattr(losses, name)
+    slope = jax.grad(lambda t: loss(t, sampling, advantages, **CLIPPING[name]).sum())(target)
+    clipped = losses.clipped_tokens(name, target, sampling, advantages, **CLIPPING[name])
+    assert 50 < np.sum(clipped) < 450
+    np.testing.assert_array_equal(clipped, np.asarray(slope) == 0)
+
+
+@pytest.mark.parametrize("name", ["cispo", "truncated_importance_sampling"])
+def test_the_weights_that_are_clipped_are_those_at_a_bound(name):
+    names = {"cispo": ("clip_low_threshold", "clip_high_threshold")}
+    bounds = dict(zip(names.get(name, ("truncation_threshold",)), (0.7, 1.3), strict=False))
+    d = np.linspace(-1, 1, 101, dtype=np.float32)
+    slope = jax.grad(lambda t: getattr(losses, name)(t, -d, 1.0, **bounds).sum())(np.zeros_like(d))
+    clipped = losses.clipped_tokens(name, np.zeros_like(d), -d, -1.0, **bounds)
+    at_a_bound = np.isin(-np.asarray(slope), np.float32(list(bounds.values())))
+    np.testing.assert_array_equal(clipped, at_a_bound)
+    assert clipped.sum() > 20
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_weights_are_no_mask(name):
+    case = cases.ALL[name]
+    inputs = cases.arrays(case, (3, 4))
+    with pytest.raises(TypeError, match="where must be boolean, not float32"):
+        case.loss(*inputs, where=np.full((3, 4), 0.5, np.float32))
+    whole = case.loss(*inputs, where=np.ones((3, 4), np.int32))
+    np.testing.assert_array_equal(whole, case.loss(*inputs, where=np.ones((3, 4), bool)))
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_promotion_may_be_strict(name):
+    case = cases.ALL[name]
+    first, *others = cases.arrays(case, (3, 4), dtype=np.float64)
+    expected = case.loss(first, *others, where=np.eye(3, 4) == 0)
+    with jax.numpy_dtype_promotion("strict"):
+        given = [jnp.asarray(first, jnp.float32), *others]
+        value = case.loss(*given, where=np.eye(3, 4) == 0)
+        jax.grad(lambda t: case.loss(t, *others).sum())(given[0])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_of_16_bit_numbers_are_taken_in_32(dtype):
+    rows = jnp.full((2, 3000), -30.0, dtype)
+    assert losses.token_mean(rows) == -30
+    assert losses.sequence_mean(rows) == -30
+    assert losses.fixed_length_mean(rows, 1) == -90000
+    assert losses.policy_sums(rows, jnp.asarray(-31.0, dtype))["kl_k1"] == -6000
+    np.testing.assert_array_equal(losses.grpo(rows), 0)
+    gspo = losses.gspo(rows, rows - 1, 1.0, clip_low_threshold=0.8, clip_high_threshold=3.0)
+    np.testing.assert_allclose(gspo.astype(jnp.float32), -np.e, rtol=5e-3)
+    assert losses.distillation_forward_kl(jnp.full(3000, -10.0, dtype), jnp.zeros(3000)) == 30000
+
+
+@pytest.mark.parametrize("infinity", [np.inf, -np.inf, np.nan])
+def test_an_infinity_behind_a_weight_of_zero_is_nothing(infinity):
+    value, slope = jax.value_and_grad(lambda t: losses.cross_entropy(t, [0.0, 2.0]).sum())(
+        np.array([infinity, -1.0], np.float32)
+    )
+    assert value == 2
+    np.testing.assert_array_equal(slope, [0, -2])
