@@ -279,8 +279,9 @@ def ours_read_by_the_sdk(python: str) -> dict[str, Any]:
     Raises:
         AssertionError: a value is another.
     """
-    from mintjax.protocol import protobuf
     from tests.protobuf import sdk_messages
+
+    from mintjax.protocol import protobuf
 
     request, output = sdk_messages.request_of_mintjax(), sdk_messages.output_of_mintjax()
     bodies = [protobuf.encode_request(request).hex(), protobuf.encode_output(output).hex()]
@@ -296,8 +297,9 @@ def the_sdk_s_read_here(python: str) -> dict[str, Any]:
     Raises:
         AssertionError: a value is another.
     """
-    from mintjax.protocol import protobuf
     from tests.protobuf import sdk_messages
+
+    from mintjax.protocol import protobuf
 
     golden = json.loads(_python([python, str(SDK_MESSAGES), "write"]))
     request = protobuf.decode_request(bytes.fromhex(golden["request"]))

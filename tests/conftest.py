@@ -1,5 +1,6 @@
 """Settings that every test runs under."""
 
+import os
 import sys
 
 import jax
@@ -11,7 +12,12 @@ from . import torch_double
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
-settings.register_profile("thorough", deadline=None, max_examples=5000)
+settings.register_profile(
+    "thorough",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "5000")),
+)
 settings.load_profile("default")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,4 +1,4 @@
-"""Any batch that a user can build, and any objective, with its gradient by hand where it has one."""
+"""Any batch that a user can build, and any objective, some with their gradient by hand."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def situations(draw: st.DrawFn, case: Case, candidates: int | None) -> Situation
         exact: dict[str, Any] = {}
         for name in case.columns:
             own = {"token": (length,), "candidate": shape, "datum": ()}[spreads[name]]
-            kinds = [k for k in KINDS if name not in FLOATS_ONLY or "int" not in k and k != "bool"]
+            kinds = [
+                k for k in KINDS if name not in FLOATS_ONLY or ("int" not in k and k != "bool")
+            ]
             kind = draw(st.sampled_from(kinds), label=f"kind of {name}")
             values = draw(_numbers(name, kind, int(np.prod(own, dtype=int))), label=name)
             inputs[name] = np.array(values).reshape(own).astype(KINDS[kind])

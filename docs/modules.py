@@ -1,4 +1,4 @@
-"""The rooms of README's table, and which of them imports from which."""
+"""The modules of README's table, and which of them imports from which."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PACKAGE = ROOT / "mintjax"
 
 
 @dataclass(frozen=True)
-class Room:
+class Module:
     """A row of the table.
 
     Args:
         entries: files, and folders with a slash behind them, below ``mintjax/``.
-        holds: what is in it, in README's words.
+        holds: its contents, in README's words.
     """
 
     entries: tuple[str, ...]
@@ -34,35 +34,35 @@ class Room:
         return any(path == e or (e.endswith("/") and path.startswith(e)) for e in self.entries)
 
 
-def rooms(readme: str | None = None) -> list[Room]:
-    """The rows of the table under "How it is built", in their order."""
+def modules(readme: str | None = None) -> list[Module]:
+    """Reads the table under "How it is built", in its order."""
     text = (ROOT / "README.md").read_text() if readme is None else readme
     section = text.partition("\n## How it is built\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*`) \| (.*) \|$", section, re.M)
-    return [Room(tuple(re.findall("`(.*?)`", entries)), holds) for entries, holds in rows]
+    return [Module(tuple(re.findall("`(.*?)`", entries)), holds) for entries, holds in rows]
 
 
-def room_of(path: str, among: list[Room]) -> Room:
-    """The one room that a file belongs to.
+def module_of(path: str, among: list[Module]) -> Module:
+    """Finds the one module that a file belongs to.
 
     Raises:
         ValueError: it belongs to none, or to several.
     """
-    found = [room for room in among if room.has(path)]
+    found = [module for module in among if module.has(path)]
     if len(found) != 1:
-        names = " and ".join(room.name for room in found) or "no room"
+        names = " and ".join(module.name for module in found) or "no module"
         raise ValueError(f"mintjax/{path} belongs to {names} of README's table")
     return found[0]
 
 
 def files() -> dict[str, str]:
-    """Every file of Python in ``mintjax/``, by the name of its module."""
+    """Lists every Python file in ``mintjax/``, by the name under which it is imported."""
     paths = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-    return {_module(path): path.as_posix() for path in paths}
+    return {_dotted(path): path.as_posix() for path in paths}
 
 
 def imports() -> dict[str, set[str]]:
-    """For each file those it imports: in functions, and for types alone, as well as at the top."""
+    """Finds, for each file, the files it imports: in functions and for types alone, too."""
     known = files()
     return {
         path: {known[name] for name in _imported(ast.parse((PACKAGE / path).read_text()), known)}
@@ -70,28 +70,7 @@ def imports() -> dict[str, set[str]]:
     }
 
 
-def between_rooms(among: list[Room]) -> dict[str, set[str]]:
-    """For each room the names of those it imports from."""
-    result: dict[str, set[str]] = {room.name: set() for room in among}
-    for path, others in imports().items():
-        name = room_of(path, among).name
-        result[name] |= {room_of(other, among).name for other in others} - {name}
-    return result
-
-
-def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """A graph without cycles, without the edges that longer ways make superfluous."""
-
-    def beyond(node: str) -> set[str]:
-        return graph[node].union(*(beyond(other) for other in graph[node]))
-
-    return {
-        node: others - set().union(*(beyond(other) for other in others))
-        for node, others in graph.items()
-    }
-
-
-def _module(path: Path) -> str:
+def _dotted(path: Path) -> str:
     parts = ["mintjax", *path.with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
