@@ -6,8 +6,10 @@ from mintjax.losses._builtin import cispo, cross_entropy, dro, importance_sampli
 from mintjax.losses._clipping import clipped_tokens
 from mintjax.losses._conventions import CONVENTIONS, FORMULAS, Convention, Formula, describe
 from mintjax.losses._diagnostics import (
+    POLICY_TERMS,
     policy_summary,
     policy_sums,
+    policy_terms,
     preference_summary,
     preference_sums,
 )
@@ -29,6 +31,7 @@ from mintjax.losses._preference import bradley_terry, dpo, ipo, kto, orpo, simpo
 __all__ = [
     "CONVENTIONS",
     "FORMULAS",
+    "POLICY_TERMS",
     "Convention",
     "Formula",
     "bradley_terry",
@@ -59,6 +62,7 @@ __all__ = [
     "orpo",
     "policy_summary",
     "policy_sums",
+    "policy_terms",
     "ppo",
     "preference_summary",
     "preference_sums",

@@ -9,10 +9,23 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, as_mask, check_bounds, keep
-from mintjax.losses._penalties import exp_beyond_linear
 
 # Beyond this log-ratio the numbers below have said all they can, and squares would overflow.
 _LARGEST_LOG_RATIO = 20.0
+
+
+POLICY_TERMS = (
+    "tokens",
+    "clipped",
+    "outside",
+    "ratio",
+    "ratio_squared",
+    "excess",
+    "excess_squared",
+    "kl_k1",
+    "kl_k3",
+)
+"""What :func:`policy_sums` sums, by name."""
 
 
 def policy_sums(
@@ -55,6 +68,57 @@ def policy_sums(
     Reference:
         Schulman 2020, "Approximating KL Divergence".
     """
+    terms = policy_terms(
+        target_logprobs,
+        sampling_logprobs,
+        advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+        clipped=clipped,
+        where=where,
+    )
+    return _sum_each(terms)
+
+
+def _sum_each(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.sum(value) for name, value in values.items()}
+
+
+def policy_terms(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike = 0.0,
+    *,
+    clip_low_threshold: ArrayLike = 0.0,
+    clip_high_threshold: ArrayLike = jnp.inf,
+    clipped: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> dict[str, jax.Array]:
+    """Gives each token's part in the sums of :func:`policy_sums`.
+
+    With ``d = target_logprobs - sampling_logprobs``: 1 for ``tokens``, ``exp(d)`` for ``ratio``,
+    ``-d`` for ``kl_k1``, and so on. No gradient passes.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: same shape, or a scalar.
+        clip_low_threshold: least ratio; a scalar, or one per token.
+        clip_high_threshold: greatest ratio; a scalar, or one per token.
+        clipped: which tokens the loss clips, as :func:`clipped_tokens` tells of each loss; same
+            shape, boolean. None takes the rule of :func:`ppo`.
+        where: same shape, boolean; which tokens count.
+
+    Returns:
+        Arrays by the names :data:`POLICY_TERMS`, in the shape of ``target_logprobs``, 0 where
+        masked: counts, and ratios and nats.
+
+    Raises:
+        ValueError: the shapes do not fit, or the low threshold is above the high one.
+
+    Reference:
+        Schulman 2020, "Approximating KL Divergence".
+    """
     check_bounds(clip_low_threshold, clip_high_threshold)
     arrays = aligned(
         where,
@@ -66,7 +130,12 @@ def policy_sums(
     )
     target, sampling, advantages, low, high = map(jax.lax.stop_gradient, arrays)
     log_ratio = jnp.clip(target - sampling, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    ratio, excess = jnp.exp(log_ratio), jnp.expm1(log_ratio)
+    ratio = jnp.exp(log_ratio)
+    # exp(d) - 1 - d, which cancels near 0, where a series of four terms keeps its digits.
+    series = 1 + log_ratio / 3 * (1 + log_ratio / 4 * (1 + log_ratio / 5 * (1 + log_ratio / 6)))
+    near = jnp.abs(log_ratio) < 0.125
+    beyond_linear = jnp.where(near, 0.5 * log_ratio * log_ratio * series, ratio - 1 - log_ratio)
+    excess = jnp.where(near, log_ratio + beyond_linear, ratio - 1)
     if clipped is None:
         clipped = jnp.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0))
     terms = {
@@ -78,13 +147,9 @@ def policy_sums(
         "excess": excess,
         "excess_squared": excess * excess,
         "kl_k1": -log_ratio,
-        "kl_k3": exp_beyond_linear(log_ratio),
+        "kl_k3": beyond_linear,
     }
-    return _sum_each({name: keep(term.astype(ratio.dtype), where) for name, term in terms.items()})
-
-
-def _sum_each(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: jnp.sum(value) for name, value in values.items()}
+    return {name: keep(term.astype(ratio.dtype), where) for name, term in terms.items()}
 
 
 def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -324,13 +324,13 @@ def kto(
     )
     gain = gained - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0))
     sign = jnp.where(label > 0, jnp.ones_like(gain), -jnp.ones_like(gain))
-    weight = jnp.where(label > 0, good_weight, bad_weight)
+    weight = jnp.where(label > 0, good_weight, bad_weight) + 0 * label
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small.
     return finish(weight * sigmoid(-sign * beta * gain), where, scores)
 
 
-def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array | np.ndarray:
-    """Reads labels of answers: True for a good one, by the sign of what is given.
+def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
+    """Reads labels of answers: 1 for a good one, 0 for a bad one, NaN for what is no label.
 
     Args:
         desirable: 1 or True for a good answer, 0, -1 or False for a bad one; any shape.
@@ -347,7 +347,10 @@ def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array | 
             f"desirable must be 1 (or True) for a good answer and 0 or -1 (or False) for a bad "
             f"one, not {np.broadcast_to(numbers, wrong.shape)[wrong][0]:g}"
         )
-    return given > 0
+    signs = jnp.asarray(given)
+    one = jnp.sign(signs) if signs.dtype != bool else signs.astype(jnp.float32)
+    # What is traced cannot be refused, so that what is no label makes the loss NaN, which is.
+    return jnp.where(one == signs, (one > 0).astype(jnp.float32), jnp.nan)
 
 
 def _per_token(scores: jax.Array, lengths: jax.Array) -> jax.Array:

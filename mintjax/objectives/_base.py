@@ -1,21 +1,25 @@
-"""What an objective is: a frozen value that reads columns and gives a scalar with metrics."""
+"""What an objective is, and how one is made from a loss function."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast, dataclass_transform
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
 from mintjax.errors import DataError
-from mintjax.ragged import Ragged, tiling
+from mintjax.losses._arrays import check_bounds, check_positive
+from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.types import Datum, LossFnName
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 Metrics: TypeAlias = Mapping[str, Array]
+Loss: TypeAlias = Callable[..., jax.Array]
 
 
 class LossObjective:
@@ -25,19 +29,63 @@ class LossObjective:
     are traced, so an objective with another threshold runs the same compiled program.
     """
 
+    loss: ClassVar[Loss]
+    """The function of arrays that it applies."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """The fields that it passes to the loss, as keyword arguments."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """The parameters of the loss that it fills from the batch, after the logprobs."""
+    positive: ClassVar[tuple[str, ...]] = ()
+    """The settings that must be above 0."""
+    served_as: ClassVar[LossFnName | None] = None
+    """The name under which trainers serve the loss."""
     row_multiple: ClassVar[int | None] = 1
-    """That the batch may be padded with empty rows, to a multiple of so many; see
+    """Pads the row count of a batch to a multiple of this; None disables padding. See
     ``Ragged.row_mask``."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **settings: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __post_init__(self) -> None:
+        me = type(self).__name__
+        for field in dataclasses.fields(cast("Any", self)):
+            value = getattr(self, field.name)
+            if callable(value):
+                raise TypeError(
+                    f"{field.name} of {me} must be a number, not {value!r}: what changes from step "
+                    "to step is passed anew each step (another number runs the same compiled "
+                    "program), and the weight of a term of weighted_sum may be a schedule"
+                )
+        check_positive(me, **{name: getattr(self, name) for name in self.positive})
+        if {"clip_low_threshold", "clip_high_threshold"} <= set(self.settings):
+            check_bounds(self.clip_low_threshold, self.clip_high_threshold)
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(cast("Any", self))
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields
+            if field.name in (*self.settings, "aggregation")
+            or getattr(self, field.name) is not field.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:
         """The name and config under which a trainer computes the same loss, if there are such."""
-        return None
+        config = {name: getattr(self, name) for name in self.settings}
+        plain = all(isinstance(value, int | float) for value in config.values())
+        if self.served_as is None or not plain:
+            return None
+        return self.served_as, {name: float(value) for name, value in config.items()}
 
     def __call__(
         self, data: Batch | Sequence[Datum], logprobs: Ragged | Sequence[Array]
     ) -> tuple[Array, dict[str, Array]]:
-        """The loss of a batch, and what to watch.
+        """Computes the loss of a batch, and what to watch.
 
         Args:
             data: the datums, with the columns that this objective reads.
@@ -53,11 +101,11 @@ class LossObjective:
         return self.evaluate(as_batch(data), rows)
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """:meth:`__call__`, of ``data`` as a Batch and ``logprobs`` as a Ragged."""
+        """Does what a call does, of ``data`` as a Batch and ``logprobs`` as a Ragged."""
         raise NotImplementedError
 
     def column(self, data: Batch, name: str) -> Any:
-        """The column ``name`` of the data.
+        """Reads the column ``name`` of the data.
 
         Raises:
             DataError: a datum lacks it; the message names the column and this objective.
@@ -76,62 +124,171 @@ class LossObjective:
                 f"the objective {me} reads it ({error})", datum=error.datum, field=name
             ) from None
 
-
-_T = TypeVar("_T", bound=type[LossObjective])
-
-
-def static(*, default: Any) -> Any:
-    """A field that is part of an objective's structure: another value is another program."""
-    return dataclasses.field(default=default, metadata={"static": True})
+    def apply(self, *inputs: Any, **named: Any) -> Array:
+        """Calls the loss with the settings of this objective."""
+        settings = {name: getattr(self, name) for name in self.settings}
+        return type(self).loss(*inputs, **settings, **named)
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(static,))
-def objective(cls: _T) -> _T:
-    """Make a subclass of :class:`LossObjective` a frozen dataclass whose numbers are leaves."""
-    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    fields = dataclasses.fields(cast("Any", made))
+_T = TypeVar("_T", bound=LossObjective)
+
+
+def option(default: Any, *, static: bool = False) -> Any:
+    """Declares a field of a family of objectives.
+
+    Args:
+        default: its value where none is given.
+        static: whether it is part of the structure: another value is another program.
+    """
+    return dataclasses.field(default=default, metadata={"static": static})
+
+
+def define(
+    family: type[_T],
+    loss: Loss,
+    name: str | None = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    omit: Sequence[str] = (),
+    **fixed: Any,
+) -> type[_T]:
+    """Makes the objective of a loss function: a frozen dataclass and a pytree.
+
+    Its fields are the keyword-only parameters of the loss, with their defaults, and the options of
+    the family. Numbers are leaves; booleans and strings are structure.
+
+    Args:
+        family: the class that evaluates it.
+        loss: a function of arrays. Its positional parameters say what it is given.
+        name: of the objective; that of the loss if None.
+        extra: further options of this objective.
+        omit: options of the family that make no sense for this loss.
+        fixed: class variables that differ from the family's, and other defaults for fields.
+    """
+    parameters = inspect.signature(loss).parameters.values()
+    given = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    settings = {
+        p.name: fixed.pop(p.name, p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name != "where"
+    }
+    options: dict[str, dataclasses.Field[Any]] = dict(extra or {})
+    for base in family.__mro__:
+        options |= {key: value for key, value in vars(base).items() if _is_option(value)}
+    left_out = {key: options.pop(key).default for key in omit}
+    fields = [
+        *(
+            (key, option(value, static=isinstance(value, bool | str)))
+            for key, value in settings.items()
+        ),
+        *(
+            (key, option(fixed.pop(key, field.default), static=field.metadata["static"]))
+            for key, field in options.items()
+        ),
+    ]
+    called = name or str(cast("Any", loss).__name__)
+    made = dataclasses.make_dataclass(
+        called,
+        [(key, Any, field) for key, field in fields],
+        bases=(family,),
+        namespace={
+            "loss": staticmethod(loss),
+            "settings": tuple(settings),
+            "reads": tuple(given[1:]),
+            "__doc__": _document(family, loss, [key for key, _ in fields]),
+            "__module__": _caller(),
+            **left_out,
+            **fixed,
+        },
+        frozen=True,
+        kw_only=True,
+        repr=False,
+    )
     jax.tree_util.register_dataclass(
         made,
-        data_fields=[field.name for field in fields if not field.metadata.get("static")],
-        meta_fields=[field.name for field in fields if field.metadata.get("static")],
+        data_fields=[key for key, field in fields if not field.metadata["static"]],
+        meta_fields=[key for key, field in fields if field.metadata["static"]],
     )
-    return made
+    return cast("type[_T]", made)
 
 
-def token_mask(data: Batch, logprobs: Ragged) -> Array:
-    """Which positions of ``logprobs.tiles`` count: tokens whose ``weights``, if any, are not 0."""
-    tiles = logprobs.tiles
-    inside = tiling.widen(tiling.mask(logprobs.layout), tiles)
-    if "weights" in data:
-        inside = inside & (on_tokens(data["weights"], logprobs) != 0)
-    return jnp.broadcast_to(inside, tiles.shape)
+def _caller() -> str:
+    """Names the module that an objective is made in, where pickle looks for its class."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].startswith("mintjax.objectives"):
+        frame = frame.f_back
+    name = "importlib" if frame is None else str(frame.f_globals["__name__"])
+    return "mintjax.objectives" if name.startswith("importlib") else name
 
 
-def weighted(values: Array, data: Batch, logprobs: Ragged, where: Array) -> Array:
-    """Losses of tokens times their ``weights``, if there are any; 0 where masked.
+def _is_option(value: Any) -> bool:
+    return isinstance(value, dataclasses.Field)
+
+
+def _document(family: type, loss: Loss, fields: Sequence[str]) -> str:
+    """Writes the docstring of an objective from those of its family and of its loss."""
+    said: dict[str, str] = {}
+    for source in (*reversed(family.__mro__), loss):
+        said |= _entries(inspect.getdoc(source) or "")
+    summary = (inspect.getdoc(loss) or "").partition("\n\n")[0]
+    about = (inspect.getdoc(family) or "").partition("\n\nArgs:")[0].partition("\n\n")[2]
+    module, name = cast("Any", loss).__module__, cast("Any", loss).__name__
+    where = f"mintjax.losses.{name}" if module.startswith("mintjax.losses.") else f"{module}.{name}"
+    lines = [summary, "", f"It applies :func:`{where}`. {about}", "", "Args:"]
+    lines += [f"    {field}: {said.get(field, 'as there.')}" for field in fields]
+    return "\n".join(lines if fields else lines[:-2])
+
+
+def _entries(text: str) -> dict[str, str]:
+    """The entries of the section Args, by their names, each on one line."""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n|\n)*)", text + "\n", re.MULTILINE)
+    blocks = re.split(r"^    (?=\S)", section[1] if section else "", flags=re.MULTILINE)
+    pairs = [block.partition(":") for block in blocks if ":" in block]
+    return {name.strip(): " ".join(told.split()) for name, _, told in pairs}
+
+
+def answer_mask(data: Batch, logprobs: Ragged) -> Ragged | None:
+    """Reads which tokens count: those whose ``weights`` are not 0; None if there are none."""
+    return counted(logprobs, data["weights"]) if "weights" in data else None
+
+
+def counted(logprobs: Ragged, weights: Any) -> Ragged:
+    """Marks the tokens whose weights are not 0."""
+
+    def mark(mine: Array, weights: Array) -> Array:
+        return jnp.broadcast_to(jnp.asarray(weights).astype(bool), mine.shape)
+
+    return logprobs.map(mark, weights)
+
+
+def tokenwise(
+    function: Callable[..., Array], logprobs: Ragged, inputs: Sequence[Any], where: Ragged | None
+) -> Ragged:
+    """Applies a function of arrays and ``where=`` to columns, token by token."""
+    if where is None:
+        return logprobs.map(function, *inputs)
+
+    def masked(mine: Array, where: Array, *others: Array) -> Array:
+        return function(mine, *others, where=where)
+
+    return logprobs.map(masked, where, *inputs)
+
+
+def times_weights(values: Ragged, data: Batch) -> Ragged:
+    """Multiplies losses by the ``weights`` of their tokens, if there are any.
 
     In a policy loss the weights are a mask; one that is neither 0 nor 1 is a factor, as it is on
     the trainers that read them.
     """
     if "weights" not in data:
         return values
-    return values * jnp.where(where, on_tokens(data["weights"], logprobs), 0)
+
+    def scaled(mine: Array, weights: Array) -> Array:
+        return mine * jnp.asarray(weights).astype(mine.dtype)
+
+    return values.map(scaled, data["weights"])
 
 
-def on_tokens(values: Any, logprobs: Ragged) -> Array:
-    """A column, or one value per datum, in the shape of ``logprobs.tiles``."""
-    if isinstance(values, Ragged) and values.layout is logprobs.layout:
-        tiles = tiling.widen(values.tiles, logprobs.tiles)
-        return jnp.broadcast_to(tiles, logprobs.tiles.shape)
-
-    def spread(mine: Array, other: Array) -> Array:
-        return jnp.broadcast_to(other, mine.shape)
-
-    return logprobs.map(spread, values).tiles
-
-
-def floats_only(config: Mapping[str, Any]) -> dict[str, float] | None:
-    """A loss's config as it can travel, or None if a number in it is traced or an array."""
-    if all(isinstance(value, int | float) for value in config.values()):
-        return {name: float(value) for name, value in config.items()}
-    return None
+def row_count(logprobs: Ragged) -> Array:
+    """Counts the datums, without the empty rows that a batch may be padded with."""
+    return jnp.sum(jnp.asarray(logprobs.row_mask).astype(jnp.float32))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -20,34 +23,41 @@ Schedule: TypeAlias = Callable[[Any], Any]
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class WeightedSum(LossObjective):
-    """What :func:`weighted_sum` makes; see there.
+    """A weighted sum of objectives, as :func:`weighted_sum` makes it.
 
     Args:
         names: of the terms.
         terms: the objectives, in that order.
         weights: a number or a schedule for each.
-        step: what the schedules are given.
+        step: what the schedules are given; None if none was ever set, which reads them at step 0
+            and warns of it.
         gradient_norms: whether each term reports its gradient's norm.
     """
 
     names: tuple[str, ...]
     terms: tuple[Term, ...]
     weights: tuple[float | Schedule, ...]
-    step: int = 0
+    step: int | None = None
     gradient_norms: bool = False
 
     @property
     def row_multiple(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The largest of the terms'; None, for no padding, if a term is a user's function."""
+        """Pads the row count to a multiple that suits all terms; None if one is a user's own."""
         multiples = [getattr(term, "row_multiple", None) for term in self.terms]
-        return None if None in multiples else max(cast("list[int]", multiples), default=1)
+        return None if None in multiples else math.lcm(*cast("list[int]", multiples))
 
     def at_step(self, step: int) -> WeightedSum:
-        """The same sum, with schedules read at this step; it runs the same compiled program."""
-        return dataclasses.replace(self, step=step)
+        """Gives the same sum with schedules read at this step; it runs the same compiled program.
+
+        Sums among the terms are moved too.
+        """
+        terms = tuple(
+            term.at_step(step) if isinstance(term, WeightedSum) else term for term in self.terms
+        )
+        return dataclasses.replace(self, terms=terms, step=step)
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """The weighted sum, and the terms' metrics under ``name/metric``."""
+        """Sums the terms, and reports their metrics under ``name/metric``."""
         values, reported = self._terms(data, logprobs)
         weights = jnp.stack([jnp.asarray(weight, values.dtype) for weight in self._weights()])
         metrics: dict[str, Array] = {}
@@ -63,14 +73,26 @@ class WeightedSum(LossObjective):
         return jnp.sum(weights * values), metrics
 
     def _weights(self) -> list[Array]:
-        return [weight(self.step) if callable(weight) else weight for weight in self.weights]
+        named = zip(self.names, self.weights, strict=True)
+        schedules = [name for name, weight in named if callable(weight)]
+        if schedules and self.step is None:
+            warnings.warn(
+                f"the weight of {', '.join(map(repr, schedules))} is a schedule, and no step was "
+                "set, so it is read at step 0: pass objective.at_step(step) each step",
+                stacklevel=2,
+            )
+        step = 0 if self.step is None else self.step
+        return [weight(step) if callable(weight) else weight for weight in self.weights]
 
     def _terms(self, data: Batch, logprobs: Ragged) -> tuple[Array, list[Mapping[str, Array]]]:
         returned = [term(data, logprobs) for term in self.terms]
-        return jnp.stack([value for value, _ in returned]), [metrics for _, metrics in returned]
+        values = [jnp.asarray(value) for value, _ in returned]
+        dtype = functools.reduce(jnp.promote_types, (value.dtype for value in values))
+        stacked = jnp.stack([value.astype(dtype) for value in values])
+        return stacked, [metrics for _, metrics in returned]
 
     def _norms(self, data: Batch, logprobs: Ragged) -> Array:
-        """The norm of each term's gradient, all from one backward pass with a batch axis."""
+        """Takes the norm of each term's gradient, all from one backward pass with a batch axis."""
 
         def values(tiles: Array) -> Array:
             return self._terms(data, Ragged(tiles, logprobs.layout))[0]
@@ -81,14 +103,14 @@ class WeightedSum(LossObjective):
         return jnp.sqrt(jnp.sum(gradients.reshape(len(self.terms), -1) ** 2, axis=1))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """The leaves, for JAX: numbers, and those of the terms; functions are structure."""
+        """Gives the leaves, for JAX: numbers, and those of the terms; functions are structure."""
         terms = [_Leaf.of(term) for term in self.terms]
         weights = [_Leaf.of(weight) for weight in self.weights]
         return (terms, weights, self.step), (self.names, self.gradient_norms)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: tuple[Any, ...]) -> WeightedSum:
-        """The inverse of :meth:`tree_flatten`."""
+        """Undoes :meth:`tree_flatten`."""
         terms, weights, step = children
         return cls(
             names=aux[0],
@@ -102,7 +124,7 @@ class WeightedSum(LossObjective):
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A plain function inside a pytree: structure, known by its identity."""
+    """A plain function inside a pytree, which is structure and known by its identity."""
 
     function: Callable[..., Any]
 
@@ -130,7 +152,7 @@ def weighted_sum(
     *,
     gradient_norms: bool = False,
 ) -> WeightedSum:
-    """A weighted sum of objectives, which is an objective.
+    """Sums objectives with weights, which makes an objective again.
 
     ``loss = sum_k weights[k] * terms[k](data, logprobs)``. Each term's metrics come under its name,
     ``"dpo/pair_accuracy"``, with ``"dpo/loss"``, its own unweighted value, and ``"dpo/weight"``.
@@ -139,8 +161,8 @@ def weighted_sum(
         terms: objectives by name: mintjax's own, functions ``(data, logprobs) -> (loss, metrics)``,
             or weighted sums.
         weights: by the same names; 1 if absent. A weight may be a schedule of the step, as optax
-            has them: make the sum once and use its :meth:`~WeightedSum.at_step`, for a schedule
-            made anew is another program.
+            has them: make the sum once and pass ``objective.at_step(step)`` each step, because a
+            schedule made anew is another program. See :meth:`WeightedSum.at_step`.
         gradient_norms: report ``"dpo/gradient_norm"`` too, the Euclidean norm of the unweighted
             term's gradient with respect to all logprobs. All terms' gradients are taken in one
             batched backward pass.

@@ -1,7 +1,9 @@
-"""Preference losses as objectives: scores of whole datums, in pairs or by label."""
+"""Objectives made of one loss per pair, per labelled answer, or per ranked list of answers."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -9,48 +11,95 @@ import jax.numpy as jnp
 
 from mintjax import losses
 from mintjax.errors import DataError
-from mintjax.objectives._base import Array, LossObjective, objective, static
+from mintjax.objectives._base import Array, Loss, LossObjective, counted, define, option
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
 
 
 class SequenceObjective(LossObjective):
-    """What the losses share that score each datum by ``dot(logprobs, weights)``."""
+    """A loss of whole datums, each scored by the sum of its answer's logprobs."""
+
+    per_token: bool = False
 
     def scores(self, data: Batch, logprobs: Ragged) -> Array:
-        """The weighted sum of each datum's logprobs, ``[B]``; a weight of 0 hides what it meets."""
-        weights = self.column(data, "weights")
-        return -logprobs.map(losses.cross_entropy, weights).sum()
+        """Sums each datum's logprobs times its weights, ``[B]``; a weight of 0 hides the token."""
+        total = -logprobs.map(losses.cross_entropy, self.column(data, "weights")).sum()
+        return total / self.lengths(data, logprobs) if self.per_token else total
 
     def gains(self, data: Batch, logprobs: Ragged) -> Array:
-        """The same of what the logprobs gained over the column ``ref_logprobs``."""
+        """Scores what the logprobs gained over the column ``ref_logprobs``, ``[B]``."""
         return self.scores(data, logprobs - self.column(data, "ref_logprobs"))
 
     def lengths(self, data: Batch, logprobs: Ragged) -> Array:
-        """How many of each datum's tokens have a weight other than 0, ``[B]``."""
-        return logprobs.count(where=self.column(data, "weights") != 0)
+        """Counts each datum's tokens with a weight other than 0, ``[B]``; at least 1."""
+        tokens = logprobs.count(counted(logprobs, self.column(data, "weights")))
+        return jnp.maximum(tokens, 1).astype(jnp.float32)
 
 
 class PairObjective(SequenceObjective):
-    """A mean over pairs: datums 0 and 1, 2 and 3, ... are a chosen and a rejected answer.
+    """A preference loss, as a mean over pairs.
 
-    Reads ``weights``: 1 on the tokens of the answer, 0 on those of the prompt. Metrics:
-    ``pair_accuracy``, ``mean_margin``, ``mean_chosen`` and ``mean_rejected``, of what the loss
-    compares (see :meth:`rewards`).
+    Datums 0 and 1, 2 and 3, ... are a chosen and a rejected answer. Reads ``weights``: 1 on the
+    tokens of the answer, 0 on those of the prompt; and ``ref_logprobs``, where the loss has a
+    reference. Metrics: ``pair_accuracy``, ``mean_margin``, ``mean_chosen`` and ``mean_rejected`` of
+    the rewards that the loss compares, and ``pairs``, by whose number those of several requests are
+    weighed.
+
+    Args:
+        per_token: score answers by the mean logprob of their tokens instead of the sum.
+        reference_free: take the reference for uniform, and read no ``ref_logprobs``.
     """
 
     row_multiple: ClassVar[int | None] = 2
+    exact: ClassVar[bool] = False
+    """Whether the loss looks at scores and references by themselves. Where it takes only their
+    differences, these are summed token by token, because a difference of sums has fewer digits."""
+    reward: ClassVar[Callable[..., Array] | None] = None
+    """The reward of a score, if it is not ``beta`` times it."""
+    per_token: bool = option(False, static=True)
+    reference_free: bool = option(False, static=True)
 
     def rewards(self, data: Batch, logprobs: Ragged) -> Array:
-        """What is compared within a pair, for the metrics: ``[B]``."""
-        return self.scores(data, logprobs)
+        """Rewards each datum as the loss does, ``[B]``, for the metrics."""
+        compared = "ref_chosen_scores" in self.reads and not self.reference_free
+        rewards = self.gains(data, logprobs) if compared else self.scores(data, logprobs)
+        if "rejected_lengths" in self.reads and not self.per_token:
+            rewards = rewards / self.lengths(data, logprobs).astype(rewards.dtype)
+        reward = type(self).reward
+        if reward is not None:
+            settings = {name: getattr(self, name) for name in self.settings}
+            return reward(rewards, **settings)
+        return getattr(self, "beta", 1.0) * rewards
 
-    def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """The loss of each pair, ``[P]``; 0 where there is none."""
-        raise NotImplementedError
+    def inputs(self, data: Batch, logprobs: Ragged) -> list[Array]:
+        """Scores the batch: one ``[P]`` array for each positional parameter of the loss."""
+        compared = "ref_chosen_scores" in self.reads and not self.reference_free
+        known: dict[str, Array] = {}
+        if compared and not self.exact:
+            known["scores"] = self.gains(data, logprobs)
+        else:
+            known["scores"] = self.scores(data, logprobs)
+        known["ref_scores"] = jnp.zeros_like(known["scores"])
+        if compared and self.exact:
+            reference = self.column(data, "ref_logprobs")
+            known["ref_scores"] = self.scores(data, reference)
+        found: list[Array] = []
+        for name in ("chosen_scores", *self.reads):
+            side = 0 if "chosen" in name else 1
+            what = name.replace("chosen_", "").replace("rejected_", "")
+            if what == "lengths" and what not in known:
+                known[what] = self.lengths(data, logprobs)
+            if what not in known:
+                known[what] = self.extra(data, logprobs, what)
+            found.append(known[what][side::2])
+        return found
+
+    def extra(self, data: Batch, logprobs: Ragged, what: str) -> Array:
+        """Reads what a loss is given of each answer besides: a column with one number per datum."""
+        return jnp.asarray(self.column(data, what))
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """The mean loss, and its metrics.
+        """Takes the mean over pairs, and the metrics.
 
         Raises:
             DataError: an odd number of datums.
@@ -60,198 +109,148 @@ class PairObjective(SequenceObjective):
                 f"{type(self).__name__} needs pairs, chosen, rejected, chosen, rejected, ..., but "
                 f"there are {len(data)} datums; the last one has no partner"
             )
-        where = logprobs.row_mask[0::2]
-        values = self.pair_losses(data, logprobs, where)
+        where = jnp.asarray(logprobs.row_mask)[0::2]
+        values = self.apply(*self.inputs(data, logprobs), where=where)
         rewards = self.rewards(data, logprobs)
         sums = losses.preference_sums(rewards[0::2], rewards[1::2], where=where)
-        return jnp.sum(values) / jnp.maximum(sums["pairs"], 1), losses.preference_summary(sums)
+        metrics = losses.preference_summary(sums) | {"pairs": sums["pairs"]}
+        return jnp.sum(values) / jnp.maximum(sums["pairs"], 1), metrics
 
 
-@objective
-class bradley_terry(PairObjective):
-    """Mean over pairs of :func:`mintjax.losses.bradley_terry`: the pairwise preference loss.
-
-    Reads ``weights``.
-    """
-
-    def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """``-log sigmoid(s_c - s_r)``."""
-        scores = self.scores(data, logprobs)
-        return losses.bradley_terry(scores[0::2], scores[1::2], where=where)
-
-
-class _ReferencePairs(PairObjective):
-    beta: float
-    reference_free: bool = False
-
-    def rewards(self, data: Batch, logprobs: Ragged) -> Array:
-        """The implicit reward ``beta * (s - ref)``."""
-        return self.beta * self.gains(data, logprobs)
-
-    def gains(self, data: Batch, logprobs: Ragged) -> Array:
-        """``s - ref``."""
-        free = self.reference_free
-        return self.scores(data, logprobs) if free else super().gains(data, logprobs)
-
-    def quadruples(self, data: Batch, logprobs: Ragged) -> tuple[Array, Array, Array, Array]:
-        """What chosen and rejected gained, then what the reference did, nothing: each ``[P]``.
-
-        The losses look at the difference only, and its sum over tokens is one sum, not two.
-        """
-        gains = self.gains(data, logprobs)
-        nothing = jnp.zeros_like(gains[0::2])
-        return gains[0::2], gains[1::2], nothing, nothing
-
-
-@objective
-class dpo(_ReferencePairs):
-    """Mean over pairs of :func:`mintjax.losses.dpo`.
-
-    Reads ``weights`` and ``ref_logprobs``. The metrics are those of the implicit rewards
-    ``beta * (s - ref)``.
-
-    Args:
-        beta: strength of the pull to the reference.
-        label_smoothing: the probability that a label is wrong.
-        reference_free: take the reference for uniform, and read no ``ref_logprobs``.
-    """
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    reference_free: bool = static(default=False)
-
-    def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """``-log sigmoid(beta * margin)``, smoothed."""
-        scores = self.quadruples(data, logprobs)
-        return losses.dpo(
-            *scores, beta=self.beta, label_smoothing=self.label_smoothing, where=where
-        )
-
-
-@objective
-class ipo(_ReferencePairs):
-    """Mean over pairs of :func:`mintjax.losses.ipo`.
-
-    Reads ``weights`` and ``ref_logprobs``. The metrics are those of ``beta * (s - ref)``.
-
-    Args:
-        beta: the paper's tau.
-    """
-
-    beta: float = 0.1
-
-    def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """``(margin - 1 / (2 * beta))**2``."""
-        return losses.ipo(*self.quadruples(data, logprobs), beta=self.beta, where=where)
-
-
-@objective
-class simpo(PairObjective):
-    """Mean over pairs of :func:`mintjax.losses.simpo`.
-
-    Reads ``weights``. The metrics are those of the rewards ``beta * s / length``.
-
-    Args:
-        beta: scale of the reward.
-        gamma: the margin, in units of the reward.
-    """
-
-    beta: float = 2.0
-    gamma: float = 1.0
-
-    def rewards(self, data: Batch, logprobs: Ragged) -> Array:
-        """``beta * s / length``."""
-        lengths = jnp.maximum(self.lengths(data, logprobs), 1)
-        return self.beta * self.scores(data, logprobs) / lengths
-
-    def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """``-log sigmoid(reward_c - reward_r - gamma)``."""
-        scores, lengths = self.scores(data, logprobs), self.lengths(data, logprobs)
-        return losses.simpo(
-            scores[0::2],
-            scores[1::2],
-            lengths[0::2],
-            lengths[1::2],
-            beta=self.beta,
-            gamma=self.gamma,
-            where=where,
-        )
-
-
-@objective
-class orpo(PairObjective):
-    """Mean over pairs of :func:`mintjax.losses.orpo`.
-
-    Reads ``weights``. The metrics are those of the mean logprobs.
-
-    Args:
-        odds_ratio_weight: the paper's lambda.
-    """
-
-    odds_ratio_weight: float = 0.1
-
-    def rewards(self, data: Batch, logprobs: Ragged) -> Array:
-        """``s / length``."""
-        return self.scores(data, logprobs) / jnp.maximum(self.lengths(data, logprobs), 1)
-
-    def pair_losses(self, data: Batch, logprobs: Ragged, where: Array) -> Array:
-        """The chosen answer's mean NLL, and the odds ratio."""
-        scores, lengths = self.scores(data, logprobs), self.lengths(data, logprobs)
-        return losses.orpo(
-            scores[0::2],
-            scores[1::2],
-            lengths[0::2],
-            lengths[1::2],
-            odds_ratio_weight=self.odds_ratio_weight,
-            where=where,
-        )
-
-
-@objective
-class kto(SequenceObjective):
-    """Mean over datums of :func:`mintjax.losses.kto`: labelled answers, no pairs.
+class LabelledObjective(SequenceObjective):
+    """A loss of single labelled answers, as a mean over datums.
 
     Reads ``weights``, ``ref_logprobs`` and ``desirable``: one number per datum (or per token, of
-    which the largest counts), not 0 for a good answer. Metrics: ``kl``, the point of reference,
-    and ``mean_reward_desirable`` and ``mean_reward_undesirable``, of ``beta * (s - ref)``.
+    which the largest counts), 1 for a good answer, 0 or -1 for a bad one. Metrics: the point of
+    reference, ``mean_reward_desirable`` and ``mean_reward_undesirable``, of ``beta * (s - ref)``,
+    and ``desirable`` and ``undesirable``, the numbers of answers, by which those of several
+    requests are weighed.
 
     Args:
-        beta: aversion to risk.
-        desirable_weight: the paper's lambda_D.
-        undesirable_weight: the paper's lambda_U.
         kl: the point of reference, in nats. None estimates it from the batch, as the mean of
             ``s - ref`` and at least 0; the paper has it from answers to other prompts, which a
             training loop can measure and pass.
+        reward_shift: the point of reference, in units of the reward. None estimates it from the
+            batch, as the middle between the mean rewards of good and of bad answers.
     """
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    kl: float | None = None
-
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """The mean loss, and its metrics."""
+        """Takes the mean over datums, and the metrics."""
         label = self.column(data, "desirable")
-        label = (label.max() > 0) if isinstance(label, Ragged) else (jnp.asarray(label) != 0)
+        label = label.max() if isinstance(label, Ragged) else label
         where = jnp.asarray(logprobs.row_mask)
         gains = self.gains(data, logprobs)
         gain = jax.lax.stop_gradient(gains)
-        kl = self.kl
-        kl = jnp.maximum(losses.token_mean(gain, where=where) if kl is None else kl, 0)
-        values = losses.kto(
-            gains,
-            jnp.zeros_like(gains),
-            label,
-            kl,
-            beta=self.beta,
-            desirable_weight=self.desirable_weight,
-            undesirable_weight=self.undesirable_weight,
-            where=where,
-        )
         rewards: Any = self.beta * gain
+        desirable = where & (jnp.asarray(label) > 0)
+        undesirable = where & ~desirable
+        good = losses.token_mean(rewards, where=desirable)
+        bad = losses.token_mean(rewards, where=undesirable)
+        (point,) = self.reads[2:]
+        given = getattr(self, point)
+        if given is None:
+            batch_kl = jnp.maximum(losses.token_mean(gain, where=where), 0)
+            given = batch_kl if point == "kl" else (good + bad) / 2
+        elif point == "kl":
+            given = jnp.maximum(jnp.asarray(given), 0)
+        values = self.apply(gains, jnp.zeros_like(gains), label, given, where=where)
         metrics = {
-            "kl": kl,
-            "mean_reward_desirable": losses.token_mean(rewards, where=where & label),
-            "mean_reward_undesirable": losses.token_mean(rewards, where=where & ~label),
+            point: given,
+            "mean_reward_desirable": good,
+            "mean_reward_undesirable": bad,
+            "desirable": jnp.sum(desirable.astype(jnp.float32)),
+            "undesirable": jnp.sum(undesirable.astype(jnp.float32)),
         }
         return losses.token_mean(values, where=where), metrics
+
+
+class ListObjective(SequenceObjective):
+    """A loss of ranked lists of answers, as a mean over lists.
+
+    Every ``group_size`` datums in a row answer one prompt, the best first. Reads ``weights``: 1 on
+    the tokens of the answer, 0 on those of the prompt; and ``ref_logprobs``, unless it is
+    reference-free. Metrics: ``first_accuracy``, how often the best answer has the largest reward
+    ``beta * (s - ref)``, and ``lists``, by whose number those of several requests are weighed.
+
+    Args:
+        group_size: how many answers a list has.
+        beta: scale of the reward.
+        per_token: score answers by the mean logprob of their tokens instead of the sum.
+        reference_free: take the reference for uniform, and read no ``ref_logprobs``.
+    """
+
+    group_size: int = option(4, static=True)
+    beta: float = option(0.1)
+    per_token: bool = option(False, static=True)
+    reference_free: bool = option(False, static=True)
+
+    @property
+    def row_multiple(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Pads the row count of a batch to whole lists."""
+        return self.group_size
+
+    def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
+        """Takes the mean over lists, and the metrics.
+
+        Raises:
+            DataError: the datums do not divide into lists.
+        """
+        if len(data) % self.group_size:
+            raise DataError(
+                f"{type(self).__name__} needs lists of {self.group_size} answers, but "
+                f"there are {len(data)} datums"
+            )
+        free = self.reference_free
+        scores = self.scores(data, logprobs) if free else self.gains(data, logprobs)
+        rewards = (self.beta * scores).reshape(-1, self.group_size)
+        real = jnp.asarray(logprobs.row_mask).reshape(-1, self.group_size)[:, 0]
+        values = self.apply(rewards, where=jnp.broadcast_to(real[:, None], rewards.shape))
+        fixed = jax.lax.stop_gradient(rewards)
+        won = (fixed[:, 0] > jnp.max(fixed[:, 1:], axis=1)).astype(rewards.dtype)
+        metrics = {
+            "first_accuracy": losses.token_mean(won, where=real),
+            "lists": jnp.sum(real.astype(jnp.float32)),
+        }
+        return losses.token_mean(values, where=real), metrics
+
+
+def preference(loss: Loss, name: str | None = None, **fixed: Any) -> type[PairObjective]:
+    """Makes an objective of a preference loss.
+
+    Args:
+        loss: ``(chosen_scores, rejected_scores, ..., *, settings, where)``, one number per pair.
+            The names of its positional parameters say what it is given: ``chosen_scores`` and
+            ``rejected_scores``, ``ref_chosen_scores`` and ``ref_rejected_scores``,
+            ``chosen_lengths`` and ``rejected_lengths``; ``chosen_x`` and ``rejected_x`` are the
+            column ``x``, with one number per datum.
+        name: of the objective; that of the loss if None.
+        fixed: defaults of settings that differ from the loss's; ``exact=True`` for a loss that
+            looks at scores and references by themselves, not only at their differences.
+
+    Returns:
+        A class whose instances are objectives: ``preference(my_loss)(beta=0.5)``.
+
+    Example:
+        >>> from mintjax import losses, objectives
+        >>> tulu = objectives.preference(losses.dpo, "tulu", beta=5.0, per_token=True)
+        >>> tulu()
+        tulu(beta=5.0, label_smoothing=0.0, per_token=True)
+    """
+    parameters = inspect.signature(loss).parameters
+    omit = [
+        option
+        for option, does_not_fit in {
+            "per_token": "chosen_lengths" in parameters,
+            "reference_free": "ref_chosen_scores" not in parameters,
+        }.items()
+        if does_not_fit
+    ]
+    return define(PairObjective, loss, name, omit=omit, **fixed)
+
+
+bradley_terry = preference(losses.bradley_terry)
+dpo = preference(losses.dpo)
+ipo = preference(losses.ipo, positive=("beta",))
+simpo = preference(losses.simpo)
+orpo = preference(losses.orpo)
+kto = define(LabelledObjective, losses.kto, extra={"kl": option(None)})

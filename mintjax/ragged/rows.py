@@ -416,7 +416,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         tiles = self.tiles
         keep = tiling.widen(tiling.mask(self._layout), tiles)
         if where is not None:
-            keep = keep & tiling.widen(jnp.asarray(self._align(where)) != 0, tiles)
+            keep = keep & tiling.widen(jnp.asarray(self._align(where)).astype(bool), tiles)
         dtype = jax.dtypes.canonicalize_dtype(tiles.dtype)
         return jnp.where(keep, tiles, jnp.asarray(fill, dtype))
 

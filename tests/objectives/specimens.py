@@ -132,7 +132,6 @@ SPECIMENS = {
     "gspo": Specimen(
         objectives.gspo(clip_low_threshold=BOUNDS[0], clip_high_threshold=BOUNDS[1]), gspo
     ),
-    "kl_k1": Specimen(objectives.kl_k1(), tokens(oracles.kl_k1, "ref_logprobs")),
     "kl_k2": Specimen(objectives.kl_k2(), tokens(oracles.kl_k2, "ref_logprobs")),
     "kl_k3": Specimen(objectives.kl_k3(), tokens(oracles.kl_k3, "ref_logprobs")),
     "l2_to_reference": Specimen(

@@ -59,7 +59,7 @@ def test_gradient_norms_are_those_of_the_terms():
 def test_schedules_follow_the_step_without_a_new_program():
     schedule = optax.linear_schedule(1.0, 0.0, 10)
     objective = objectives.weighted_sum({"kl": objectives.kl_k2()}, {"kl": schedule})
-    base = mintjax.value_and_logprob_grads(objective, *EXAMPLE).loss
+    base = mintjax.value_and_logprob_grads(objective.at_step(0), *EXAMPLE).loss
     before = stats().compilations
     for step in (0, 3, 10):
         result = mintjax.value_and_logprob_grads(objective.at_step(step), *EXAMPLE)
@@ -68,11 +68,42 @@ def test_schedules_follow_the_step_without_a_new_program():
     assert stats().compilations == before
 
 
+def test_a_schedule_that_was_never_moved_says_so():
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    objective = objectives.weighted_sum({"kl": objectives.kl_k2()}, {"kl": schedule})
+    with pytest.warns(UserWarning, match=r"'kl' is a schedule.*at_step\(step\)"):
+        still = mintjax.value_and_logprob_grads(objective, *EXAMPLE)
+    assert still.metrics["kl/weight"] == 1
+    outer = objectives.weighted_sum({"inner": objective})
+    with pytest.warns(UserWarning, match="read at step 0"):
+        mintjax.value_and_logprob_grads(outer, *EXAMPLE)
+
+
+def test_a_nested_sum_moves_with_the_outer_step():
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    inner = objectives.weighted_sum({"kl": objectives.kl_k2()}, {"kl": schedule})
+    middle = objectives.weighted_sum({"inner": inner, "ppo": objectives.ppo()})
+    outer = objectives.weighted_sum({"middle": middle}, {"middle": schedule})
+    result = mintjax.value_and_logprob_grads(outer.at_step(4), *EXAMPLE)
+    assert result.metrics["middle/inner/kl/weight"] == pytest.approx(0.6)
+    kl = mintjax.value_and_logprob_grads(objectives.kl_k2(), *EXAMPLE).loss
+    ppo = mintjax.value_and_logprob_grads(objectives.ppo(), *EXAMPLE).loss
+    assert result.loss == pytest.approx(0.6 * (0.6 * kl + ppo), rel=1e-5)
+
+
+def test_rows_are_padded_for_groups_of_every_size():
+    groups = {
+        "pairs": objectives.dpo(),
+        "threes": objectives.ppo(aggregation="prompt_mean", group_size=3),
+    }
+    assert objectives.weighted_sum(groups).row_multiple == 6
+
+
 def test_a_sum_is_a_value_and_nests():
     one = objectives.weighted_sum({"kl": objectives.kl_k2()}, {"kl": 0.5})
     assert one == objectives.weighted_sum({"kl": objectives.kl_k2()}, {"kl": 0.5})
     assert "kl_k2" in repr(one)
-    nested = objectives.weighted_sum({"inner": one, "more": objectives.kl_k1()}, {"inner": 2.0})
+    nested = objectives.weighted_sum({"inner": one, "more": objectives.kl_k3()}, {"inner": 2.0})
     result = mintjax.value_and_logprob_grads(nested, *EXAMPLE)
     plain = mintjax.value_and_logprob_grads(objectives.kl_k2(), *EXAMPLE).loss
     assert result.metrics["inner/kl/loss"] == pytest.approx(plain, rel=1e-6)
@@ -90,7 +121,7 @@ def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="at least one term"):
         objectives.weighted_sum({})
     with pytest.raises(ValueError, match=r"weights for \['kk'\]"):
-        objectives.weighted_sum({"kl": objectives.kl_k1()}, {"kk": 1.0})
+        objectives.weighted_sum({"kl": objectives.kl_k2()}, {"kk": 1.0})
 
 
 @given(testing.batches(max_length=120, poison=True))
