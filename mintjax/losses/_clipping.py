@@ -37,7 +37,8 @@ def clipped_tokens(
         settings: the thresholds of the loss, under the names that it has for them.
 
     Returns:
-        Booleans, in the shape of ``target_logprobs``, by which nothing is differentiated.
+        One boolean per token, which has no unit and no gradient: the shape of
+        ``target_logprobs``.
 
     Raises:
         ValueError: the shapes do not fit.

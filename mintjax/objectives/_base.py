@@ -125,7 +125,7 @@ class LossObjective:
             ) from None
 
     def apply(self, *inputs: Any, **named: Any) -> Array:
-        """Calls the loss with the settings of this objective."""
+        """Calls the loss with ``inputs``, the settings of this objective, and what is ``named``."""
         settings = {name: getattr(self, name) for name in self.settings}
         return type(self).loss(*inputs, **settings, **named)
 
