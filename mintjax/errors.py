@@ -12,6 +12,7 @@ inside a user's objective is never wrapped: it arrives with its own type and tra
     ├── StaleError (RuntimeError)         params or gradients of another version of the model
     ├── ConfigError (ValueError)          an argument or environment variable of the client
     ├── ClosedError                       the client was closed
+    ├── NotCopyableError (TypeError)      a client or future that was to be copied or pickled
     └── APIError                          the trainer, or the way to it
         ├── APIConnectionError (ConnectionError)
         │   └── APITimeoutError (TimeoutError)
@@ -30,9 +31,23 @@ inside a user's objective is never wrapped: it arrives with its own type and tra
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
 
 class MintjaxError(Exception):
-    """The base of every error that mintjax raises itself."""
+    """The base of every error that mintjax raises itself; it can be pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[E], args: tuple[Any, ...], state: dict[str, Any]) -> E:
+    # Not kind(*args): an __init__ that composes the message takes other arguments than that.
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class DataError(MintjaxError, ValueError):
@@ -89,10 +104,16 @@ class ClosedError(MintjaxError):
     """The client was closed, before the call or while it was under way."""
 
 
+class NotCopyableError(MintjaxError, TypeError):
+    """A client or a future cannot be copied or pickled; the message says what to do instead."""
+
+
 class APIError(MintjaxError):
     """The trainer, or the connection to it, did not do what was asked.
 
-    ``may_have_been_applied`` is True where the request may have taken effect all the same.
+    Attributes:
+        may_have_been_applied: False where the request certainly had no effect and never will, so
+            that it can be submitted again. True where it may have taken effect all the same.
     """
 
     may_have_been_applied: bool = False
@@ -164,8 +185,11 @@ class RequestFailedError(APIError):
 
 
 class AmbiguousRequestError(APIError):
-    """A request was sent and never answered: the trainer may or may not have applied it."""
+    """A request was sent and not clearly answered: the trainer may or may not have applied it.
+
+    The model's weights are then unknown. Go on from a checkpoint.
+    """
 
 
 class NotSentError(APIError):
-    """Withheld: a request before it, submitted when neither had an answer, has failed."""
+    """The request was withheld, because one before it failed; submit it again after that one."""

@@ -24,6 +24,7 @@ from mintjax.errors import (
     APIStatusError,
     AuthenticationError,
     BillingError,
+    NotFoundError,
 )
 from mintjax.protocol import messages
 from mintjax.step.run import Findings
@@ -54,7 +55,6 @@ class Connection:
         self.findings = Findings()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
-        self._session_id: str | None = None
         self._opening = asyncio.Lock()
         self.background = Background(self.transport.aclose)
         self.close = weakref.finalize(self, self.background.close)
@@ -112,17 +112,18 @@ class Connection:
             APIError: the trainer cannot be reached, or refuses; the next call tries again.
         """
         async with self._opening:
-            if self._session_id is None:
+            if self.transport.session_id is None:
                 self.limits = await self._client_config()
                 metadata = self.settings.user_metadata or {}
                 request = messages.CreateSessionRequest(self._version, user_metadata=metadata)
                 answer = await self.ask("create_session", request, messages.CreateSessionResponse)
                 for kind in ("info", "warning", "error"):
                     if message := getattr(answer, f"{kind}_message"):
-                        getattr(logger, kind)("the trainer says: %s", message)
-                self._session_id = answer.session_id
+                        words = self.transport.words(message)
+                        getattr(logger, kind)("the trainer says: %s", words)
+                self.transport.session_id = answer.session_id
                 self.background.keep_running(_heartbeat(self.transport, answer.session_id))
-            return self._session_id
+            return self.transport.session_id
 
     async def _client_config(self) -> messages.ClientConfigResponse:
         request = messages.ClientConfigRequest(self._version)
@@ -141,14 +142,16 @@ async def _heartbeat(transport: Transport, session_id: str) -> None:
     while True:
         await asyncio.sleep(transport.policy.heartbeat)
         silence = time.monotonic() - last
-        if await transport.arrives(Request("session_heartbeat", body)):
+        error = await transport.arrives(Request("session_heartbeat", body))
+        if error is None:
             last, warned = time.monotonic(), False
-        elif silence > _WARN_WITHOUT_HEARTBEAT and not warned:
+        elif not warned and (silence > _WARN_WITHOUT_HEARTBEAT or isinstance(error, NotFoundError)):
             warned = True
             logger.warning(
-                "no heartbeat has reached %s for %.0f s; the session may end there",
+                "no heartbeat has reached %s for %.0f s; the session may end there: %s",
                 transport.address,
                 silence,
+                error,
             )
 
 

@@ -16,7 +16,7 @@ from mintjax.client.connection import Connection
 from mintjax.client.encodings import encode
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import retrieve
-from mintjax.client.transport import Request
+from mintjax.client.transport import RECOVERY, Request
 from mintjax.errors import AmbiguousRequestError, APIError, ClosedError, NotSentError
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ class Lane:
         self.line = asyncio.Lock()  # first come, first served
         self.under_way: set[asyncio.Task[Any]] = set()
         self._next_seq = 1
+        self._unsettled: Request | None = None
         self._doubt: str | None = None
         self._failures: list[str] = []
         self._failures_seen = 0
@@ -62,6 +63,8 @@ class Lane:
             ClosedError: the model was unloaded, or the client closed.
             AmbiguousRequestError: what an earlier request has done to the model is unknown.
             RuntimeError: called by an objective, whose own step would have to end first.
+
+        What stands behind a request in doubt ends with NotSentError.
         """
         if _computing.get() is self:
             raise RuntimeError(
@@ -79,7 +82,8 @@ class Lane:
             try:
                 if future.cancelled():
                     raise CancelledError
-                self._raise_doubt()
+                if self._doubt is not None:
+                    raise NotSentError(f"not sent, because {self._doubt}. Then {RECOVERY}")
                 if seen < len(self._failures):
                     raise NotSentError(f"not sent, because {self._failures[-1]}; submit it again?")
                 return await run(turn)
@@ -100,6 +104,7 @@ class Lane:
                 whether it was applied (nothing more can be sent).
         """
         self._raise_doubt()
+        await self._settle()
         number = self._next_seq
         numbered = msgspec.structs.replace(message, seq_id=number)
         request = encode(path, numbered, self.connection.limits, self.model_id, mutates)
@@ -108,11 +113,33 @@ class Lane:
         except APIError as error:
             if self.connection.takes_protobuf(request, error):
                 return await self.post(path, message, mutates)
-            if error.may_have_been_applied:
+            if request.in_doubt and mutates:
                 self.in_doubt(f"{path} (number {number}) may or may not have been applied: {error}")
+            elif request.in_doubt:
+                self._unsettled = request
             raise
         self._next_seq = number + 1
         return request
+
+    async def _settle(self) -> None:
+        """Send again what was not clearly answered and changes nothing, so that its number is used.
+
+        Raises:
+            APIError: it is still not clearly answered; nothing else was sent.
+        """
+        if self._unsettled is None:
+            return
+        try:
+            await self.connection.transport.submit(self._unsettled)
+        except APIError as error:
+            error.add_note(
+                f"an earlier {self._unsettled.path}, which was not clearly answered, has to be "
+                f"answered first; if it never is, {RECOVERY}"
+            )
+            error.may_have_been_applied = False
+            raise
+        self._unsettled = None
+        self._next_seq += 1
 
     def in_doubt(self, reason: str) -> None:
         """Send nothing more: nobody knows what the model is now."""
@@ -126,6 +153,8 @@ class Lane:
         )
         error.add_note(reason)
         self.in_doubt(f"{reason} ({error})")
+        if isinstance(error, APIError):
+            error.may_have_been_applied = True
 
     def close(self) -> None:
         """Take no more submissions."""
@@ -138,8 +167,7 @@ class Lane:
     def _raise_doubt(self) -> None:
         if self._doubt is not None:
             error = AmbiguousRequestError(
-                f"nothing more can be sent to model {self.model_id}: {self._doubt}. Go on from the "
-                "last checkpoint, with create_training_client_from_state_with_optimizer"
+                f"nothing more can be sent to model {self.model_id}: {self._doubt}. Now {RECOVERY}"
             )
             error.may_have_been_applied = True
             raise error

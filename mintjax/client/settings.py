@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import ipaddress
+import math
 import os
 import random
 import time
@@ -30,11 +31,17 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
         first_contact: in place of the deadline, while the trainer has never been reached.
         poll_timeout: how long one question for a result is held open.
         silence: how long a result may be waited for on connections that open and never answer.
+        result: how long a result may be waited for in all, while the trainer says "try again".
+        blocking: how long a method waits that returns a result rather than a future, where it is
+            given no ``timeout``.
         bad_answers: how many answers that are garbage, or a proxy's, to bear with.
         heartbeat: between two signs of life of the session.
         repeat_unanswered: send ``forward_backward`` and ``optim_step`` again when they may have
             been applied already: right where the trainer knows a repeated request by its number or
             key. If False, AmbiguousRequestError is raised instead.
+
+    Raises:
+        ConfigError: one of them is negative, or no number.
     """
 
     first_delay: float = 0.5
@@ -43,26 +50,34 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     first_contact: float = 10.0
     poll_timeout: float = 45.0
     silence: float = 1800.0
+    result: float = 86_400.0
+    blocking: float = 1800.0
     bad_answers: int = 3
     heartbeat: float = 10.0
     repeat_unanswered: bool = True
 
+    def __post_init__(self) -> None:
+        for name, value in msgspec.structs.asdict(self).items():
+            if not value >= 0:
+                raise ConfigError(f"RetryPolicy({name}={value}) must be at least 0")
 
-Event = Literal["accepted", "retry", "queue", "done"]
+
+Event = Literal["accepted", "retry", "waiting", "queue", "done"]
 
 
 class Progress(msgspec.Struct, frozen=True):
     """Something that has happened to a request; holds nothing of its data.
 
     Args:
-        event: ``"accepted"``, ``"retry"``, ``"queue"`` (its state in the trainer has changed), or
-            ``"done"``.
+        event: ``"accepted"``, ``"retry"``, ``"waiting"`` (for more than five seconds),
+            ``"queue"`` (its state in the trainer has changed), or ``"done"``.
         path: what was asked for, such as ``"optim_step"``.
         model_id: of which model, if any.
         request_id: the trainer's name of the request, once it has one.
         attempt: how many times it, or the question for its result, was sent.
         seconds: since it was first sent.
-        detail: how much was sent, and in what encoding; why there is a retry; the queue's state.
+        detail: how much was sent, and in what encoding; why there is a retry or a wait, and until
+            when; the queue's state.
     """
 
     event: Event
@@ -87,7 +102,7 @@ class Patience:
         self.started = time.monotonic()
         self.attempts = 1
         self._delays = 0
-        self._borne = 0
+        self._counted = 0
 
     @property
     def seconds(self) -> float:
@@ -99,18 +114,19 @@ class Patience:
         self.started, self._delays = time.monotonic(), 0
 
     async def wait(
-        self, deadline: float, retry_after: float | None = None, bear: int | None = None
+        self, deadline: float, retry_after: float | None = None, retries: int | None = None
     ) -> bool:
         """Sleep until the next attempt is due, or return False where there is to be none.
 
         Args:
             deadline: seconds in all.
             retry_after: seconds before which the trainer wants no further attempt, or None.
-            bear: how many failures of this kind to bear with; None for any number.
+            retries: how many failures of the kinds that have a limit may be followed by another
+                attempt; None for a failure of a kind that has none.
         """
-        if bear is not None:
-            self._borne += 1
-            if self._borne > bear:
+        if retries is not None:
+            self._counted += 1
+            if self._counted > retries:
                 return False
         delay = self._policy.first_delay * 2 ** min(self._delays, 60)
         delay = min(delay, self._policy.longest_delay) * random.uniform(0.5, 1.0)
@@ -124,15 +140,17 @@ class Patience:
 
 
 def retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds to wait, from a ``Retry-After`` header: a number, or a date."""
+    """Seconds to wait, from a ``Retry-After`` header: a number, or a date; None for all else."""
     given = headers.get("retry-after", "").strip()
-    if given.replace(".", "", 1).isdecimal():
-        return float(given)
     try:
-        when = email.utils.parsedate_to_datetime(given).timestamp()
-    except (TypeError, ValueError):
-        return None
-    return max(0.0, when - time.time())
+        seconds = float(given)
+    except ValueError:
+        try:
+            when = email.utils.parsedate_to_datetime(given).timestamp()
+        except (ArithmeticError, IndexError, TypeError, ValueError):
+            return None
+        seconds = when - time.time()
+    return None if math.isnan(seconds) else max(0.0, seconds)
 
 
 class ApiKey(httpx.Auth):

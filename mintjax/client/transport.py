@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import httpx
 import msgspec
 
 from mintjax import errors
+from mintjax.client.outcomes import Ending, Repeats, ending_of, verdict
+from mintjax.client.replies import (
+    CODING,
+    Reply,
+    check_sparse,
+    largest_content,
+    printable,
+    unfold,
+)
 from mintjax.client.settings import Event, Patience, Progress, Settings, retry_after
+from mintjax.client.waiting import Notices, Wait
 from mintjax.errors import APIError, APIResponseError, APIStatusError
 from mintjax.protocol import messages, protobuf
 from mintjax.types import ForwardBackwardOutput
@@ -23,10 +36,16 @@ T = TypeVar("T")
 
 logger = logging.getLogger("mintjax.client")
 
-_CODINGS = ("gzip", "deflate")
-_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": ", ".join(_CODINGS)}
-_SLOWEST_UPLOAD = 20_000  # bytes per second
-_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": CODING}
+_KEY_HEADER = "X-Idempotency-Key"
+_SLOWEST = 20_000  # bytes per second, up or down; what is slower counts as no answer
+_LEAST_ATTEMPT = 1.0  # seconds for an attempt, however near the deadline is
+_REMEMBERED_IDS = 10_000
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+_CHANGE_NOTHING = frozenset(
+    {"client/config", "forward", "get_info", "get_server_capabilities", "session_heartbeat"}
+    | {"weights_info"}
+)
 _KINDS: dict[int, type[APIStatusError]] = {
     401: errors.AuthenticationError,
     402: errors.BillingError,
@@ -34,6 +53,7 @@ _KINDS: dict[int, type[APIStatusError]] = {
     404: errors.NotFoundError,
     429: errors.RateLimitError,
 }
+RECOVERY = "go on from the last checkpoint, with create_training_client_from_state_with_optimizer"
 
 
 class Request(msgspec.Struct):
@@ -42,7 +62,7 @@ class Request(msgspec.Struct):
     Args:
         path: below ``/api/v1/``.
         body: its content.
-        model_id: what it concerns, for the log.
+        model_id: of the model whose numbered request it is; None for one without a number.
         mutates: it changes the model, so that twice is not once.
         address: where it goes, if not to ``path``: passes as protocol buffers have but one place.
         method: of HTTP.
@@ -50,6 +70,7 @@ class Request(msgspec.Struct):
         key: the idempotency key.
         started: when it was made, in seconds.
         request_id: the trainer's name for it, once accepted.
+        in_doubt: the trainer has it, or may have it; see :func:`~mintjax.client.outcomes.verdict`.
     """
 
     path: str
@@ -62,19 +83,12 @@ class Request(msgspec.Struct):
     key: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
     started: float = msgspec.field(default_factory=time.monotonic)
     request_id: str = ""
-
-
-class Reply(msgspec.Struct):
-    """An HTTP answer, read to its end."""
-
-    status: int
-    headers: httpx.Headers
-    body: bytes
+    in_doubt: bool = False
 
     @property
-    def is_protobuf(self) -> bool:
-        """Whether it says that it is a protocol buffer."""
-        return self.headers.get("content-type", "").lower().startswith(protobuf.MEDIA_TYPE)
+    def may_have_been_applied(self) -> bool:
+        """Whether something may be other than before, on the trainer, because of it."""
+        return self.in_doubt and self.path not in _CHANGE_NOTHING
 
 
 class Failure(msgspec.Struct):
@@ -82,15 +96,15 @@ class Failure(msgspec.Struct):
 
     Args:
         error: what to raise if there is to be no further attempt.
-        unclear: whether the request may have been applied.
-        bear: how many failures of this kind to bear with; None for any number.
+        ending: how the attempt ended.
+        final: whether another attempt would end in the same way.
         wait: seconds before which there should be no further attempt, or None.
         reply: what came, if anything.
     """
 
     error: APIError
-    unclear: bool = False
-    bear: int | None = 0
+    ending: Ending
+    final: bool = False
     wait: float | None = None
     reply: Reply | None = None
 
@@ -106,22 +120,21 @@ class Transport:
     Args:
         settings: which trainer, and how.
         version: the client's.
+
+    Raises:
+        ConfigError: a variable of the environment about proxies or certificates cannot be used.
     """
 
     def __init__(self, settings: Settings, version: str) -> None:
         self.policy = settings.policy
         self.address = str(settings.url).rstrip("/")
+        self.session_id: str | None = None
+        self.notices = Notices[Request](self._tell_of_wait)
         self._settings = settings
         self._reached = False
-        self._http = httpx.AsyncClient(
-            base_url=f"{self.address}/api/v1/",
-            auth=settings.key,
-            headers={"User-Agent": f"mintjax/{version}", **_HEADERS},
-            follow_redirects=False,
-            transport=settings.transport,
-            trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
-        )
+        self._repeats_keys = False
+        self._ids: OrderedDict[str, str] = OrderedDict()
+        self._http = _http_client(settings, f"{self.address}/api/v1/", version)
         self.aclose = self._http.aclose
 
     def tell(
@@ -130,16 +143,20 @@ class Transport:
         """Log what has happened to a request, and call the user's callback."""
         seconds, name = time.monotonic() - of.started, of.request_id or None
         progress = Progress(event, of.path, of.model_id, name, attempt, seconds, detail)
-        logger.log(level, "%s", progress, extra=msgspec.structs.asdict(progress))
+        logger.log(level, "%s", printable(str(progress)), extra=msgspec.structs.asdict(progress))
         if self._settings.on_progress is not None:
             try:
                 self._settings.on_progress(progress)
             except Exception:
                 logger.exception("on_progress failed")
 
+    def _tell_of_wait(self, wait: Wait[Request]) -> None:
+        self.tell("waiting", wait.request, 1, wait.outlook, logging.WARNING)
+
     async def submit(self, request: Request) -> None:
         """Send a request until the trainer has accepted it, for its result to be asked for."""
-        request.request_id = (await self.call(request, messages.UntypedFuture)).request_id
+        request.request_id = await self._send(request, partial(self._accepted, request))
+        request.in_doubt = True
         what = ", ".join(request.headers.values()) or "application/json"
         self.tell("accepted", request, 1, f"{len(request.body):,} bytes of {what}")
 
@@ -150,64 +167,98 @@ class Transport:
             APIError: the trainer refused, or the deadline has passed; ``may_have_been_applied``
                 says whether the request may have taken effect.
         """
+        return await self._send(request, partial(self.decode, request.path, as_type))
+
+    async def _send(self, request: Request, read: Callable[[Reply], T]) -> T:
         patience = Patience(self.policy)
-        in_doubt = False
-        read = partial(self.decode, request.path, as_type)
-        while True:
-            outcome = await self.attempt(request, read, self._settings.timeout)
-            if not isinstance(outcome, Failure):
-                return outcome
-            if outcome.status in (400, 404, 413, 415, 422) and outcome.bear == 0:
-                in_doubt = False  # a trainer that had applied it would have said so
-            in_doubt |= outcome.unclear
-            outcome.unclear = in_doubt
-            deadline = self.policy.deadline
-            if not self._reached:
-                deadline = min(deadline, self.policy.first_contact)
-            if in_doubt and request.mutates and not self.policy.repeat_unanswered:
-                deadline = 0.0
-            await self.pause(request, outcome, patience, deadline)
+        setting = "RetryPolicy(deadline=...)"
+        why = f"{self.address} has not answered"
+        wait = Wait(request, why, patience.started, self.policy.deadline, setting)
+        with self.notices.watch(wait):
+            while True:
+                if not self._reached and self.policy.first_contact < self.policy.deadline:
+                    wait.limit, wait.setting = (
+                        self.policy.first_contact,
+                        "RetryPolicy(first_contact=...)",
+                    )
+                else:
+                    wait.limit, wait.setting = self.policy.deadline, setting
+                left = max(wait.limit - patience.seconds, _LEAST_ATTEMPT)
+                outcome = await self.attempt(request, read, min(self._settings.timeout, left))
+                if not isinstance(outcome, Failure):
+                    return outcome
+                request.in_doubt, repeats = verdict(outcome.ending, request.in_doubt)
+                if outcome.final or self._is_answered(request, outcome):
+                    repeats = "never"
+                deadline = wait.limit
+                if request.in_doubt and request.mutates and not self.policy.repeat_unanswered:
+                    deadline = 0.0
+                wait.why = str(outcome.error)
+                await self.pause(request, outcome, patience, deadline, repeats)
+
+    def _is_answered(self, request: Request, failure: Failure) -> bool:
+        # Nothing depends on a request without a number; an empty 400 is known to pass by itself.
+        empty = failure.status == 400 and failure.reply is not None and not failure.reply.words
+        return request.model_id is None and failure.ending == "foreign" and not empty
+
+    def _accepted(self, request: Request, reply: Reply) -> str:
+        """The name that the trainer gives the request; no other request has had it."""
+        name = self.decode(request.path, messages.UntypedFuture, reply).request_id
+        key = self._ids.setdefault(name, request.key)
+        if key != request.key:
+            raise APIResponseError(
+                f"{self.address}: the answer to {request.path} is the one to an earlier request"
+            )
+        while len(self._ids) > _REMEMBERED_IDS:
+            self._ids.popitem(last=False)
+        return name
 
     async def pause(
-        self, request: Request, failure: Failure, patience: Patience, deadline: float
+        self,
+        request: Request,
+        failure: Failure,
+        patience: Patience,
+        deadline: float,
+        repeats: Repeats,
     ) -> None:
         """Let a while go by before the next attempt.
 
         Args:
             request: what is being tried.
-            failure: of the last attempt; unclear if any was.
+            failure: of the last attempt.
             patience: counts the attempts.
             deadline: seconds for all of them.
+            repeats: how often to try again after such a failure.
 
         Raises:
             APIError: there is to be no further attempt.
         """
-        if await patience.wait(deadline, failure.wait, failure.bear):
+        retries = {"never": 0, "a few times": self.policy.bad_answers}.get(repeats)
+        if await patience.wait(deadline, failure.wait, retries):
             why = str(failure.error)
             return self.tell("retry", request, patience.attempts, why, logging.INFO)
         error, tried = failure.error, f"{patience.attempts} attempts in {patience.seconds:.1f} s"
-        what, may = "sent and not answered", "may or may not have"
+        what, may = "sent and not clearly answered", "may or may not have"
         answered = isinstance(error, APIStatusError)
         if request.request_id:
             what = f"accepted (request {request.request_id}), and its result never came"
-            may, answered = "has probably", answered and failure.bear is not None
-        if failure.unclear and request.mutates and not answered:
+            may, answered = "has probably", answered and repeats != "until the deadline"
+        if request.in_doubt and request.mutates and not answered:
             error = errors.AmbiguousRequestError(
                 f"{request.path} was {what} ({tried}; last: {error}). It {may} been applied: "
-                "compare a forward pass with what you expect, or go on from a checkpoint with "
-                "create_training_client_from_state"
+                f"compare a forward pass with what you expect, or {RECOVERY}"
             )
         elif isinstance(error, errors.APIConnectionError):
             error = type(error)(f"{error}; {tried}")
         elif patience.attempts > 1:
             error.add_note(tried)
-        error.may_have_been_applied = failure.unclear
+        error.may_have_been_applied = request.may_have_been_applied
         raise error
 
-    async def arrives(self, request: Request) -> bool:
-        """One attempt, of which only the success matters."""
-        outcome = await self.attempt(request, lambda reply: reply, self._settings.timeout)
-        return not isinstance(outcome, Failure)
+    async def arrives(self, request: Request) -> APIError | None:
+        """One attempt; returns what it failed with."""
+        outcome = await self.attempt(request, lambda _: None, self._settings.timeout)
+        return outcome.error if isinstance(outcome, Failure) else None
 
     async def attempt(
         self, request: Request, read: Callable[[Reply], T], timeout: float
@@ -218,30 +269,46 @@ class Transport:
             request: what to send.
             read: makes the result of a successful reply; an APIResponseError that it raises is a
                 failure, any other error goes through.
-            timeout: seconds for the answer.
+            timeout: seconds for the answer, from its first byte to its last; every 20,000 bytes
+                that travel add one.
         """
         try:
             reply = await self._exchange(request, timeout)
         except APIError as error:
-            return Failure(error, unclear=True)
+            return Failure(error, "unreadable", final=True)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as caught:
             return self._unanswered(request.path, caught)
-        if 200 <= reply.status < 300:
+        except errors.DataError as error:
+            garbled = APIResponseError(f"{self.address}: the answer to {request.path} is {error}")
+            return Failure(garbled, "unreadable")
+        self._reached = True
+        self._repeats_keys |= reply.is_ours is True
+        certain = reply.is_ours or (reply.is_ours is None and not self._repeats_keys)
+        if 200 <= reply.status < 300 or reply.is_ours is False:
             try:
+                if not certain:
+                    raise APIResponseError(
+                        f"{self.address}: the answer to {request.path} is not the trainer's, or is "
+                        "the one to another request"
+                    )
                 return read(reply)
-            except APIResponseError as garbled:
-                return Failure(garbled, True, self.policy.bad_answers, reply=reply)
-        error, wait = self._refusal(reply), retry_after(reply.headers)
-        if reply.status in (408, 409, 429) or reply.status >= 500:
-            return Failure(error, reply.status != 429, None, wait, reply)
-        from_proxy = reply.status == 400 and not _words(reply.body)
-        return Failure(error, bear=self.policy.bad_answers if from_proxy else 0, reply=reply)
+            except APIResponseError as error:
+                failure = Failure(error, "unreadable", reply=reply)
+        else:
+            ending = ending_of(reply.status, reply.detail if certain else "")
+            error, wait = self._refusal(request, reply), retry_after(reply.headers)
+            failure = Failure(error, ending, wait=wait, reply=reply)
+        if failure.ending not in ("refused", "throttled"):
+            with suppress(Exception):  # whatever else comes by that connection is not to be read
+                await reply.hang_up()
+        return failure
 
     async def _exchange(self, request: Request, timeout: float) -> Reply:
         limits = httpx.Timeout(timeout, connect=min(timeout, 15.0))
-        headers = {"X-Idempotency-Key": request.key, **request.headers}
+        headers = {_KEY_HEADER: request.key, **request.headers}
         content = bytearray()
-        async with asyncio.timeout(timeout + len(request.body) / _SLOWEST_UPLOAD) as answering:
+        end = asyncio.get_running_loop().time() + timeout + len(request.body) / _SLOWEST
+        async with asyncio.timeout_at(end) as clock:
             async with self._http.stream(
                 request.method,
                 request.address or request.path,
@@ -249,14 +316,30 @@ class Transport:
                 headers=headers,
                 timeout=limits,
             ) as response:
-                if not answering.expired():  # just now; then the next await ends it
-                    answering.reschedule(None)  # httpx watches the rest, part by part
-                self._check_coding(response.headers)
-                async for part in response.aiter_bytes():
-                    content += part
-                    self.check_size(len(content))
-        self._reached = True
-        return Reply(response.status_code, response.headers, bytes(content))
+                coding = response.headers.get("content-encoding", "identity").lower()
+                if response.is_stream_consumed:  # by a transport that is not the network
+                    content += response.content
+                    coding = "identity"
+                else:
+                    async for part in response.aiter_raw():
+                        content += part
+                        self.check_size(len(content))
+                        if not clock.expired():  # just now; then the next await ends it
+                            clock.reschedule(end + len(content) / _SLOWEST)
+        limit = largest_content(len(content), self._settings.max_response_bytes)
+        key = response.headers.get(_KEY_HEADER)
+        stream = response.extensions.get("network_stream")
+        reply = Reply(
+            response.status_code,
+            response.headers,
+            unfold(bytes(content), coding, limit),
+            None if key is None else key == request.key,
+        )
+        if stream is not None:
+            reply.hang_up = stream.aclose
+            if reply.is_protobuf and not reply.has_an_end:
+                raise errors.DataError("a message of unknown length, which may have been cut")
+        return reply
 
     def _unanswered(self, path: str, caught: Exception) -> Failure:
         # The error is raised elsewhere: httpx's exceptions hold the request, and with it the key.
@@ -264,9 +347,9 @@ class Transport:
         if isinstance(caught, (httpx.TimeoutException, TimeoutError)):
             kind, words = errors.APITimeoutError, name
         else:
-            kind, words = errors.APIConnectionError, self.redact(str(caught)) or name
+            kind, words = errors.APIConnectionError, self.words(str(caught)) or name
         error = kind(f"{self.address}: no answer to {path} ({words})")
-        return Failure(error, unclear=not isinstance(caught, _UNSENT), bear=None)
+        return Failure(error, "unsent" if isinstance(caught, _UNSENT) else "cut")
 
     def check_size(self, size: int) -> None:
         """Refuse an answer beyond the limit.
@@ -275,43 +358,36 @@ class Transport:
             APIError: it is; asking again would not help.
         """
         if size > self._settings.max_response_bytes:
-            error = APIError(
+            raise APIError(
                 f"an answer of {size:,} bytes or more is beyond the limit of "
                 f"{self._settings.max_response_bytes:,}; pass max_response_bytes to allow it"
             )
-            error.may_have_been_applied = True
-            raise error
 
-    def _check_coding(self, headers: httpx.Headers) -> None:
-        # What comes in one piece is unfolded before its size is known: a thousandfold at most by
-        # these, without end by others, which httpx reads as well where their packages are.
-        coding = headers.get("content-encoding", "identity").lower()
-        if coding not in (*_CODINGS, "identity"):
-            error = APIError(f"{self.address} answered in {coding!r}, which was not asked for")
-            error.may_have_been_applied = True
-            raise error
-
-    def redact(self, text: str) -> str:
-        """The text without the API key."""
-        return self._settings.key.redact(text)
+    def words(self, text: str) -> str:
+        """A trainer's words without the API key and without control characters."""
+        return printable(self._settings.key.redact(text))
 
     def decode(self, path: str, as_type: type[T], reply: Reply) -> T:
         """Decode an answer: JSON, or the result of a pass as a protocol buffer.
 
         Raises:
             APIResponseError: it is not of that type; the message says at which field.
+            APIError: it would take too much memory.
         """
         try:
-            if reply.is_protobuf and as_type is ForwardBackwardOutput:
-                return cast("T", protobuf.decode_output(reply.body))
+            if as_type is ForwardBackwardOutput:
+                if reply.is_protobuf:
+                    return cast("T", protobuf.decode_output(reply.body))
+                largest = self._settings.max_response_bytes
+                check_sparse(reply.body, largest_content(len(reply.body), largest))
             return messages.decode(reply.body, as_type)
         except (errors.DataError, errors.ConfigError) as error:
-            words = self.redact(str(error))
+            words = self.words(str(error))
         raise APIResponseError(f"{self.address}: the answer to {path} is {words}")
 
-    def _refusal(self, reply: Reply) -> APIError:
+    def _refusal(self, request: Request, reply: Reply) -> APIError:
         """The typed error of a status other than success, with the trainer's own words."""
-        status, words = reply.status, self.redact(_words(reply.body)) or "no detail given"
+        status, words = reply.status, self.words(reply.words) or "no detail given"
         if status < 400:
             return APIResponseError(
                 f"{self.address} answered with HTTP {status}, which is not followed: the API key "
@@ -321,27 +397,34 @@ class Transport:
             words = f"billing is paused for this account: {words}"
         if status in (401, 403):
             words += " (is the API key the one for this server?)"
+        if status == 404 and any(
+            name and name in words for name in (self.session_id, request.model_id)
+        ):
+            words += (
+                ". The trainer no longer knows what this client made there: it was restarted, or "
+                f"has let go of it. Make a new ServiceClient, and {RECOVERY}"
+            )
         other = errors.BadRequestError if status < 500 else errors.InternalServerError
         return _KINDS.get(status, other)(status, words)
 
 
-def _words(body: bytes) -> str:
-    """The words in which a trainer refuses, or nothing."""
+def _http_client(settings: Settings, base_url: str, version: str) -> httpx.AsyncClient:
     try:
-        answer = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ""
-    words = answer.get("detail") or answer.get("error") or answer.get("message") or ""
-    if isinstance(words, list):  # FastAPI's own validation errors
-        words = "; ".join(map(_validation_error, cast("list[Any]", words)))
-    return str(words)[:2000]
-
-
-def _validation_error(item: Any) -> str:
-    if not isinstance(item, dict):
-        return str(item)
-    error = cast("dict[str, Any]", item)
-    location, words = error.get("loc"), str(error.get("msg", error))
-    if not isinstance(location, list):
-        return words
-    return f"{'.'.join(map(str, cast('list[Any]', location)))}: {words}"
+        return httpx.AsyncClient(
+            base_url=base_url,
+            auth=settings.key,
+            headers={"User-Agent": f"mintjax/{version}", **_HEADERS},
+            follow_redirects=False,
+            transport=settings.transport,
+            trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
+        )
+    except OSError as error:  # ssl.SSLError is one
+        variables, words = ("SSL_CERT_FILE", "SSL_CERT_DIR"), str(error)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        variables, words = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"), str(error)
+    given = [name for name in (*variables, *map(str.lower, variables)) if os.environ.get(name)]
+    raise errors.ConfigError(
+        f"the environment variable {' or '.join(given) or ' or '.join(variables)} cannot be used: "
+        f"{printable(words)}"
+    )

@@ -142,7 +142,9 @@ class Scripted(Trainer):
         if headers.get("content-type") == PROTOBUF:
             await _drain(receive)
             self.requests.append((path, {}, headers))
-            await _answer(send, b'{"request_id": "passes"}', "application/json")
+            await _answer(
+                send, b'{"request_id": "pass-%d"}' % len(self.requests), "application/json"
+            )
         elif path == "retrieve_future" and PROTOBUF in headers.get("accept", ""):
             await _drain(receive)
             await _answer(send, self.result, PROTOBUF)

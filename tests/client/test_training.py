@@ -415,7 +415,9 @@ def test_a_sampling_client_of_a_trainer_that_answers_with_a_path(client, trainer
     assert trainer.bodies("create_sampling_session")[0]["model_path"] == "tinker://saved"
     answer = sampler.sample(ModelInput.from_ints([1]), 2, SamplingParams()).result(5)
     assert len(answer.sequences) == 2
-    trainer.faults["retrieve_future/request-3"] = [Answer(200, {})]
+    trainer.faults["retrieve_future/request-3"] = [
+        Answer(200, {"type": "save_weights_for_sampler"})
+    ]
     with pytest.raises(APIResponseError, match="neither a path nor a sampling_session_id"):
         client.save_weights_and_get_sampling_client()
 
