@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from mintjax.errors import APIStatusError, BadRequestError, DataError, MintjaxError
 from mintjax.local import bodies
 from mintjax.local.access import Access
+from mintjax.local.answers import RepeatKeys
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
 from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
@@ -122,7 +124,11 @@ class _Http:
             self._queued("asample", messages.SampleRequest, do.asample),
             self._route("retrieve_future", "POST", self._retrieve_future),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_route})
+        return Starlette(
+            routes=routes,
+            middleware=[Middleware(RepeatKeys)],
+            exception_handlers={HTTPException: _no_such_route},
+        )
 
     def _get(self, path: str, answer: Callable[..., Answer]) -> Route:
         async def respond(request: Request) -> Response:
