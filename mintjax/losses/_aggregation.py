@@ -95,3 +95,70 @@ def fixed_length_mean(
     (losses,) = aligned(where, losses)
     sequences = losses.size // max(losses.shape[-1], 1)
     return jnp.sum(losses) / (max(sequences, 1) * jnp.asarray(max_length, losses.dtype))
+
+
+def sequence_sum(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
+    """The mean over sequences of the sum over their tokens: long sequences weigh more.
+
+    ``mean_i(sum_t(losses_it))``. A sequence that is masked whole is no sequence.
+
+    Args:
+        losses: per token: ``[..., T]``, the last axis along one sequence.
+        where: same shape, boolean; which tokens count.
+
+    Returns:
+        A scalar, in units of the losses: float32, or float64 if the losses are.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.sequence_sum([[1.0, 2.0], [3.0, 0.0]], where=[[True, True], [True, False]])
+        Array(3., dtype=float32)
+
+    Reference:
+        verl's ``seq-mean-token-sum``; Ahmadian et al. 2024, "Back to Basics", where the action is
+        the whole answer.
+    """
+    (losses,) = aligned(where, losses)
+    present = (count(losses, where)[..., 0] > 0).astype(losses.dtype)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(present), 1)
+
+
+def prompt_mean(losses: ArrayLike, group_size: int, *, where: ArrayLike | None = None) -> jax.Array:
+    """The mean over prompts of the mean over all tokens that answer them.
+
+    ``mean_g(sum_{i in g, t}(losses_it) / count_g)`` over groups of ``group_size`` sequences. A
+    group that is masked whole is no group.
+
+    Args:
+        losses: per token: ``[B, T]``, the last axis along one sequence; sequences that answer one
+            prompt stand in a row.
+        group_size: how many sequences answer one prompt.
+        where: same shape, boolean; which tokens count.
+
+    Returns:
+        A scalar, in units of the losses: float32, or float64 if the losses are.
+
+    Raises:
+        ValueError: the shapes do not fit, or the sequences do not divide into groups.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.prompt_mean([[1.0, 2.0], [3.0, 0.0]], 2, where=[[True, True], [True, False]])
+        Array(2., dtype=float32)
+
+    Reference:
+        Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", eq. 8,
+        whose mean over tokens is within the expectation over prompts.
+    """
+    (losses,) = aligned(where, losses)
+    if losses.ndim != 2 or losses.shape[0] % group_size:
+        raise ValueError(
+            f"losses of shape {losses.shape} do not divide into groups of {group_size}"
+        )
+    tokens = count(losses, where).reshape(-1, group_size).sum(axis=1)
+    means = losses.sum(axis=1).reshape(-1, group_size).sum(axis=1) / jnp.maximum(tokens, 1)
+    present = (tokens > 0).astype(losses.dtype)
+    return jnp.sum(means) / jnp.maximum(jnp.sum(present), 1)

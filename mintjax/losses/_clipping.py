@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, finish
+from mintjax.losses._trust import left_by_kl
 
 
 def clipped_tokens(
@@ -23,10 +24,11 @@ def clipped_tokens(
 ) -> jax.Array:
     """Tells the tokens whose gradient a policy loss cuts off or whose weight it holds at a bound.
 
-    ``ppo`` and what is made of it clip ``r > high`` where ``A > 0`` and ``r < low`` where
-    ``A < 0``; ``dual_clip_ppo`` clips ``r > dual_clip_threshold`` where ``A < 0`` besides;
-    ``cispo`` and ``truncated_importance_sampling`` clip every weight outside their bounds; ``dppo``
-    clips what has left its trust region. A loss without bounds clips nothing.
+    ``ppo``, ``dapo``, ``gspo``, ``luspo`` and ``gmpo`` clip ``r > high`` where ``A > 0`` and
+    ``r < low`` where ``A < 0``; ``dual_clip_ppo`` clips ``r > dual_clip_threshold`` where ``A < 0``
+    besides; ``cispo``, ``truncated_importance_sampling`` and ``masked_importance_sampling`` clip
+    every weight outside their bounds; ``dppo`` and ``dppo_kl`` clip what has left their trust
+    region. A loss without bounds, such as ``sapo``, clips nothing.
 
     Args:
         loss: the name of the loss.
@@ -47,6 +49,10 @@ def clipped_tokens(
         >>> from mintjax import losses
         >>> losses.clipped_tokens("cispo", [-1.0, -1.0], [-1.0, -1.5], 0.0, clip_high_threshold=1.2)
         Array([False,  True], dtype=bool)
+
+    Reference:
+        Schulman et al. 2017, "Proximal Policy Optimization Algorithms", figure 1, for ``ppo``; the
+        others: that of each loss.
     """
     names = [name for name in settings if name.endswith("_threshold")]
     target, sampling, advantages, *thresholds = aligned(
@@ -115,11 +121,21 @@ def _total_variation(tokens: _Tokens) -> jax.Array:
     return risen | ((shift < -threshold) & (tokens.advantages < 0))
 
 
+def _kl(tokens: _Tokens) -> jax.Array:
+    threshold = tokens.at["divergence_threshold"]
+    return left_by_kl(tokens.target, tokens.sampling, tokens.advantages, threshold)
+
+
 _CLIPPED: dict[str, Callable[[_Tokens], jax.Array]] = {
     "ppo": _surrogate,
     "gspo": _surrogate,
     "dual_clip_ppo": _dual,
     "cispo": _outside,
     "truncated_importance_sampling": _truncated,
+    "masked_importance_sampling": _outside,
     "dppo": _total_variation,
+    "dppo_kl": _kl,
+    "dapo": _surrogate,
+    "luspo": _surrogate,
+    "gmpo": _surrogate,
 }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, finish
+from mintjax.losses._arrays import aligned, finish, harmless_where_zero
 
 
 def kl_k1(
@@ -170,6 +170,144 @@ def l2_to_reference(
     target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
     difference = target - reference
     return finish(difference * difference, where, target_logprobs)
+
+
+def kl_abs(
+    target_logprobs: ArrayLike, ref_logprobs: ArrayLike, *, where: ArrayLike | None = None
+) -> jax.Array:
+    """The absolute difference of logprobs from the reference's.
+
+    ``loss = |target_logprobs - ref_logprobs|``. It is no estimate of the KL divergence. Its slope
+    at 0 is 0, as torch has it.
+
+    When to use it: a pull of the same strength however far a token has gone; :func:`kl_k2` pulls in
+    proportion.
+
+    What others do: verl and SkyRL ("abs") have this form.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        ref_logprobs: of the same tokens under the reference; same shape, or a scalar.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in nats; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.kl_abs([-1.0, -1.0], [-1.0, -2.0])
+        Array([0., 1.], dtype=float32)
+
+    Reference:
+        None in the literature; verl's ``kl_penalty``.
+    """
+    target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
+    difference = target - reference
+    sign = jax.lax.stop_gradient(jnp.sign(difference))
+    return finish(sign * difference, where, target_logprobs)
+
+
+def kl_k3_straight_through(
+    target_logprobs: ArrayLike, ref_logprobs: ArrayLike, *, where: ArrayLike | None = None
+) -> jax.Array:
+    """The value of :func:`kl_k3` with the gradient of :func:`kl_k2`.
+
+    ``sg(k3) + k2 - sg(k2)`` with ``sg`` the stop-gradient: an unbiased value to watch, and the
+    gradient of KL(model || reference).
+
+    When to use it: the KL belongs into the loss, and its value into the logs.
+
+    What others do: verl ("k3+", "low_var_kl+") has this form, with the value at most 10.
+
+    Args:
+        target_logprobs: log-probabilities of sampled tokens under the model, in nats; any shape.
+        ref_logprobs: of the same tokens under the reference; same shape, or a scalar.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The estimate of each token, in nats; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.kl_k3_straight_through([-1.0, -1.0], [-1.0, -2.0])
+        Array([0.   , 0.368], dtype=float32)
+
+    Reference:
+        Schulman 2020, "Approximating KL Divergence", k3; its gradient: Tang & Munos 2025, "On a few
+        pitfalls in KL divergence gradient estimation for RL".
+    """
+    target, reference = aligned(where, target_logprobs, ref_logprobs=ref_logprobs)
+    difference = reference - target
+    value = _value_with_slope(target, exp_beyond_linear(difference), -difference)
+    return finish(value, where, target_logprobs)
+
+
+@jax.custom_jvp
+def _value_with_slope(x: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
+    """A value, whose derivative by ``x`` is the slope; it does not depend on anything else."""
+    return value
+
+
+@_value_with_slope.defjvp
+def _value_with_slope_jvp(  # pyright: ignore[reportUnusedFunction]
+    primals: tuple[Any, Any, Any], tangents: tuple[Any, Any, Any]
+) -> tuple[jax.Array, jax.Array]:
+    return _value_with_slope(*primals), primals[2] * tangents[0]
+
+
+def kl_k3_corrected(
+    target_logprobs: ArrayLike,
+    ref_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """:func:`kl_k3` of tokens that another policy sampled: weighed by the importance ratio.
+
+    ``r * (exp(d) - 1 - d)`` with ``r = exp(target_logprobs - sampling_logprobs)`` and
+    ``d = ref_logprobs - target_logprobs``. The gradient passes through both factors, which makes
+    it, on average, that of KL(model || reference).
+
+    When to use it: off-policy samples, or to have the right gradient of the KL from k3.
+
+    What others do: TRL (``use_bias_correction_kl``) has this form.
+
+    Args:
+        target_logprobs: log-probabilities of sampled tokens under the model, in nats; any shape.
+        ref_logprobs: of the same tokens under the reference; same shape, or a scalar.
+        sampling_logprobs: under the policy that sampled them; same shape, or a scalar.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The estimate of each token, in nats; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.kl_k3_corrected([-1.0, -1.0], [-1.0, -2.0], -1.5)
+        Array([0.   , 0.607], dtype=float32)
+
+    Reference:
+        DeepSeek-AI 2025, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
+        the section on the unbiased KL estimate.
+    """
+    target, reference, sampling = aligned(
+        where,
+        target_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+    )
+    beyond = exp_beyond_linear(reference - target)
+    ratio = jnp.exp(harmless_where_zero(beyond, target - sampling))
+    return finish(ratio * harmless_where_zero(ratio, beyond), where, target_logprobs)
 
 
 @jax.custom_jvp

@@ -211,7 +211,7 @@ def gspo(
 
     Reference:
         Zheng et al. 2025, "Group Sequence Policy Optimization", eq. 5 and 7,
-        computed as in eq. 13 and 14; the thresholds: section 5.1.
+        computed as in eq. 14 and 15 (GSPO-token); the thresholds: section 5.1.
     """
     target, sampling = aligned(where, target_logprobs, sampling_logprobs=sampling_logprobs)
     tokens = jnp.maximum(count(target, where), 1)
@@ -257,7 +257,7 @@ def gspo_token(
         ValueError: the shapes do not fit.
 
     Reference:
-        Zheng et al. 2025, "Group Sequence Policy Optimization", section 4.3, eq. 13 and 14.
+        Zheng et al. 2025, "Group Sequence Policy Optimization", section 4.3, eq. 14 and 15.
     """
     check_bounds(clip_low_threshold, clip_high_threshold)
     target, log_ratio, advantages, low, high = aligned(

@@ -347,10 +347,13 @@ def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
             f"desirable must be 1 (or True) for a good answer and 0 or -1 (or False) for a bad "
             f"one, not {np.broadcast_to(numbers, wrong.shape)[wrong][0]:g}"
         )
-    signs = jnp.asarray(given)
-    one = jnp.sign(signs) if signs.dtype != bool else signs.astype(jnp.float32)
+    if numbers is not None and mask is not None:
+        return jnp.asarray(np.where(mask != 0, numbers, 0) > 0).astype(jnp.float32)
+    signs = jnp.asarray(given).astype(jnp.float32)
+    if where is not None:
+        signs = jnp.where(as_mask(where, signs.shape), signs, 0)
     # What is traced cannot be refused, so that what is no label makes the loss NaN, which is.
-    return jnp.where(one == signs, (one > 0).astype(jnp.float32), jnp.nan)
+    return jnp.where(jnp.sign(signs) == signs, (signs > 0).astype(jnp.float32), jnp.nan)
 
 
 def _per_token(scores: jax.Array, lengths: jax.Array) -> jax.Array:

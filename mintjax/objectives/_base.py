@@ -173,7 +173,7 @@ def define(
         if p.kind is p.KEYWORD_ONLY and p.name != "where"
     }
     options: dict[str, dataclasses.Field[Any]] = dict(extra or {})
-    for base in family.__mro__:
+    for base in reversed(family.__mro__):
         options |= {key: value for key, value in vars(base).items() if _is_option(value)}
     left_out = {key: options.pop(key).default for key in omit}
     fields = [

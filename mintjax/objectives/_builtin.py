@@ -6,6 +6,7 @@ from mintjax import losses
 from mintjax.objectives._base import define
 from mintjax.objectives._tokens import (
     CrossEntropyObjective,
+    GeometricPolicyObjective,
     candidates,
     penalty,
     policy,
@@ -21,7 +22,18 @@ dro = policy(losses.dro, served_as="dro")
 dual_clip_ppo = policy(losses.dual_clip_ppo)
 dppo = policy(losses.dppo)
 truncated_importance_sampling = policy(losses.truncated_importance_sampling)
+dppo_kl = policy(losses.dppo_kl)
+dapo = policy(losses.dapo, aggregation="token_mean")
+sapo = policy(losses.sapo, aggregation="sequence_mean")
+masked_importance_sampling = policy(losses.masked_importance_sampling)
 gspo = sequence_policy(losses.gspo_token, "gspo", clips_as="gspo")
+luspo = sequence_policy(losses.gspo_token, "luspo", clips_as="gspo", aggregation="sequence_sum")
+vespo = sequence_policy(losses.vespo_token, "vespo", summed=True)
+gmpo = define(GeometricPolicyObjective, losses.gmpo_log_ratios, "gmpo", clips_as="gmpo")
+kl_abs = penalty(losses.kl_abs)
+kl_k3_straight_through = penalty(losses.kl_k3_straight_through)
+kl_k3_corrected = penalty(losses.kl_k3_corrected)
+unlikelihood = penalty(losses.unlikelihood)
 
 kl_k2 = penalty(losses.kl_k2)
 kl_k3 = penalty(losses.kl_k3)
@@ -30,4 +42,5 @@ sampled_entropy = penalty(losses.sampled_entropy)
 
 distillation_forward_kl = candidates(losses.distillation_forward_kl)
 distillation_reverse_kl = candidates(losses.distillation_reverse_kl)
+generalised_jsd = candidates(losses.generalised_jsd)
 brier_score = candidates(losses.brier_score)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mintjax import losses
 from mintjax.errors import DataError
+from mintjax.losses._reference_free import bent_reward
 from mintjax.objectives._base import Array, Loss, LossObjective, counted, define, option
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
@@ -117,6 +118,24 @@ class PairObjective(SequenceObjective):
         return jnp.sum(values) / jnp.maximum(sums["pairs"], 1), metrics
 
 
+class WeightedPairObjective(PairObjective):
+    """A preference loss whose pairs are weighed by how likely the model itself is to write them.
+
+    Datums 0 and 1, 2 and 3, ... are a chosen and a rejected answer. Reads ``weights``: 1 on the
+    tokens of the answer, 0 on those of the prompt; ``ref_logprobs``; and, if there is one,
+    ``log_collisions``, ``log sum_v p(v)**2`` of each token's distribution. Metrics:
+    ``pair_accuracy``, ``mean_margin``, ``mean_chosen`` and ``mean_rejected`` of the rewards that
+    the loss compares, and ``pairs``, by whose number those of several requests are weighed.
+    """
+
+    def extra(self, data: Batch, logprobs: Ragged, what: str) -> Array:
+        """Takes the mean logprob of each answer, less its alignment, as its log-weight."""
+        aligned = logprobs - data["log_collisions"] if "log_collisions" in data else logprobs
+        total = -aligned.map(losses.cross_entropy, counted(logprobs, self.column(data, "weights")))
+        mean = total.sum() / self.lengths(data, logprobs).astype(total.dtype)
+        return jax.lax.stop_gradient(mean)
+
+
 class LabelledObjective(SequenceObjective):
     """A loss of single labelled answers, as a mean over datums.
 
@@ -214,6 +233,11 @@ class ListObjective(SequenceObjective):
         return losses.token_mean(values, where=real), metrics
 
 
+def _bent(mean_logprobs: Array, *, beta: Array, alpha: Array, gamma: Array) -> Array:
+    """Rewards a mean logprob as :func:`mintjax.losses.alphapo` does."""
+    return beta * bent_reward(mean_logprobs, alpha=alpha)
+
+
 def preference(loss: Loss, name: str | None = None, **fixed: Any) -> type[PairObjective]:
     """Makes an objective of a preference loss.
 
@@ -234,7 +258,7 @@ def preference(loss: Loss, name: str | None = None, **fixed: Any) -> type[PairOb
         >>> from mintjax import losses, objectives
         >>> tulu = objectives.preference(losses.dpo, "tulu", beta=5.0, per_token=True)
         >>> tulu()
-        tulu(beta=5.0, label_smoothing=0.0, per_token=True)
+        tulu(beta=5.0, label_smoothing=0.0)
     """
     parameters = inspect.signature(loss).parameters
     omit = [
@@ -245,12 +269,35 @@ def preference(loss: Loss, name: str | None = None, **fixed: Any) -> type[PairOb
         }.items()
         if does_not_fit
     ]
-    return define(PairObjective, loss, name, omit=omit, **fixed)
+    family = WeightedPairObjective if "chosen_log_weights" in parameters else PairObjective
+    return define(family, loss, name, omit=omit, **fixed)
 
 
 bradley_terry = preference(losses.bradley_terry)
 dpo = preference(losses.dpo)
+length_normalised_dpo = preference(losses.length_normalised_dpo)
+robust_dpo = preference(losses.robust_dpo)
+rpo = preference(losses.rpo, exact=True)
+f_dpo = preference(losses.f_dpo)
+wpo = preference(losses.wpo)
 ipo = preference(losses.ipo, positive=("beta",))
+hinge = preference(losses.hinge)
+exo_pair = preference(losses.exo_pair, positive=("label_smoothing",))
+discopop = preference(losses.discopop, positive=("temperature",))
+apo_zero = preference(losses.apo_zero)
+apo_down = preference(losses.apo_down)
+nca_pair = preference(losses.nca_pair)
+bco_pair = preference(losses.bco_pair)
+sppo = preference(losses.sppo, positive=("beta",))
+aot = preference(losses.aot, exact=True)
+aot_unpaired = preference(losses.aot_unpaired)
 simpo = preference(losses.simpo)
+alphapo = preference(losses.alphapo, reward=_bent)
 orpo = preference(losses.orpo)
+cpo = preference(losses.cpo)
+slic = preference(losses.slic)
+
 kto = define(LabelledObjective, losses.kto, extra={"kl": option(None)})
+bco = define(LabelledObjective, losses.bco, extra={"reward_shift": option(None)})
+
+plackett_luce = define(ListObjective, losses.plackett_luce)

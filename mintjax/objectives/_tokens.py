@@ -179,6 +179,29 @@ class SequencePolicyObjective(PolicyObjective):
         return super().watch(spread, [0.0, *inputs[1:]], where)
 
 
+class GeometricPolicyObjective(PolicyObjective):
+    """A policy loss with one ratio per sequence, the geometric mean of those of its tokens.
+
+    Each datum is one sequence. Reads ``logprobs`` (of the sampling policy), ``advantages`` (one per
+    token, of which the mean counts, or one per datum) and, if there are any, ``weights`` as a mask.
+    The loss is the mean over datums. Metrics: those of :func:`mintjax.losses.policy_summary`, and
+    ``tokens``, by whose number those of several requests are weighed.
+    """
+
+    aggregation: Aggregation = option("sequence_mean", static=True)
+
+    def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
+        """Computes the loss, and its metrics."""
+        where = answer_mask(data, logprobs)
+        inputs = self.inputs(data, logprobs, where)
+        ratio = jnp.exp(tokenwise(self.apply, logprobs, inputs, where).mean(where))
+        advantage = logprobs.map(_spread, inputs[1]).mean(where)
+        # Every token gets the loss of its sequence, so that each way to aggregate has its meaning.
+        loss = jnp.where(advantage == 0, 0, -jnp.where(advantage == 0, 0, ratio) * advantage)
+        values = logprobs.map(_spread, loss)
+        return self.reduce(values, where), self.watch(logprobs, inputs, where)
+
+
 class PenaltyObjective(TokenObjective):
     """A regulariser over a batch: every token of every datum pays, with a true gradient.
 

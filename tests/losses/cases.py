@@ -13,7 +13,8 @@ POLICY = ("target_logprobs", "sampling_logprobs", "advantages")
 REFERENCE = ("target_logprobs", "ref_logprobs")
 PAIR = ("chosen_scores", "rejected_scores")
 REF_PAIR = (*PAIR, "ref_chosen_scores", "ref_rejected_scores")
-LENGTH_PAIR = (*PAIR, "chosen_lengths", "rejected_lengths")
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+LENGTH_PAIR = (*PAIR, *LENGTHS)
 
 
 class Case(NamedTuple):
@@ -45,6 +46,39 @@ ELEMENTWISE = {
     "simpo": Case(losses.simpo, LENGTH_PAIR, 2),
     "orpo": Case(losses.orpo, LENGTH_PAIR, 2),
     "kto": Case(losses.kto, ("scores", "ref_scores", "desirable", "kl")),
+    "bco": Case(losses.bco, ("scores", "ref_scores", "desirable", "reward_shift")),
+    "dapo": Case(losses.dapo, POLICY),
+    "sapo": Case(losses.sapo, POLICY),
+    "dppo_kl": Case(losses.dppo_kl, POLICY),
+    "masked_importance_sampling": Case(losses.masked_importance_sampling, POLICY),
+    "vespo_token": Case(losses.vespo_token, ("target_logprobs", "sequence_log_ratios", POLICY[2])),
+    "gmpo_log_ratios": Case(losses.gmpo_log_ratios, POLICY),
+    "kl_abs": Case(losses.kl_abs, REFERENCE),
+    "kl_k3_straight_through": Case(losses.kl_k3_straight_through, REFERENCE),
+    "kl_k3_corrected": Case(losses.kl_k3_corrected, (*REFERENCE, "sampling_logprobs")),
+    "unlikelihood": Case(losses.unlikelihood, ("target_logprobs",)),
+    "kl_in_reward": Case(losses.kl_in_reward, ("rewards", "sampling_logprobs", "ref_logprobs")),
+    "length_normalised_dpo": Case(losses.length_normalised_dpo, (*REF_PAIR, *LENGTHS), 2),
+    "rpo": Case(losses.rpo, (*REF_PAIR, "chosen_lengths"), 2),
+    "wpo": Case(losses.wpo, (*REF_PAIR, "chosen_log_weights", "rejected_log_weights"), 2),
+    **{
+        name: Case(getattr(losses, name), REF_PAIR, 2)
+        for name in (
+            "robust_dpo",
+            "hinge",
+            "exo_pair",
+            "discopop",
+            "f_dpo",
+            "apo_zero",
+            "apo_down",
+            "nca_pair",
+            "bco_pair",
+            "sppo",
+        )
+    },
+    "cpo": Case(losses.cpo, (*PAIR, "chosen_lengths"), 2),
+    "alphapo": Case(losses.alphapo, LENGTH_PAIR, 2),
+    "slic": Case(losses.slic, PAIR, 2),
 }
 OVER_THE_LAST_AXIS = {
     "gspo": Case(losses.gspo, POLICY),
@@ -55,9 +89,28 @@ OVER_THE_LAST_AXIS = {
         losses.distillation_reverse_kl, ("target_logprobs", "teacher_logprobs")
     ),
     "brier_score": Case(losses.brier_score, ("target_logprobs", "outcomes")),
+    "generalised_jsd": Case(losses.generalised_jsd, ("target_logprobs", "teacher_logprobs")),
+    "gmpo": Case(losses.gmpo, POLICY),
+    "luspo": Case(losses.luspo, POLICY),
+    "vespo": Case(losses.vespo, POLICY),
+    "plackett_luce": Case(losses.plackett_luce, ("scores",)),
+    "discounted_returns": Case(losses.discounted_returns, ("rewards",)),
+    "gae": Case(losses.gae, ("rewards", "values")),
 }
 ALL = ELEMENTWISE | OVER_THE_LAST_AXIS
-STOPS_GRADIENTS = frozenset({"cispo", "truncated_importance_sampling", "gspo", "gspo_token"})
+STOPS_GRADIENTS = frozenset(
+    {
+        "cispo",
+        "truncated_importance_sampling",
+        "masked_importance_sampling",
+        "gspo",
+        "gspo_token",
+        "luspo",
+        "vespo",
+        "vespo_token",
+        "kl_k3_straight_through",
+    }
+)
 
 
 def arrays(case: Case, shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> list[Any]:
@@ -69,6 +122,7 @@ def arrays(case: Case, shape: tuple[int, ...], seed: int = 0, dtype: Any = np.fl
         "sequence_log_ratios": rng.normal(0, 1e-3, size=shape),
         "desirable": rng.random(shape) < 0.5,
         "kl": np.full(shape, 0.3),
+        "reward_shift": np.full(shape, 0.1),
         "outcomes": (rng.random(shape) < 0.5) * 1.0,
         "chosen_lengths": np.full(shape, 7.0),
         "rejected_lengths": np.full(shape, 5.0),

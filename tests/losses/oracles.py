@@ -80,6 +80,25 @@ def truncated_importance_sampling(
     return cispo(target, sampling, advantages, -np.inf, threshold)
 
 
+def masked_importance_sampling(
+    target: Any, sampling: Any, advantages: Any, low: Any = 0.5, high: Any = 2.0
+) -> Pair:
+    target, sampling, advantages = f64(target, sampling, advantages)
+    ratio = ratio_of(target, sampling)
+    coefficient = times(np.where((ratio >= low) & (ratio <= high), ratio, 0.0), advantages)
+    return -times(coefficient, target), -coefficient
+
+
+def vespo(target: Any, sampling: Any, advantages: Any) -> Pair:
+    """One sequence, with a weight for each sign of its tokens' advantages."""
+    target, sampling, advantages = f64(target, sampling, advantages)
+    with np.errstate(invalid="ignore"):
+        log_w = np.clip((target - sampling).sum(), np.log(1e-8), 20.0) if target.size else 0.0
+    k, decay = (np.where(advantages >= 0, a, b) for a, b in ((2.0, 3.0), (3.0, 2.0)))
+    coefficient = times(np.exp(k * log_w + decay * (1 - np.exp(log_w))), advantages)
+    return -times(coefficient, target), -coefficient
+
+
 def dppo(target: Any, sampling: Any, advantages: Any, threshold: float = 0.15) -> Pair:
     target, sampling, advantages = f64(target, sampling, advantages)
     shift = np.exp(target) - np.exp(sampling)

@@ -67,8 +67,8 @@ def test_masked_is_the_same_as_removed(name):
     where = np.random.default_rng(3).random(40) < 0.5
     masked = value_and_grads(case, inputs, where=where)
     removed = value_and_grads(case, [a[where] for a in inputs])
-    for a, b in zip(masked, removed, strict=True):
-        np.testing.assert_array_equal(a[where], b)
+    for a, b in zip(masked, removed, strict=True):  # but for the last digit of a fused operation
+        np.testing.assert_allclose(a[where], b, rtol=1e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("name", cases.ELEMENTWISE)

@@ -20,7 +20,7 @@ class Specimen(NamedTuple):
     """An objective, its reference, the batches it takes, and whether it sums over tokens."""
 
     objective: Any
-    reference: Callable[[Columns, Rows, Rows], float]
+    reference: Callable[[Columns, Rows, Rows], float] | None
     block: int = 1
     sums: bool = True
     batches: Mapping[str, Any] = {}
@@ -167,4 +167,47 @@ SPECIMENS = {
         positions(oracles.brier_score, "outcomes"),
         batches={"columns": ("outcomes",), "candidates": 3},
     ),
+}
+
+GROUP: dict[str, Any] = {"columns": ("logprobs", "advantages", "weights", "ref_logprobs")}
+
+# These are held against differences of themselves; their values, against the original
+# implementations, in tests/losses/test_golden.py.
+SPECIMENS |= {
+    name: Specimen(getattr(objectives, name)(), None, 2, False, PREFERENCE)
+    for name in (
+        "length_normalised_dpo",
+        "robust_dpo",
+        "rpo",
+        "f_dpo",
+        "hinge",
+        "exo_pair",
+        "discopop",
+        "apo_zero",
+        "apo_down",
+        "nca_pair",
+        "bco_pair",
+        "sppo",
+        "alphapo",
+        "cpo",
+        "slic",
+    )
+}
+SPECIMENS |= {
+    "ipo_per_token": Specimen(objectives.ipo(per_token=True), None, 2, False, PREFERENCE),
+    "bco": Specimen(objectives.bco(reward_shift=0.1), None, 1, False, LABELLED),
+    "plackett_luce": Specimen(objectives.plackett_luce(group_size=3), None, 3, False, PREFERENCE),
+    "dapo": Specimen(objectives.dapo(), None, sums=False),
+    "sapo": Specimen(objectives.sapo(), None, sums=False),
+    "dppo_kl": Specimen(objectives.dppo_kl(), None),
+    "gmpo": Specimen(objectives.gmpo(aggregation="sequence_sum"), None, sums=False),
+    "masked_importance_sampling": Specimen(
+        objectives.masked_importance_sampling(),
+        linear(oracles.masked_importance_sampling, *POLICY),
+    ),
+    "vespo": Specimen(objectives.vespo(), linear(oracles.vespo, *POLICY)),
+    "kl_abs": Specimen(objectives.kl_abs(), None),
+    "kl_k3_corrected": Specimen(objectives.kl_k3_corrected(), None, batches=GROUP),
+    "unlikelihood": Specimen(objectives.unlikelihood(), None),
+    "generalised_jsd": Specimen(objectives.generalised_jsd(), None, batches=TEACHER),
 }

@@ -13,6 +13,9 @@ from mintjax import testing
 
 from .specimens import SPECIMENS, Specimen
 
+# Enough by default to meet each kind of batch.
+EXAMPLES = 20 if settings().max_examples <= 100 else settings().max_examples
+
 
 def check_all(specimen: Specimen, example: testing.Example) -> None:
     """Every law that applies."""
@@ -29,6 +32,7 @@ def check_all(specimen: Specimen, example: testing.Example) -> None:
 
 @pytest.mark.parametrize("name", SPECIMENS)
 @given(data=st.data())
+@settings(max_examples=EXAMPLES)
 def test_every_objective_obeys_every_law(name, data):
     specimen = SPECIMENS[name]
     kinds = testing.batches(block=specimen.block, max_length=120, poison=True, **specimen.batches)

@@ -41,9 +41,9 @@ def test_an_objective_is_a_value(name):
     assert repr(one).startswith(f"{name}(")
     field = next((f.name for f in dataclasses.fields(one) if isinstance(f.default, float)), None)
     if field is not None:
-        changed = dataclasses.replace(one, **{field: 0.5})
+        changed = dataclasses.replace(one, **{field: 0.75})
         assert changed != one
-        assert f"{field}=0.5" in repr(changed)
+        assert f"{field}=0.75" in repr(changed)
         assert jax.tree.structure(changed) == jax.tree.structure(one)
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.beta = 3.0
