@@ -133,8 +133,8 @@ def prompt_mean(losses: ArrayLike, group_size: int, *, where: ArrayLike | None =
     group that is masked whole is no group.
 
     Args:
-        losses: per token: ``[B, T]``, the last axis along one sequence; sequences that answer one
-            prompt stand in a row.
+        losses: per token, of shape ``[B, T]``, the last axis along one sequence; sequences that
+            answer one prompt stand in a row.
         group_size: how many sequences answer one prompt.
         where: same shape, boolean; which tokens count.
 
