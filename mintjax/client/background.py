@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -92,10 +93,10 @@ class Background:
         To be called once; the connection's finalizer sees to it.
         """
         self._closed = True
+        if os.getpid() != self._pid:
+            return  # and touch no lock: in a forked process, its holder may be gone
         for future in list(self._futures):
             _fail(future, ClosedError("the client was closed before this was answered"))
-        if os.getpid() != self._pid:
-            return
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self.thread:
@@ -130,6 +131,32 @@ async def _drive(
     else:
         with suppress(InvalidStateError):  # cancelled or closed meanwhile
             future.set_result(result)
+
+
+async def in_daemon_thread(work: Callable[[], T], name: str) -> T:
+    """Run a function in a thread that does not keep the interpreter from ending.
+
+    ``asyncio.to_thread`` does: Python waits at exit for the threads of every executor.
+
+    Args:
+        work: the function; runs in a copy of the caller's context.
+        name: of the thread.
+    """
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    outcome: Future[T] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            outcome.set_result(context.run(work))
+        except BaseException as error:
+            outcome.set_exception(error)
+        with suppress(RuntimeError):  # the loop has been closed: nobody is waiting
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    await done.wait()
+    return outcome.result()
 
 
 def _fail(future: Future[Any], error: BaseException) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from mintjax.client.background import Background, begin
-from mintjax.client.futures import APIFuture
+from mintjax.client.futures import APIFuture, Limited
 from mintjax.client.polling import retrieve
 from mintjax.client.settings import Settings
 from mintjax.client.transport import Request, Transport
@@ -86,15 +86,49 @@ class Connection:
 
         return self.submit(begun)
 
+    def limited(
+        self,
+        timeout: float | None,
+        run: Callable[P, Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Limited[T]:
+        """Run a coroutine function as :meth:`start` does, for a method that waits for it.
+
+        Args:
+            timeout: seconds to wait at most; those of the retry policy if None.
+            run: what to run.
+            args: for it.
+            kwargs: for it.
+        """
+        return self.limit(self.start(run, *args, **kwargs), timeout)
+
+    def limit(self, future: APIFuture[T], timeout: float | None) -> Limited[T]:
+        """The future, and how long to wait for it, as :meth:`limited` has it."""
+        return Limited(future, self.settings.policy.blocking if timeout is None else timeout)
+
     async def ask(self, path: str, message: Any, as_type: type[T]) -> T:
         """Send a request that is answered at once."""
         return await self.transport.call(Request(path, messages.encode(message)), as_type)
 
-    async def run(self, path: str, message: Any, as_type: type[T]) -> T:
-        """Send a request that has no place in a line, and wait for its result."""
+    async def run(
+        self,
+        path: str,
+        message: Any,
+        as_type: type[T],
+        check: Callable[[T], object] = lambda result: None,
+    ) -> T:
+        """Send a request that has no place in a line, and wait for its result.
+
+        Args:
+            path: below ``/api/v1/``.
+            message: what to send.
+            as_type: what the result is.
+            check: raises APIResponseError where a result cannot be that of the request.
+        """
         request = Request(path, messages.encode(message))
         await self.transport.submit(request)
-        return await retrieve(self.transport, request, as_type)
+        return await retrieve(self.transport, request, as_type, check)
 
     def takes_protobuf(self, request: Request, refusal: APIError) -> bool:
         """Whether a pass was refused for its encoding; from then on they are protocol buffers."""

@@ -5,18 +5,33 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import inspect
+import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
-from mintjax.errors import APITimeoutError
+from mintjax.errors import APITimeoutError, ClosedError, NotCopyableError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class APIFuture(concurrent.futures.Future[T]):
+class NotCopyable:
+    """Refuses ``copy.copy``, ``copy.deepcopy`` and ``pickle``, and says what to do instead."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError(
+            f"{type(self).__name__} cannot be copied or pickled, because it shares a thread, "
+            "connections and the order of requests. Within this process, use it from wherever it "
+            "is needed. In another process, make a new ServiceClient there, and give it the path "
+            "of a checkpoint: create_training_client_from_state_with_optimizer(path), or "
+            "create_sampling_client(model_path=path)"
+        )
+
+
+class APIFuture(NotCopyable, concurrent.futures.Future[T]):
     """The result of a request, for threads and for asyncio alike.
 
     ``future.result()`` blocks; ``await future`` works in any event loop. Both may be called any
@@ -41,16 +56,22 @@ class APIFuture(concurrent.futures.Future[T]):
         self._thread = thread
         self._keep_alive = keep_alive
         self._seen = seen
+        self._pid = os.getpid()
+        self._wakers = wakers = set[Callable[[], object]]()
+        # One callback for all who wait, because a future never lets go of one.
+        self.add_done_callback(lambda _: [wake() for wake in list(wakers)])
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result.
 
         Args:
-            timeout: seconds to wait at most; no limit if None.
+            timeout: seconds to wait at most; if None, until the request has its result or has
+                failed, which takes no longer than ``RetryPolicy(result=...)`` allows.
 
         Raises:
             APITimeoutError: no result yet (a ``TimeoutError``). The request goes on; ask again.
             concurrent.futures.CancelledError: it was cancelled.
+            ClosedError: this process was forked from the one that waits for the result.
             RuntimeError: called in the client's own event loop, which would wait for itself.
         """
         self.exception(timeout)
@@ -60,8 +81,13 @@ class APIFuture(concurrent.futures.Future[T]):
         """Wait as :meth:`result` does, and return the error, or None where there is none.
 
         Raises:
+            ClosedError: this process was forked from the one that waits for the result.
             RuntimeError: called in the client's own event loop, which would wait for itself.
         """
+        if os.getpid() != self._pid and self._state != "FINISHED":  # no lock: its holder is gone
+            raise ClosedError("a future does not survive os.fork(); ask in the process it is from")
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:
+            timeout = None
         if not self.done() and threading.current_thread() is self._thread:
             raise RuntimeError(
                 "in the client's own event loop this would wait for itself for ever; await the "
@@ -82,13 +108,17 @@ class APIFuture(concurrent.futures.Future[T]):
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
 
-        def wake(_: object) -> None:
+        def wake() -> None:
             with suppress(RuntimeError):  # that loop has been closed: nobody is waiting
                 loop.call_soon_threadsafe(done.set)
 
-        self.add_done_callback(wake)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(done.wait(), timeout)
+        self._wakers.add(wake)
+        try:
+            with suppress(TimeoutError):
+                if not self.done():  # asked once the waker can be seen, so that it is not missed
+                    await asyncio.wait_for(done.wait(), timeout)
+        finally:
+            self._wakers.discard(wake)
         if not self.done():
             raise _late(timeout)
         return self.result()
@@ -117,23 +147,87 @@ def submitted(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     return call
 
 
-def awaited(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The method as a coroutine function that returns the result."""
+def awaited(
+    method: Callable[P, APIFuture[T]], returns: type[T] | Any
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The method as a coroutine function that returns the result.
+
+    Args:
+        method: returns a future.
+        returns: what the future holds, for the annotation.
+    """
 
     @functools.wraps(method)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return await method(*args, **kwargs)
 
-    return call
+    return _annotated(call, returns)
+
+
+class Limited(Generic[T]):
+    """A future that a method waits for, and no longer than a limit.
+
+    Args:
+        future: of the result.
+        limit: in seconds.
+    """
+
+    def __init__(self, future: APIFuture[T], limit: float) -> None:
+        self.future = future
+        self.limit = limit
 
 
 def both(
-    method: Callable[P, APIFuture[T]],
+    method: Callable[P, Limited[T]], returns: type[T]
 ) -> tuple[Callable[P, T], Callable[P, Coroutine[Any, Any, T]]]:
-    """The method, returning when the result is there; for threads, and as :func:`awaited`."""
+    """The method as one that blocks until the result is there, and as a coroutine function.
+
+    Args:
+        method: returns a future and how long to wait for it.
+        returns: what the future holds, for the annotation.
+    """
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return method(*args, **kwargs).result()
+        return wait(method(*args, **kwargs))
 
-    return call, awaited(method)
+    @functools.wraps(method)
+    async def call_async(*args: P.args, **kwargs: P.kwargs) -> T:
+        limited = method(*args, **kwargs)
+        try:
+            return await limited.future.result_async(limited.limit)
+        except APITimeoutError as error:
+            raise _too_long(limited, error) from None
+
+    return _annotated(call, returns), _annotated(call_async, returns)
+
+
+def wait(limited: Limited[T]) -> T:
+    """Waits for a result.
+
+    Raises:
+        APITimeoutError: it takes too long; the message says how to wait longer.
+    """
+    try:
+        return limited.future.result(limited.limit)
+    except APITimeoutError as error:
+        raise _too_long(limited, error) from None
+
+
+def _too_long(limited: Limited[Any], error: APITimeoutError) -> APITimeoutError:
+    if limited.future.done():  # the request's own error
+        return error
+    return APITimeoutError(
+        f"no result after {limited.limit} s; pass timeout=..., or RetryPolicy(blocking=...), to "
+        "wait longer. The request goes on meanwhile"
+    )
+
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _annotated(call: C, returns: Any) -> C:
+    # What wraps copies says that a future comes back.
+    call.__annotations__ = {**call.__annotations__, "return": returns}
+    call.__signature__ = inspect.signature(call).replace(return_annotation=returns)  # pyright: ignore[reportFunctionMemberAccess]
+    return call

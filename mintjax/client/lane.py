@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
-from mintjax.client.background import Carried, begin
+from mintjax.client.background import Carried, begin, in_daemon_thread
 from mintjax.client.connection import Connection
 from mintjax.client.encodings import encode
 from mintjax.client.futures import APIFuture
@@ -212,6 +213,7 @@ class Turn:
         as_type: type[T],
         *,
         mutates: bool,
+        check: Callable[[int, T], None] = lambda part, result: None,
         accepted: Callable[[], None] = lambda: None,
         leave: bool = True,
     ) -> list[T]:
@@ -223,6 +225,8 @@ class Turn:
             as_type: what each result is.
             mutates: it changes the model; then a part that fails beside others that are applied
                 leaves the model in doubt.
+            check: called with the position and the result of each part; an APIResponseError that it
+                raises says that this is no answer to that part.
             accepted: called when the trainer has accepted all.
             leave: leave the line then.
         """
@@ -231,12 +235,13 @@ class Turn:
         sent: list[Request] = []
         results: list[T] = []
         try:
-            for message in messages:
+            for part, message in enumerate(messages):
                 request = await lane.post(path, message, mutates)
                 if pipelined:
                     sent.append(request)
                 else:
-                    results.append(await retrieve(transport, request, as_type))
+                    checked = partial(check, part)
+                    results.append(await retrieve(transport, request, as_type, checked))
         except APIError as error:
             if mutates and (sent or results):
                 lane.part_failed(path, error, len(messages))
@@ -249,7 +254,11 @@ class Turn:
             task.add_done_callback(lane.under_way.discard)
             self.leave()
         answers = await asyncio.gather(
-            *(retrieve(transport, request, as_type) for request in sent), return_exceptions=True
+            *(
+                retrieve(transport, request, as_type, partial(check, part))
+                for part, request in enumerate(sent)
+            ),
+            return_exceptions=True,
         )
         failed = [answer for answer in answers if isinstance(answer, BaseException)]
         if failed and mutates and len(failed) < len(answers):
@@ -274,7 +283,7 @@ class Turn:
                 return Carried(error)
 
         started = time.perf_counter()
-        outcome = await asyncio.to_thread(guarded)
+        outcome = await in_daemon_thread(guarded, "mintjax-objective")
         self.computing_seconds += time.perf_counter() - started
         if isinstance(outcome, Carried):
             raise outcome

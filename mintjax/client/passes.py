@@ -18,6 +18,9 @@ from mintjax.types import Datum, ForwardBackwardOutput
 
 Shape = tuple[int, ...]
 
+MAX_LOGPROB = 0.25
+"""The largest logprob that a trainer may return; 16-bit arithmetic can round one to above 0."""
+
 
 class Chunk(msgspec.Struct):
     """Some datums of a batch, encoded when they were handed over.
@@ -115,15 +118,21 @@ class Pass:
         ]
         return [kind(given, model_id) for given in inputs]
 
-    def output(self, parts: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
-        """The outputs of all requests as that of the batch.
+    def check(self, part: int, output: ForwardBackwardOutput) -> None:
+        """Checks that an output can be that of a request, before it counts as the answer.
+
+        Args:
+            part: which of the requests.
+            output: what was answered.
 
         Raises:
-            APIResponseError: there are not as many as datums, or logprobs are not shaped as
-                targets.
+            APIResponseError: there is not one record for each datum, logprobs are not shaped as
+                the targets, or a number is none that it can be.
         """
-        for chunk, output in zip(self._chunks, parts, strict=True):
-            _check_shapes(chunk, output)
+        _check_shapes(self._chunks[part], output)
+
+    def output(self, parts: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+        """The outputs of all requests, each of them checked, as that of the batch."""
         counts = [len(chunk.shapes) for chunk in self._chunks]
         return ForwardBackwardOutput(
             loss_fn_outputs=[one for output in parts for one in output.loss_fn_outputs],
@@ -143,6 +152,17 @@ def _check_finite(first: int, outputs: Sequence[Mapping[str, TensorData]]) -> No
         (i, name), at = places[found[0]], found[1]
         value = outputs[i][name].ravel()[at]  # infinite is what JSON beyond float32 becomes
         raise APIResponseError(f"datum {first + i}: the trainer returned {value} in {name!r}[{at}]")
+
+
+def _check_probable(first: int, rows: Sequence[TensorData | None]) -> None:
+    given = [(i, row) for i, row in enumerate(rows) if row is not None and row.size]
+    if not given or max(float(row.max()) for _, row in given) <= MAX_LOGPROB:
+        return
+    i, row = next((i, row) for i, row in given if float(row.max()) > MAX_LOGPROB)
+    raise APIResponseError(
+        f"datum {first + i}: the trainer returned a logprob of {float(row.max()):g}, which is no "
+        "logarithm of a probability"
+    )
 
 
 def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
@@ -166,3 +186,4 @@ def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
                 f"{list(logprobs.shape)} for target_tokens of shape {list(shape)}"
             )
         one["logprobs"] = TensorData.from_numpy(logprobs.reshape(shape))  # it sent no shape
+    _check_probable(chunk.first, [one.get("logprobs") for one in output.loss_fn_outputs])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -54,8 +54,19 @@ class _NotYet(msgspec.Struct):
     category: Any = None
 
 
-async def retrieve(transport: Transport, request: Request, as_type: type[T]) -> T:
+async def retrieve(
+    transport: Transport,
+    request: Request,
+    as_type: type[T],
+    check: Callable[[T], object] = lambda result: None,
+) -> T:
     """Ask for the result of an accepted request until it is there.
+
+    Args:
+        transport: how to ask.
+        request: what was accepted.
+        as_type: what the result is.
+        check: raises APIResponseError where a result cannot be that of the request.
 
     Raises:
         RequestFailedError: the request was run and failed.
@@ -72,7 +83,7 @@ async def retrieve(transport: Transport, request: Request, as_type: type[T]) -> 
         while True:
             asked = messages.FutureRetrieveRequest(request.request_id, metadata_only)
             question = Request(_PATH, messages.encode(asked), headers=headers)
-            read = partial(_read, transport, request, as_type, metadata_only)
+            read = partial(_read, transport, request, as_type, check, metadata_only)
             answer = await transport.attempt(question, read, policy.poll_timeout)
             if isinstance(answer, Failure) and answer.reply and answer.status == 408:
                 reply, answer = answer.reply, _NotYet()  # a try_again in other clothes
@@ -116,7 +127,12 @@ def _check_time(transport: Transport, request: Request, seconds: float, why: str
 
 
 def _read(
-    transport: Transport, request: Request, as_type: type[T], metadata_only: bool, reply: Reply
+    transport: Transport,
+    request: Request,
+    as_type: type[T],
+    check: Callable[[T], object],
+    metadata_only: bool,
+    reply: Reply,
 ) -> T | _NotYet:
     """The result, or what came in its place.
 
@@ -127,7 +143,9 @@ def _read(
     result = f"{_PATH} ({request.path})"
     large = as_type is ForwardBackwardOutput and len(reply.body) > _MAX_STATUS_BYTES
     if reply.is_protobuf or large:
-        return transport.decode(result, as_type, reply)
+        output = transport.decode(result, as_type, reply)
+        check(output)
+        return output
     answer = transport.decode(_PATH, _NotYet, reply)
     if answer.request_id not in (None, request.request_id):
         raise APIResponseError(
@@ -147,7 +165,9 @@ def _read(
             category=answer.category if known else "unknown",
         )
     _check_kind(transport, request.path, answer.type, reply)
-    return transport.decode(result, as_type, reply)
+    output = transport.decode(result, as_type, reply)
+    check(output)
+    return output
 
 
 def _check_kind(transport: Transport, path: str, kind: str | None, reply: Reply) -> None:

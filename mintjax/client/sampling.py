@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from functools import partial
 
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture, awaited
+from mintjax.client.futures import APIFuture, NotCopyable, awaited
+from mintjax.client.passes import MAX_LOGPROB
 from mintjax.errors import APIResponseError, DataError
 from mintjax.protocol import messages
 from mintjax.types import ModelInput, SampleResponse, SamplingParams
 
 
-class SamplingClient:
+class SamplingClient(NotCopyable):
     """Samples from one set of weights, which stays as it was when this was made.
 
     Made by :meth:`ServiceClient.create_sampling_client` and
@@ -62,9 +65,12 @@ class SamplingClient:
             DataError: an argument that no trainer can use.
         """
         request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs)
-        return self._connection.start(self._connection.run, "asample", request, SampleResponse)
+        check = partial(_check_answer, request)
+        return self._connection.start(
+            self._connection.run, "asample", request, SampleResponse, check
+        )
 
-    sample_async = awaited(sample)
+    sample_async = awaited(sample, SampleResponse)
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """The logprob of each token of a prompt after those before it, in nats; the first is None.
@@ -75,18 +81,13 @@ class SamplingClient:
         request = self._request(prompt, 1, SamplingParams(max_tokens=1), True)
 
         async def run() -> list[float | None]:
-            answer = await self._connection.run("asample", request, SampleResponse)
-            logprobs = answer.prompt_logprobs
-            if logprobs is None or len(logprobs) != prompt.length:
-                raise APIResponseError(
-                    f"the trainer returned {0 if logprobs is None else len(logprobs)} prompt "
-                    f"logprobs for {prompt.length} tokens"
-                )
-            return logprobs
+            check = partial(_check_answer, request)
+            answer = await self._connection.run("asample", request, SampleResponse, check)
+            return answer.prompt_logprobs or []
 
         return self._connection.start(run)
 
-    compute_logprobs_async = awaited(compute_logprobs)
+    compute_logprobs_async = awaited(compute_logprobs, list[float | None])
 
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams, prompt_logprobs: bool
@@ -96,6 +97,41 @@ class SamplingClient:
         return messages.SampleRequest(
             prompt, params, self._session, number, num_samples, prompt_logprobs
         )
+
+
+def _check_answer(request: messages.SampleRequest, answer: SampleResponse) -> None:
+    """Checks that an answer can be that to a request.
+
+    Raises:
+        APIResponseError: it is not for as many samples or tokens, or a logprob is none.
+    """
+    if len(answer.sequences) != request.num_samples:
+        raise APIResponseError(
+            f"the trainer returned {len(answer.sequences)} sequences for {request.num_samples}"
+        )
+    for i, sequence in enumerate(answer.sequences):
+        if sequence.logprobs is not None and len(sequence.logprobs) != len(sequence.tokens):
+            raise APIResponseError(
+                f"sequence {i}: the trainer returned {len(sequence.logprobs)} logprobs for "
+                f"{len(sequence.tokens)} tokens"
+            )
+        _check_probable(sequence.logprobs or ())
+    if request.prompt_logprobs:
+        logprobs = answer.prompt_logprobs or ()
+        if len(logprobs) != request.prompt.length:
+            raise APIResponseError(
+                f"the trainer returned {len(logprobs)} prompt logprobs for "
+                f"{request.prompt.length} tokens"
+            )
+        _check_probable([one for one in logprobs if one is not None])
+
+
+def _check_probable(logprobs: Sequence[float]) -> None:
+    for one in logprobs:
+        if not one <= MAX_LOGPROB:
+            raise APIResponseError(
+                f"the trainer returned a logprob of {one:g}, which is no logarithm of a probability"
+            )
 
 
 def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:

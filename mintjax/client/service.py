@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
@@ -9,7 +10,7 @@ import httpx
 import msgspec
 
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture, both
+from mintjax.client.futures import APIFuture, Limited, NotCopyable, both
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
 from mintjax.client.training import TrainingClient, make_model, probe
@@ -34,7 +35,7 @@ class _WeightsInfoRequest(msgspec.Struct):
     tinker_path: str
 
 
-class ServiceClient:
+class ServiceClient(NotCopyable):
     """A session with a trainer; makes training and sampling clients.
 
     It starts one thread, which does everything that goes over the network; the session is opened
@@ -103,7 +104,9 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: dict[str, str] | None = None,
-    ) -> APIFuture[TrainingClient]:
+        *,
+        timeout: float | None = None,
+    ) -> Limited[TrainingClient]:
         """Make a model with fresh low-rank adapters.
 
         Args:
@@ -114,63 +117,82 @@ class ServiceClient:
             train_attn: adapt the attention projections.
             train_unembed: adapt the output projection.
             user_metadata: sent with the model.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
             DataError: an argument that no trainer can use.
             APIError: the trainer cannot be reached, or refuses.
+            APITimeoutError: it takes longer than the timeout.
         """
         base_model = base_model or from_environment("BASE_MODEL")
         if not base_model:
             raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
+        rank, seed = operator.index(rank), None if seed is None else operator.index(seed)
         if rank < 1:
             raise DataError(f"{rank}; it must be at least 1", field="rank")
         if not (train_mlp or train_attn or train_unembed):
             raise DataError("nothing is left to train; let at least one of the three be True")
         config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
         connection = self._connection
-        return connection.start(make_model, connection, base_model, config, user_metadata)
+        return connection.limited(
+            timeout, make_model, connection, base_model, config, user_metadata
+        )
 
     create_lora_training_client, create_lora_training_client_async = both(
-        _create_lora_training_client
+        _create_lora_training_client, TrainingClient
     )
 
     def _create_training_client_from_state(
-        self, path: str, user_metadata: dict[str, str] | None = None
-    ) -> APIFuture[TrainingClient]:
+        self,
+        path: str,
+        user_metadata: dict[str, str] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Limited[TrainingClient]:
         """Make a model with the weights of a path that ``save_state`` gave, and a fresh optimizer.
 
         Args:
             path: ``tinker://<model>/weights/<name>``.
             user_metadata: sent with the model.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
             APIError: the trainer cannot be reached, or knows no such path.
         """
-        return self._connection.start(self._from_state, path, user_metadata, False)
+        return self._connection.limited(timeout, self._from_state, path, user_metadata, False)
 
     create_training_client_from_state, create_training_client_from_state_async = both(
-        _create_training_client_from_state
+        _create_training_client_from_state, TrainingClient
     )
 
     def _create_training_client_from_state_with_optimizer(
-        self, path: str, user_metadata: dict[str, str] | None = None
-    ) -> APIFuture[TrainingClient]:
+        self,
+        path: str,
+        user_metadata: dict[str, str] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Limited[TrainingClient]:
         """As :meth:`create_training_client_from_state`, with the optimizer's state too."""
-        return self._connection.start(self._from_state, path, user_metadata, True)
+        return self._connection.limited(timeout, self._from_state, path, user_metadata, True)
 
     (
         create_training_client_from_state_with_optimizer,
         create_training_client_from_state_with_optimizer_async,
-    ) = both(_create_training_client_from_state_with_optimizer)
+    ) = both(_create_training_client_from_state_with_optimizer, TrainingClient)
 
     def _create_sampling_client(
-        self, model_path: str | None = None, base_model: str | None = None
-    ) -> APIFuture[SamplingClient]:
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Limited[SamplingClient]:
         """Make a client that samples from saved weights, or from a base model.
 
         Args:
             model_path: a path that ``save_weights_for_sampler`` gave.
             base_model: name of a base model, if there is no path.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
             DataError: neither was given.
@@ -178,23 +200,33 @@ class ServiceClient:
         if model_path is None and base_model is None:
             raise DataError("pass model_path, or base_model", field="model_path")
         connection = self._connection
-        return connection.start(SamplingClient.open, connection, model_path, base_model)
+        return connection.limited(timeout, SamplingClient.open, connection, model_path, base_model)
 
-    create_sampling_client, create_sampling_client_async = both(_create_sampling_client)
+    create_sampling_client, create_sampling_client_async = both(
+        _create_sampling_client, SamplingClient
+    )
 
-    def _get_server_capabilities(self) -> APIFuture[ServerCapabilities]:
+    def _get_server_capabilities(
+        self, *, timeout: float | None = None
+    ) -> Limited[ServerCapabilities]:
         """Which base models the trainer offers."""
         request = Request("get_server_capabilities", method="GET")
         call = self._connection.transport.call
-        return self._connection.start(call, request, ServerCapabilities)
+        return self._connection.limited(timeout, call, request, ServerCapabilities)
 
-    get_server_capabilities, get_server_capabilities_async = both(_get_server_capabilities)
+    get_server_capabilities, get_server_capabilities_async = both(
+        _get_server_capabilities, ServerCapabilities
+    )
 
-    def _get_client_config(self) -> APIFuture[messages.ClientConfigResponse]:
+    def _get_client_config(
+        self, *, timeout: float | None = None
+    ) -> Limited[messages.ClientConfigResponse]:
         """The flags by which the trainer tells clients what to send; defaults if it has none."""
-        return self._connection.start(self._client_config)
+        return self._connection.limited(timeout, self._client_config)
 
-    get_client_config, get_client_config_async = both(_get_client_config)
+    get_client_config, get_client_config_async = both(
+        _get_client_config, messages.ClientConfigResponse
+    )
 
     def probe(self, base_model: str | None = None) -> Reduction:
         """Measure, by a few steps on a throwaway model, what the trainer makes of losses.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture, both, submitted
+from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, submitted, wait
 from mintjax.client.lane import Lane, Turn
 from mintjax.client.passes import Pass
 from mintjax.client.sampling import SamplingClient
@@ -45,7 +45,7 @@ T = TypeVar("T")
 _SECONDS_TO_UNLOAD = 30.0
 
 
-class TrainingClient:
+class TrainingClient(NotCopyable):
     """Trains one model.
 
     Made by :meth:`ServiceClient.create_lora_training_client`. Every method returns at once, and
@@ -153,23 +153,29 @@ class TrainingClient:
 
         return self._lane.submit(run, mutates=True)
 
-    def logprobs(self, data: Sequence[Datum] | Batch) -> list[npt.NDArray[np.float32]]:
+    def logprobs(
+        self, data: Sequence[Datum] | Batch, *, timeout: float | None = None
+    ) -> list[npt.NDArray[np.float32]]:
         """The logprobs of the target tokens, in nats; waits for them.
 
         Args:
             data: at least one datum, each with ``target_tokens``.
+            timeout: seconds to wait for them at most; ``RetryPolicy(blocking=...)`` if None.
 
         Returns:
             One array per datum, in order, in the shape of its ``target_tokens``.
         """
         batch = check_data(list(data), SENT)
-        return logprobs_of(self.forward(forward_data(batch), FORWARD_LOSS_FN).result())
+        passed = self.forward(forward_data(batch), FORWARD_LOSS_FN)
+        return logprobs_of(wait(self._connection.limit(passed, timeout)))
 
     def backward(
         self,
         data: Sequence[Datum] | Batch,
         logprobs: Sequence[npt.NDArray[Any]],
         grads: Sequence[npt.NDArray[Any]],
+        *,
+        timeout: float | None = None,
     ) -> ForwardBackwardOutput:
         """Add a gradient with respect to logprobs to what is accumulated; waits for it.
 
@@ -179,6 +185,7 @@ class TrainingClient:
             data: as :meth:`logprobs` had it.
             logprobs: what that returned; the model must not have changed since.
             grads: the derivative of a loss by each of them, in their shapes.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
             NonFiniteError: a gradient is not finite; nothing was sent.
@@ -194,7 +201,7 @@ class TrainingClient:
             given = Pass(limits, carried, reduction.loss_fn, backward=True)
             return await self._send(turn, given, divisor=divisor)
 
-        return self._lane.submit(run, mutates=True).result()
+        return wait(self._connection.limit(self._lane.submit(run, mutates=True), timeout))
 
     def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
         """Update the weights with the accumulated gradient, and forget it.
@@ -241,12 +248,13 @@ class TrainingClient:
         return self.submit(path, request, SaveWeightsResponse, mutates=False)
 
     def _save_weights_and_get_sampling_client(
-        self, name: str | None = None
-    ) -> APIFuture[SamplingClient]:
+        self, name: str | None = None, *, timeout: float | None = None
+    ) -> Limited[SamplingClient]:
         """A sampling client for the weights as they are once all that was submitted is done.
 
         Args:
             name: keep the weights under this name; for this client only if None.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
         """
 
         async def run(turn: Turn) -> SamplingClient:
@@ -265,25 +273,30 @@ class TrainingClient:
                 )
             return await SamplingClient.open(connection, saved.path)
 
-        return self._lane.submit(run)
+        return self._connection.limit(self._lane.submit(run), timeout)
 
     save_weights_and_get_sampling_client, save_weights_and_get_sampling_client_async = both(
-        _save_weights_and_get_sampling_client
+        _save_weights_and_get_sampling_client, SamplingClient
     )
 
-    def _create_sampling_client(self, model_path: str) -> APIFuture[SamplingClient]:
+    def _create_sampling_client(
+        self, model_path: str, *, timeout: float | None = None
+    ) -> Limited[SamplingClient]:
         """A sampling client for the weights at ``model_path``, which a save for a sampler gave."""
-        return self._connection.start(SamplingClient.open, self._connection, model_path)
+        connection = self._connection
+        return connection.limited(timeout, SamplingClient.open, connection, model_path)
 
-    create_sampling_client, create_sampling_client_async = both(_create_sampling_client)
+    create_sampling_client, create_sampling_client_async = both(
+        _create_sampling_client, SamplingClient
+    )
 
-    def _get_info(self) -> APIFuture[GetInfoResponse]:
+    def _get_info(self, *, timeout: float | None = None) -> Limited[GetInfoResponse]:
         """What the trainer says of the model: base model, tokenizer, rank."""
         request = messages.ModelRequest(self.model_id, "get_info")
         ask = self._connection.ask
-        return self._connection.start(ask, "get_info", request, GetInfoResponse)
+        return self._connection.limited(timeout, ask, "get_info", request, GetInfoResponse)
 
-    get_info, get_info_async = both(_get_info)
+    get_info, get_info_async = both(_get_info, GetInfoResponse)
 
     def unload(self) -> APIFuture[None]:
         """Free the model once all submitted before is done; what was not saved is gone."""
@@ -381,6 +394,7 @@ class TrainingClient:
             given.messages(self.model_id),
             ForwardBackwardOutput,
             mutates=given.backward,
+            check=given.check,
             accepted=accepted,
             leave=leave,
         )
@@ -416,8 +430,8 @@ def probe(connection: Connection, base_model: str) -> Reduction:
     Raises:
         MintjaxError: it cannot be told.
     """
-    made = connection.start(make_model, connection, base_model, LoraConfig(8, 0))
-    with made.result() as model:
+    made = connection.limited(None, make_model, connection, base_model, LoraConfig(8, 0))
+    with wait(made) as model:
         connection.findings.reduction = measure_reduction(model)
     return connection.findings.reduction
 

@@ -307,11 +307,31 @@ def test_sampling(service):
 
 def test_prompt_logprobs_are_one_for_each_token(service, trainer):
     sampler = service.create_sampling_client(base_model="tiny")
+    sequence = {"tokens": [1], "logprobs": [-1.0], "stop_reason": "length"}
     for given, words in (([None], "returned 1 prompt"), (None, "returned 0 prompt")):
-        answer = {"sequences": [], "prompt_logprobs": given}
-        trainer.faults["retrieve_future"] = [Answer(200, answer)]
+        answer = {"sequences": [sequence], "prompt_logprobs": given}
+        trainer.faults["retrieve_future"] = [Answer(200, answer)] * 10
         with pytest.raises(APIResponseError, match=words):
             sampler.compute_logprobs(ModelInput.from_ints([1, 2])).result(5)
+        trainer.faults.clear()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "prompt_logprobs", "words"),
+    [
+        ([], [None, -1.0], "0 sequences for 1"),
+        ([{"tokens": [1, 2], "logprobs": [-1.0]}], [None, -1.0], "1 logprobs for 2 tokens"),
+        ([{"tokens": [1], "logprobs": [5.0]}], [None, -1.0], "a logprob of 5"),
+        ([{"tokens": [1]}], [None, 1e30], r"a logprob of 1e\+30"),
+    ],
+)
+def test_a_sample_is_checked(service, trainer, sequences, prompt_logprobs, words):
+    sampler = service.create_sampling_client(base_model="tiny")
+    answer = {"sequences": sequences, "prompt_logprobs": prompt_logprobs}
+    trainer.faults["retrieve_future"] = [Answer(200, answer)] * 10
+    future = sampler.sample(ModelInput.from_ints([1, 2]), 1, SamplingParams(max_tokens=2), True)
+    with pytest.raises(APIResponseError, match=words):
+        future.result(5)
 
 
 @pytest.mark.parametrize(

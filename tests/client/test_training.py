@@ -11,6 +11,7 @@ import pytest
 
 from mintjax.client import ServiceClient, TrainingClient
 from mintjax.errors import (
+    AmbiguousRequestError,
     APIResponseError,
     BadRequestError,
     ClosedError,
@@ -368,6 +369,14 @@ def test_a_request_that_fails_when_it_runs(client, trainer):
             lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[1, 2], dtype="int64"),
             "datum 1: the trainer returned logprobs of int64",
         ),
+        (
+            lambda r: r["loss_fn_outputs"][1]["logprobs"].update(data=[-1.0, 5.0]),
+            "datum 1: the trainer returned a logprob of 5",
+        ),
+        (
+            lambda r: r["loss_fn_outputs"][0]["logprobs"].update(data=[-1.0, 1e30, -1.0]),
+            r"datum 0: the trainer returned a logprob of 1e\+30",
+        ),
     ],
 )
 def test_an_answer_that_does_not_fit_the_data(client, trainer, change, message):
@@ -378,6 +387,21 @@ def test_an_answer_that_does_not_fit_the_data(client, trainer, change, message):
     trainer.output = output
     with pytest.raises(APIResponseError, match=message):
         client.forward(DATA).result(5)
+    with pytest.raises(AmbiguousRequestError, match=message) as caught:
+        client.forward_backward(DATA).result(5)
+    assert caught.value.may_have_been_applied  # whoever answered
+
+
+def test_an_answer_that_does_not_fit_is_asked_for_again(client, trainer):
+    answer, replies = trainer.retrieve, []
+
+    def retrieve(body):
+        replies.append(body)
+        return answer(body) if len(replies) > 1 else Answer(200, {"loss_fn_outputs": []})
+
+    trainer.retrieve = retrieve
+    assert len(client.forward_backward(DATA).result(5).loss_fn_outputs) == 2
+    assert len(replies) == 2
 
 
 def test_logprobs_without_a_shape_get_that_of_the_targets(client, trainer):
