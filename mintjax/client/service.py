@@ -209,7 +209,11 @@ class ServiceClient(NotCopyable):
     def _get_server_capabilities(
         self, *, timeout: float | None = None
     ) -> Limited[ServerCapabilities]:
-        """Which base models the trainer offers."""
+        """Which base models the trainer offers.
+
+        Args:
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+        """
         request = Request("get_server_capabilities", method="GET")
         call = self._connection.transport.call
         return self._connection.limited(timeout, call, request, ServerCapabilities)
@@ -221,7 +225,11 @@ class ServiceClient(NotCopyable):
     def _get_client_config(
         self, *, timeout: float | None = None
     ) -> Limited[messages.ClientConfigResponse]:
-        """The flags by which the trainer tells clients what to send; defaults if it has none."""
+        """The flags by which the trainer tells clients what to send; defaults if it has none.
+
+        Args:
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+        """
         return self._connection.limited(timeout, self._client_config)
 
     get_client_config, get_client_config_async = both(

@@ -282,7 +282,12 @@ class TrainingClient(NotCopyable):
     def _create_sampling_client(
         self, model_path: str, *, timeout: float | None = None
     ) -> Limited[SamplingClient]:
-        """A sampling client for the weights at ``model_path``, which a save for a sampler gave."""
+        """A sampling client for saved weights.
+
+        Args:
+            model_path: what a save for a sampler gave.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+        """
         connection = self._connection
         return connection.limited(timeout, SamplingClient.open, connection, model_path)
 
@@ -291,7 +296,11 @@ class TrainingClient(NotCopyable):
     )
 
     def _get_info(self, *, timeout: float | None = None) -> Limited[GetInfoResponse]:
-        """What the trainer says of the model: base model, tokenizer, rank."""
+        """What the trainer says of the model: base model, tokenizer, rank.
+
+        Args:
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+        """
         request = messages.ModelRequest(self.model_id, "get_info")
         ask = self._connection.ask
         return self._connection.limited(timeout, ask, "get_info", request, GetInfoResponse)
