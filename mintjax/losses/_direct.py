@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import math
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,6 @@ from mintjax.losses._sigmoids import log_sigmoid, sigmoid
 
 Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 """The divergence from the reference that :func:`f_dpo` bounds."""
-
-_LARGEST_EXPONENT = 80.0  # exp of more is close to the end of float32
 
 
 def length_normalised_dpo(
@@ -401,7 +400,8 @@ def f_dpo(
     of the chosen and the rejected answer to the reference, and ``f'(u)`` is ``log u`` for
     ``"reverse_kl"`` (which is :func:`dpo`), ``1 - 1 / u`` for ``"forward_kl"``,
     ``log(2 * u / (1 + u))`` for ``"js"`` and ``(u**(alpha - 1) - 1) / (alpha - 1)`` for
-    ``"alpha"``. It is computed from the log-ratios; an exponent above 80 counts as 80.
+    ``"alpha"``. It is computed from the log-ratios; an exponent that would overflow is
+    held at 80 (638 in float64).
 
     When to use it: the reverse KL lets the model give up modes of the reference; ``"js"`` and
     ``"alpha"`` keep more of its diversity, ``"forward_kl"`` most.
@@ -453,18 +453,20 @@ def f_dpo(
 
 def _slope_of_divergence(log_ratio: jax.Array, name: Divergence, power: jax.Array) -> jax.Array:
     if name == "forward_kl":
-        return -jnp.expm1(_held(-log_ratio))
+        return -jnp.expm1(held(-log_ratio))
     if name == "js":
         return jnp.log(jnp.full((), 2, log_ratio.dtype)) + log_sigmoid(log_ratio)
     if name == "alpha":
         curved = jnp.abs(power) > 1e-6
         safe = jnp.where(curved, power, 1)
-        return jnp.where(curved, jnp.expm1(_held(safe * log_ratio)) / safe, log_ratio)
+        return jnp.where(curved, jnp.expm1(held(safe * log_ratio)) / safe, log_ratio)
     return log_ratio
 
 
-def _held(exponent: jax.Array) -> jax.Array:
-    return jnp.where(exponent > _LARGEST_EXPONENT, _LARGEST_EXPONENT, exponent)
+def held(exponent: jax.Array) -> jax.Array:
+    """Holds an exponent at most at 9/10 of what overflows (80 in float32)."""
+    largest = 0.9 * math.log(float(cast("Any", jnp.finfo(exponent.dtype).max)))
+    return jnp.where(exponent > largest, largest, exponent)
 
 
 def wpo(

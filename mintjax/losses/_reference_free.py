@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, as_mask, finish, harmless_where_zero
-from mintjax.losses._direct import ramp, smoothed
+from mintjax.losses._direct import held, ramp, smoothed
 from mintjax.losses._sigmoids import log1mexp, log_sigmoid
-
-_LARGEST_EXPONENT = 80.0
 
 
 def cpo(
@@ -89,7 +87,7 @@ def alphapo(
 
     ``loss = -log sigmoid(reward_c - reward_r - gamma)`` with ``reward = beta * (1 - p**-alpha) /
     alpha``, where ``log p`` is the mean logprob per token; ``alpha = 0`` is :func:`simpo`. An
-    exponent ``-alpha * log p`` above 80 counts as 80.
+    exponent ``-alpha * log p`` that would overflow is held at 80 (638 in float64).
 
     When to use it: SimPO lowers the likelihood of chosen answers too far, or not far enough.
 
@@ -141,9 +139,7 @@ def bent_reward(mean_logprobs: jax.Array, *, alpha: ArrayLike) -> jax.Array:
     """``(1 - p**-alpha) / alpha`` of ``log p``, which is ``log p`` for ``alpha = 0``."""
     alpha = jnp.broadcast_to(jnp.asarray(alpha, mean_logprobs.dtype), mean_logprobs.shape)
     safe = jnp.where(alpha == 0, 1, alpha)
-    exponent = -safe * mean_logprobs
-    exponent = jnp.where(exponent > _LARGEST_EXPONENT, _LARGEST_EXPONENT, exponent)
-    return jnp.where(alpha == 0, mean_logprobs, -jnp.expm1(exponent) / safe)
+    return jnp.where(alpha == 0, mean_logprobs, -jnp.expm1(held(-safe * mean_logprobs)) / safe)
 
 
 def slic(
