@@ -26,8 +26,8 @@ def _sigmoid_jvp(  # pyright: ignore[reportUnusedFunction]
     primals: tuple[Any], tangents: tuple[Any]
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
-    value = sigmoid(x)
-    return value, dx * (value * sigmoid(-x))
+    smaller = sigmoid(-jnp.abs(x))
+    return sigmoid(x), dx * (smaller - smaller * smaller)
 
 
 @jax.custom_jvp

@@ -125,7 +125,7 @@ def agree(ours: np.ndarray, name: str, rtol: float, atol: float) -> None:
     """Hold our numbers against theirs, where theirs are finite and ours can be."""
     theirs = GOLDEN[name]
     known = np.isfinite(theirs) & (np.abs(theirs) < (1e300 if jax.config.jax_enable_x64 else 1e36))
-    assert known.mean() > 0.7, name
+    assert known.mean() > 0.5, name
     scale = np.abs(theirs[known])
     wrong = np.abs(ours[known] - theirs[known]) > atol + rtol * scale
     assert not wrong.any(), (name, ours[known][wrong][:5], theirs[known][wrong][:5])
