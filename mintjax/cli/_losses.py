@@ -6,10 +6,18 @@ from mintjax.cli._console import AsJson, print_json
 
 
 def losses(json: AsJson = False) -> None:
-    """What each trainer makes of the built-in losses: defaults, reductions, what it serves."""
+    """Lists all losses: formula, inputs, source, and which trainers serve them by name."""
     from mintjax import losses
 
     if json:
-        print_json({"losses": losses.FORMULAS, "trainers": losses.CONVENTIONS})
+        print_json(
+            {
+                "losses": losses.FORMULAS,
+                "trainers": losses.CONVENTIONS,
+                "catalogue": losses.catalogue(),
+                "differences": losses.DIFFERENCES,
+            }
+        )
     else:
         print(losses.describe())
+        print(losses.conventions().partition("\n\n")[0])

@@ -21,8 +21,18 @@ from mintjax.losses._aggregation import (
 )
 from mintjax.losses._anchored import apo_down, apo_zero, bco, bco_pair, nca_pair, sppo
 from mintjax.losses._builtin import cispo, cross_entropy, dro, importance_sampling, ppo
+from mintjax.losses._catalogue import FAMILIES, Entry, catalogue
 from mintjax.losses._clipping import clipped_tokens
-from mintjax.losses._conventions import CONVENTIONS, FORMULAS, Convention, Formula, describe
+from mintjax.losses._conventions import (
+    CONVENTIONS,
+    DIFFERENCES,
+    FORMULAS,
+    Convention,
+    Difference,
+    Formula,
+    conventions,
+    describe,
+)
 from mintjax.losses._diagnostics import (
     POLICY_TERMS,
     policy_summary,
@@ -98,10 +108,14 @@ from mintjax.losses._trust import dapo, dppo_kl, masked_importance_sampling, sap
 
 __all__ = [
     "CONVENTIONS",
+    "DIFFERENCES",
+    "FAMILIES",
     "FORMULAS",
     "POLICY_TERMS",
     "Convention",
+    "Difference",
     "Divergence",
+    "Entry",
     "Formula",
     "Level",
     "alphapo",
@@ -115,10 +129,12 @@ __all__ = [
     "brier_score",
     "calibration_summary",
     "calibration_sums",
+    "catalogue",
     "cispo",
     "clip_cov",
     "clipped_tokens",
     "conditional_value_at_risk",
+    "conventions",
     "cpo",
     "cross_entropy",
     "dapo",

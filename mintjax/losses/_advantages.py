@@ -14,6 +14,11 @@ def group_mean_centred(rewards: ArrayLike, *, where: ArrayLike | None = None) ->
 
     ``A_i = r_i - mean(r)``
 
+    When to use it: several answers per prompt, without a critic.
+
+    What others do: the same everywhere, but for a group of one: 0 here, its raw reward in verl and
+    SkyRL.
+
     Args:
         rewards: one per answer: ``[..., G]``, the last axis along one group.
         where: same shape, boolean; answers that are False get 0 and do not count in the mean.
@@ -40,6 +45,11 @@ def rloo(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
 
     ``A_i = r_i - mean_{j != i}(r_j) = G / (G - 1) * (r_i - mean(r))``. A group of one has nothing
     to compare with and gets 0.
+
+    When to use it: as :func:`group_mean_centred`, without the bias that an answer's own reward
+    brings.
+
+    What others do: verl and TRL have this form; a group of one gets its raw reward there.
 
     Args:
         rewards: one per answer: ``[..., G]``, the last axis along one group.
@@ -77,6 +87,11 @@ def grpo(
     ``A_i = (r_i - mean(r)) / (std(r) + epsilon)``, the standard deviation that of a sample (over
     ``G - 1``), as the common implementations take it. A group whose rewards agree gets 0.
 
+    When to use it: prompts of different difficulty, whose rewards shall weigh alike.
+
+    What others do: TRL's epsilon is 1e-4, OpenRLHF's 1e-9; all divide by ``G - 1``. Rounding may
+    give a group that agrees an advantage there.
+
     Args:
         rewards: one per answer: ``[..., G]``, the last axis along one group.
         scale_by_std: divide by the standard deviation; without, questions of any spread of rewards
@@ -112,6 +127,11 @@ def dr_grpo(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
     ``A_i = r_i - mean(r)``: no division by the standard deviation, which weighs easy and hard
     questions up. The other half of the method is an aggregation that does not divide by a
     sequence's own length: :func:`fixed_length_mean`.
+
+    When to use it: the division by the standard deviation makes too much of prompts that are nearly
+    solved or hopeless.
+
+    What others do: TRL and verl offer it as GRPO without scaling.
 
     Args:
         rewards: one per answer: ``[..., G]``, the last axis along one group.

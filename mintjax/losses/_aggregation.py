@@ -14,6 +14,10 @@ def token_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Arra
 
     ``sum(losses) / count(where)``; 0 if there are none.
 
+    When to use it: DAPO's mean; long answers weigh more.
+
+    What others do: TRL: bnpo and dapo; verl: token-mean.
+
     Args:
         losses: per token; any shape.
         where: same shape, boolean; which tokens count.
@@ -41,6 +45,10 @@ def sequence_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.A
     """The mean over sequences of the mean over their tokens: every sequence weighs the same.
 
     ``mean_i(sum_t(losses_it) / count_i)``. A sequence that is masked whole is no sequence.
+
+    When to use it: GRPO's mean; every answer weighs the same.
+
+    What others do: TRL counts sequences that are masked whole; verl does not.
 
     Args:
         losses: per token: ``[..., T]``, the last axis along one sequence.
@@ -73,6 +81,11 @@ def fixed_length_mean(
 
     ``sum(losses) / (B * max_length)``: no token's weight depends on how long its sequence became.
 
+    When to use it: Dr. GRPO's mean: no length weighs more or less.
+
+    What others do: TRL divides by ``max_completion_length``; verl leaves sequences out that are
+    masked whole.
+
     Args:
         losses: per token: ``[..., T]``, the last axis along one sequence; ``[T]`` is one sequence.
         max_length: the constant, such as the most tokens that may be sampled.
@@ -101,6 +114,10 @@ def sequence_sum(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Ar
     """The mean over sequences of the sum over their tokens: long sequences weigh more.
 
     ``mean_i(sum_t(losses_it))``. A sequence that is masked whole is no sequence.
+
+    When to use it: the answer is one action, as in RLOO.
+
+    What others do: verl: seq-mean-token-sum; TRL: luspo.
 
     Args:
         losses: per token: ``[..., T]``, the last axis along one sequence.
@@ -131,6 +148,10 @@ def prompt_mean(losses: ArrayLike, group_size: int, *, where: ArrayLike | None =
 
     ``mean_g(sum_{i in g, t}(losses_it) / count_g)`` over groups of ``group_size`` sequences. A
     group that is masked whole is no group.
+
+    When to use it: prompts shall weigh the same, however long their answers.
+
+    What others do: DAPO's formula has this mean, its code :func:`token_mean`.
 
     Args:
         losses: per token, of shape ``[B, T]``, the last axis along one sequence; sequences that

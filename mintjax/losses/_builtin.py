@@ -25,6 +25,11 @@ def cross_entropy(
     ``loss = -weights * target_logprobs``. A weight of 0 gives 0 whatever the logprob is, -inf
     included.
 
+    When to use it: supervised learning; and, with advantages as weights, REINFORCE.
+
+    What others do: trainers sum over tokens; TRL and Liger take the mean over all tokens of the
+    batch.
+
     Args:
         target_logprobs: log-probabilities of the targets, in nats; any shape, such as ``[T]``,
             ``[B, T]`` or ``[T, K]``.
@@ -60,6 +65,11 @@ def importance_sampling(
 
     ``loss = -r * advantages``, ``r = exp(target_logprobs - sampling_logprobs)``. An advantage of 0
     gives 0 even where the ratio overflows.
+
+    When to use it: one step per batch, or samples that are nearly on-policy: the ratio is
+    unbounded.
+
+    What others do: verl ("gpg") leaves the ratio out; SkyRL and the hosted trainers have this form.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
@@ -101,6 +111,11 @@ def ppo(
     ``loss = -min(r * advantages, clip(r, low, high) * advantages)`` with
     ``r = exp(target_logprobs - sampling_logprobs)``. The derivative of the clip is 1 at its bounds,
     as torch's is.
+
+    When to use it: several steps per batch: tokens that have moved enough pull no longer.
+
+    What others do: TRL, verl and SkyRL's train backend give the bounds as distances from 1; verl
+    holds the log-ratio within 20 first.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
@@ -152,6 +167,11 @@ def cispo(
     ``r = exp(target_logprobs - sampling_logprobs)`` and ``sg`` the stop-gradient: unlike in
     :func:`ppo`, a token whose ratio is clipped keeps its gradient.
 
+    When to use it: the tokens that PPO clips are those that matter, such as rare words at a turn of
+    the reasoning.
+
+    What others do: TRL and Liger have no lower bound; verl gives distances from 1.
+
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
         sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
@@ -201,6 +221,10 @@ def dro(
     """Direct reward optimisation: policy gradient with a quadratic pull to the sampling policy.
 
     ``loss = -(target_logprobs * advantages - beta / 2 * (target_logprobs - sampling_logprobs)**2)``
+
+    When to use it: offline data, one answer per prompt, without ratios.
+
+    What others do: verl ("dro") and TuFT have this form, with other defaults of ``beta``.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.

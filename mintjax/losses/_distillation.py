@@ -22,6 +22,11 @@ def distillation_forward_kl(
     given, or renormalised over the candidates. As given, the sum leaves out what lies beyond the
     candidates, and may be negative.
 
+    When to use it: the student shall cover what the teacher does, from the teacher's or a data
+    set's text.
+
+    What others do: TRL's GKD has it as ``beta=0``, over the whole vocabulary.
+
     Args:
         target_logprobs: the student's log-probabilities of the candidates, in nats: ``[..., K]``.
         teacher_logprobs: the teacher's; same shape. -inf is a probability of 0.
@@ -60,6 +65,10 @@ def distillation_reverse_kl(
     ``loss = sum_k q_k * (log q_k - log p_k)`` with the teacher's ``p`` and the student's ``q``: as
     given, or renormalised over the candidates.
 
+    When to use it: the student shall stay where the teacher is, from its own text.
+
+    What others do: TRL's GKD has it as ``beta=1``, over the whole vocabulary.
+
     Args:
         target_logprobs: the student's log-probabilities of the candidates, in nats: ``[..., K]``.
         teacher_logprobs: the teacher's; same shape.
@@ -96,6 +105,11 @@ def brier_score(
     """Squared error of the probabilities of K fixed answers: a proper score, for calibration.
 
     ``loss = sum_k (exp(target_logprobs_k) - outcomes_k)**2``
+
+    When to use it: calibrated probabilities of a few answers; it is bounded, where a log-score is
+    not.
+
+    What others do: scikit-learn halves it for two classes.
 
     Args:
         target_logprobs: log-probabilities of the answers, in nats: ``[..., K]``.

@@ -25,6 +25,12 @@ def dual_clip_ppo(
     ``loss = -max(min(r * A, clip(r, low, high) * A), c * A)`` where ``A < 0``, and :func:`ppo`
     elsewhere, with ``r = exp(target_logprobs - sampling_logprobs)``.
 
+    When to use it: very off-policy samples, where a negative advantage times a large ratio would
+    dominate.
+
+    What others do: verl's ``vanilla`` is this loss, with 3 as default; TRL calls the bound
+    ``delta``.
+
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
         sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
@@ -84,6 +90,11 @@ def dppo(
     ``s < -threshold`` and ``A < 0``), and 1 elsewhere. An unlikely token may thus multiply its
     probability, where :func:`ppo` would clip it; a likely one is held sooner.
 
+    When to use it: large vocabularies, where PPO clips unlikely tokens that have hardly moved.
+
+    What others do: verl truncates the ratio at 20 and puts ``log p`` in its place, with the same
+    gradient up to there; SkyRL has this form.
+
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
         sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
@@ -136,6 +147,11 @@ def truncated_importance_sampling(
     sampler that is not quite the model in training (another engine, another precision, an older
     step) at a variance that stays bounded.
 
+    When to use it: the sampler is not quite the model in training, and every token shall count.
+
+    What others do: TRL and verl weigh another loss by such a ratio:
+    :func:`mintjax.losses.importance_weights`.
+
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.
         sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
@@ -186,6 +202,11 @@ def gspo(
     ``s = exp(mean_t(sg(target_logprobs) - sampling_logprobs))`` over the unmasked tokens of the
     last axis, ``r_t = s * exp(target_logprobs - sg(target_logprobs))``, and then :func:`ppo` of
     ``r_t``: every token of a sequence is clipped, or none.
+
+    When to use it: mixtures of experts and long answers, where ratios of single tokens are noise.
+
+    What others do: verl, TRL and SkyRL have this form; verl and SkyRL hold the log-ratio at most at
+    10. TRL's sequence level has the same gradient.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats: ``[..., T]``, the

@@ -25,6 +25,10 @@ def bradley_terry(
 
     ``loss = -log sigmoid(chosen_scores - rejected_scores)``
 
+    When to use it: reward models, and policies whose scores are compared without a reference.
+
+    What others do: the same everywhere.
+
     Args:
         chosen_scores: score of each pair's chosen answer, such as the sum of its tokens' logprobs,
             in nats; any shape, such as ``[P]``.
@@ -65,6 +69,12 @@ def dpo(
     ``loss = -(1 - e) * log sigmoid(beta * m) - e * log sigmoid(-beta * m)`` with the margin
     ``m = (chosen_scores - ref_chosen_scores) - (rejected_scores - ref_rejected_scores)`` and
     ``e = label_smoothing``. Reference scores of 0 make it reference-free.
+
+    When to use it: pairs, and a reference model near the policy. TR-DPO is this loss with a
+    reference that is taken anew every so many steps.
+
+    What others do: TRL, Liger, OpenRLHF and the Tinker cookbook have this form; TRL smooths labels
+    in its robust form only.
 
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
@@ -121,6 +131,12 @@ def ipo(
     ``loss = (m - 1 / (2 * beta))**2`` with
     ``m = (chosen_scores - ref_chosen_scores) - (rejected_scores - ref_rejected_scores)``.
 
+    When to use it: DPO overfits pairs that are always won. Scores may be sums or means per token:
+    see below.
+
+    What others do: eq. 17 and OpenRLHF take sums of logprobs, TRL and torchtune means per token,
+    which the authors confirmed as what they ran: pass means, or ``objectives.ipo(per_token=True)``.
+
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
             in nats; any shape, such as ``[P]``.
@@ -175,6 +191,10 @@ def simpo(
     ``loss = -log sigmoid(beta * (chosen_scores / chosen_lengths - rejected_scores /
     rejected_lengths) - gamma)``
 
+    When to use it: no reference model, and answers of different lengths.
+
+    What others do: TRL and Liger have this form, the margin as ``gamma`` or as a ratio to ``beta``.
+
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer, in nats; any shape, such as
             ``[P]``.
@@ -227,6 +247,11 @@ def orpo(
     ``loss = -c - odds_ratio_weight * log sigmoid(log odds(c) - log odds(d))`` where ``c`` and ``d``
     are the mean logprobs of the chosen and the rejected answer, and
     ``log odds(x) = x - log(1 - exp(x))``.
+
+    When to use it: fine-tuning and preferences in one stage, without a reference model.
+
+    What others do: TRL's likelihood is the mean over all tokens of prompt and answer; tunix takes
+    the odds of sums. At a mean logprob of 0 theirs are NaN or infinite.
 
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer, in nats; any shape, such as
@@ -282,6 +307,10 @@ def kto(
     ``loss = w * (1 - sigmoid(sign * beta * (scores - ref_scores - z)))`` with ``z = max(kl, 0)``
     held constant; ``sign`` is 1 and ``w`` is ``desirable_weight`` where the answer is desirable, -1
     and ``undesirable_weight`` where it is not.
+
+    When to use it: answers with a thumb up or down, no pairs.
+
+    What others do: TRL and Liger have this form and estimate ``kl`` from mismatched answers.
 
     Args:
         scores: sum of the logprobs of each answer under the model in training, in nats; any shape,

@@ -1,0 +1,76 @@
+"""The table of all losses, and the page of conventions."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from mintjax import losses, objectives
+
+ENTRIES = {entry.name: entry for entry in losses.catalogue()}
+WITHOUT_A_FORMULA = {"policy_summary", "preference_summary", "calibration_summary"}
+
+
+def test_every_function_is_in_one_family():
+    functions = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))} - {
+        "catalogue",
+        "conventions",
+        "describe",
+    }
+    listed = [name for names in losses.FAMILIES.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == functions
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_says_formula_inputs_source_and_when(name):
+    entry = ENTRIES[name]
+    assert entry.formula or name in WITHOUT_A_FORMULA
+    assert entry.inputs == tuple(
+        p.name
+        for p in inspect.signature(getattr(losses, name)).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    )
+    if entry.family != "diagnostics":
+        assert entry.source
+    split = name.endswith(("_token", "_log_ratios", "_log_weight"))  # a part of another
+    if entry.family not in ("diagnostics",) and not split:
+        assert entry.when, name
+        assert entry.others, name
+
+
+def test_what_trainers_serve_is_told_from_the_table():
+    assert "Tinker (hosted)" in ENTRIES["gspo"].served_by
+    assert ENTRIES["dpo"].served_by == ()
+    assert len(ENTRIES["cross_entropy"].served_by) == len(losses.CONVENTIONS)
+    for row in losses.CONVENTIONS:
+        assert set(row.losses) <= set(ENTRIES)
+
+
+def test_the_list_has_every_loss_with_its_settings():
+    text = losses.describe()
+    for entry in ENTRIES.values():
+        assert f"\n{entry.name}\n    {entry.formula}" in text
+    assert "alpha=0.25" in text
+
+
+def test_the_page_of_conventions_has_every_point_and_trainer():
+    text = losses.conventions()
+    for row in losses.DIFFERENCES:
+        assert row.about in text
+        assert row.others
+        for who in row.others:
+            assert who in text
+    for trainer in losses.CONVENTIONS:
+        assert trainer.trainer in text
+
+
+def test_objectives_have_the_defaults_of_their_losses():
+    for name in objectives.__all__:
+        made = getattr(objectives, name)
+        if not (isinstance(made, type) and issubclass(made, objectives.LossObjective)):
+            continue
+        for setting in getattr(made, "settings", ()):
+            default = inspect.signature(made.loss).parameters[setting].default
+            assert getattr(made(), setting) == default, (name, setting)
