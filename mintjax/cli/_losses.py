@@ -20,4 +20,4 @@ def losses(json: AsJson = False) -> None:
         )
     else:
         print(losses.describe())
-        print(losses.conventions().partition("\n\n")[0])
+        print(losses.conventions(trainers=False))

@@ -276,13 +276,16 @@ DIFFERENCES = (
 """Where implementations differ, and what this package does."""
 
 
-def conventions() -> str:
+def conventions(*, trainers: bool = True) -> str:
     """Writes the page of conventions: where implementations differ, and what this package does.
 
     A row of it is ``point | here | elsewhere``, from :data:`DIFFERENCES`.
 
+    Args:
+        trainers: whether a table by trainer follows.
+
     Returns:
-        Markdown: a table by point, then one by trainer. It has no unit.
+        Markdown: a table by point, then one by trainer, by name.
 
     Reference:
         TRL 1.16, verl 0.9.1, SkyRL 0.3, Liger 0.8.5 and the Tinker cookbook 0.6.1 as they were run;
@@ -292,7 +295,7 @@ def conventions() -> str:
     for row in DIFFERENCES:
         elsewhere = "; ".join(f"{who}: {what}" for who, what in row.others.items())
         rows.append((row.about, row.ours, elsewhere))
-    return f"{_table(rows)}\n\n{_trainers()}\n"
+    return f"{_table(rows)}\n" + (f"\n{_trainers()}\n" if trainers else "")
 
 
 def describe() -> str:
