@@ -253,12 +253,12 @@ DIFFERENCES = (
     ),
     Difference(
         about="The KL estimate in the loss",
-        ours="kl_k2 has the gradient of KL(model || reference)",
+        ours="kl_k2, whose gradient is that of the KL from model to reference",
         others={"TRL": "k3, with its own gradient", "verl": "k3+ is the straight-through form"},
     ),
     Difference(
         about="beta of the generalised JSD at its ends",
-        ours="0 is KL(teacher || student), 1 is KL(student || teacher)",
+        ours="0 is the forward KL, 1 the reverse KL",
         others={"TRL": "the same", "Liger": "the other way round"},
     ),
     Difference(
@@ -289,7 +289,7 @@ def conventions(*, trainers: bool = True) -> str:
 
     Reference:
         TRL 1.16, verl 0.9.1, SkyRL 0.3, Liger 0.8.5 and the Tinker cookbook 0.6.1 as they were run;
-        OpenRLHF, tunix, torchtune and TuFT as they were read.
+        OpenRLHF, tunix, torchtune and TuFT as an earlier comparison found them.
     """
     rows = [("point", "here", "elsewhere")]
     for row in DIFFERENCES:
