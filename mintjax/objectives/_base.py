@@ -214,10 +214,10 @@ def define(
 
 def _caller() -> str:
     """Names the module that an objective is made in, where pickle looks for its class."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].startswith("mintjax.objectives"):
+    frame, name = inspect.currentframe(), "mintjax.objectives"
+    while frame is not None and name.startswith("mintjax.objectives"):
         frame = frame.f_back
-    name = "importlib" if frame is None else str(frame.f_globals["__name__"])
+        name = "importlib" if frame is None else str(frame.f_globals.get("__name__", "__main__"))
     return "mintjax.objectives" if name.startswith("importlib") else name
 
 
