@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
+import ctypes
 import os
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from mintjax.client.futures import APIFuture
@@ -134,9 +141,9 @@ async def _drive(
 
 
 async def in_daemon_thread(work: Callable[[], T], name: str) -> T:
-    """Run a function in a thread that does not keep the interpreter from ending.
+    """Run a function in a thread that the interpreter, when it ends, does not wait for.
 
-    ``asyncio.to_thread`` does: Python waits at exit for the threads of every executor.
+    ``asyncio.to_thread`` would have it wait: Python joins the threads of every executor.
 
     Args:
         work: the function; runs in a copy of the caller's context.
@@ -154,9 +161,49 @@ async def in_daemon_thread(work: Callable[[], T], name: str) -> T:
         with suppress(RuntimeError):  # the loop has been closed: nobody is waiting
             loop.call_soon_threadsafe(done.set)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    _working.add(thread)
+    thread.start()
     await done.wait()
     return outcome.result()
+
+
+_working: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_SECONDS_TO_END = 0.5  # for Python code that is told to end
+_SECONDS_IN_XLA = 30.0
+
+
+def _end_work() -> None:
+    """Tell running objectives to end; wait for those that are within JAX.
+
+    A thread that comes back from XLA into an interpreter that has ended takes the process down
+    (https://github.com/python/cpython/issues/87135). One that sleeps or waits is left alone.
+    """
+    threads = [thread for thread in _working if thread.is_alive()]
+    for thread in threads:
+        ident = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
+    started = time.monotonic()
+    while threads and time.monotonic() - started < _SECONDS_IN_XLA:
+        threads[0].join(0.01)
+        frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+        late = time.monotonic() - started > _SECONDS_TO_END
+        threads = [
+            thread
+            for thread in threads
+            if thread.is_alive() and (not late or _calls_jax(frames.get(thread.ident or 0)))
+        ]
+
+
+def _calls_jax(frame: FrameType | None) -> bool:
+    # A compiled function has no frame of its own: the one above it is its caller's.
+    return frame is not None and any(
+        f"{os.sep}{name}{os.sep}" in frame.f_code.co_filename
+        for name in ("jax", "jaxlib", "mintjax")
+    )
+
+
+atexit.register(_end_work)
 
 
 def _fail(future: Future[Any], error: BaseException) -> None:

@@ -134,6 +134,7 @@ class Transport:
         self._reached = False
         self._repeats_keys = False
         self._ids: OrderedDict[str, str] = OrderedDict()
+        self._proxies = _given(_PROXIES) if _trusts_environment(settings) else []
         self._http = _http_client(settings, f"{self.address}/api/v1/", version)
         self.aclose = self._http.aclose
 
@@ -204,6 +205,8 @@ class Transport:
     def _accepted(self, request: Request, reply: Reply) -> str:
         """The name that the trainer gives the request; no other request has had it."""
         name = self.decode(request.path, messages.UntypedFuture, reply).request_id
+        if not name.isprintable():
+            raise APIResponseError(f"{self.address}: request_id {name!r} is no name")
         key = self._ids.setdefault(name, request.key)
         if key != request.key:
             raise APIResponseError(
@@ -348,6 +351,8 @@ class Transport:
             kind, words = errors.APITimeoutError, name
         else:
             kind, words = errors.APIConnectionError, self.words(str(caught)) or name
+        if isinstance(caught, _UNSENT) and self._proxies:
+            words += f", by way of the proxy that {' or '.join(self._proxies)} names"
         error = kind(f"{self.address}: no answer to {path} ({words})")
         return Failure(error, "unsent" if isinstance(caught, _UNSENT) else "cut")
 
@@ -416,15 +421,26 @@ def _http_client(settings: Settings, base_url: str, version: str) -> httpx.Async
             headers={"User-Agent": f"mintjax/{version}", **_HEADERS},
             follow_redirects=False,
             transport=settings.transport,
-            trust_env=settings.url.scheme == "https",  # no proxy may read what goes in clear text
+            trust_env=_trusts_environment(settings),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
         )
     except OSError as error:  # ssl.SSLError is one
-        variables, words = ("SSL_CERT_FILE", "SSL_CERT_DIR"), str(error)
+        variables, words = _CERTIFICATES, str(error)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
-        variables, words = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"), str(error)
-    given = [name for name in (*variables, *map(str.lower, variables)) if os.environ.get(name)]
+        variables, words = _PROXIES, str(error)
     raise errors.ConfigError(
-        f"the environment variable {' or '.join(given) or ' or '.join(variables)} cannot be used: "
+        f"the environment variable {' or '.join(_given(variables) or variables)} cannot be used: "
         f"{printable(words)}"
     )
+
+
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+def _trusts_environment(settings: Settings) -> bool:
+    return settings.url.scheme == "https"  # no proxy may read what goes in clear text
+
+
+def _given(variables: tuple[str, ...]) -> list[str]:
+    return [name for name in (*variables, *map(str.lower, variables)) if os.environ.get(name)]

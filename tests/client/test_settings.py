@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import traceback
 
 import httpx
@@ -159,8 +158,3 @@ def test_a_failed_request_carries_the_key_in_no_error(trainer):
         with pytest.raises(MintjaxError) as caught:
             client.optim_step(AdamParams()).result(5)
     assert KEY not in shown(caught.value)
-
-
-def test_a_client_is_not_to_be_pickled(service):
-    with pytest.raises((TypeError, pickle.PicklingError)):
-        pickle.dumps(service)
