@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import sys
 import warnings
 from typing import Annotated
@@ -86,6 +87,9 @@ def main() -> None:
         complain(message)
 
     warnings.showwarning = show
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know no more than ASCII
     try:
         app()
     except (MintjaxError, OSError) as error:

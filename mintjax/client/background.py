@@ -197,10 +197,8 @@ def _end_work() -> None:
 
 def _calls_jax(frame: FrameType | None) -> bool:
     # A compiled function has no frame of its own: the one above it is its caller's.
-    return frame is not None and any(
-        f"{os.sep}{name}{os.sep}" in frame.f_code.co_filename
-        for name in ("jax", "jaxlib", "mintjax")
-    )
+    folders = Path(frame.f_code.co_filename).parts if frame is not None else ()
+    return not {"jax", "jaxlib", "mintjax"}.isdisjoint(folders)
 
 
 atexit.register(_end_work)

@@ -127,7 +127,7 @@ class ServiceClient(NotCopyable):
         base_model = base_model or from_environment("BASE_MODEL")
         if not base_model:
             raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
-        rank, seed = operator.index(rank), None if seed is None else operator.index(seed)
+        rank, seed = _integer("rank", rank), None if seed is None else _integer("seed", seed)
         if rank < 1:
             raise DataError(f"{rank}; it must be at least 1", field="rank")
         if not (train_mlp or train_attn or train_unembed):
@@ -317,3 +317,10 @@ class ServiceClient(NotCopyable):
         request = messages.ModelRequest(model_id, "get_info")
         info = await ask("get_info", request, GetInfoResponse)
         return _WeightsInfo(info.model_data.model_name, info.lora_rank)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DataError(f"{value!r} is no integer", field=name) from None

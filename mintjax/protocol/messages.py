@@ -241,6 +241,8 @@ of it first: that lies in the middle between the two."""
 
 
 def _encode_hook(value: Any) -> Any:
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, TensorData):
+        return value.item()  # a scalar of NumPy's or JAX's
     if not isinstance(value, TensorData):
         raise TypeError(f"cannot encode {type(value).__name__}")
     flat = np.ascontiguousarray(value.to_numpy()).ravel()

@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import re
 import runpy
 import signal
@@ -200,6 +201,18 @@ def mintjax(*arguments, cwd=None):
         check=False,
         cwd=cwd,
     )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["losses"], ["losses", "--help"]])
+def test_a_terminal_may_know_no_more_than_ascii(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "mintjax", *arguments],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode("ascii")
 
 
 def test_a_mistake_is_a_message_and_not_a_traceback(tmp_path):

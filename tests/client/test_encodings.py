@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
@@ -288,3 +289,30 @@ def test_what_was_changed_after_it_was_handed_over_is_sent_as_it_was(connect):
     sent = request.forward_backward_input.data[0].loss_fn_inputs["weights"]
     assert sent.tolist() == [1, 1, 1]
     assert msgspec.structs.asdict(request)["seq_id"] == 1
+
+
+@pytest.mark.parametrize("config", [{}, ASKED])
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, jnp.float32])
+def test_scalars_of_numpy_and_jax_are_numbers(connect, config, number):
+    sent = []
+
+    class Keeps(Scripted):
+        async def __call__(self, scope, receive, send):
+            async def kept():
+                message = await receive()
+                if scope["path"].endswith("forward_backward"):
+                    sent.append(message["body"])
+                return message
+
+            await super().__call__(scope, kept, send)
+
+    client = connect(Keeps(output(), config=config))
+    client.forward_backward(DATA, "ppo", {"clip_high_threshold": number(2)}).result(10)
+    read = protobuf.decode_request if config else json_pass
+    assert read(b"".join(sent)).forward_backward_input.loss_fn_config == {
+        "clip_high_threshold": 2.0
+    }
+
+
+def json_pass(body):
+    return messages.decode(body, messages.ForwardBackwardRequest)

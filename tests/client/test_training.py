@@ -503,3 +503,18 @@ def test_asyncio_users_are_served(connect):
     client = asyncio.run(in_a_loop(connect()))
     with pytest.raises(ClosedError):
         client.forward(DATA)
+
+
+def test_scalars_of_numpy_make_models_and_samples(service, trainer):
+    one = np.int64(1)
+    client = service.create_lora_training_client("tiny", np.int32(4), np.uint8(7))
+    (made,) = trainer.bodies("create_model")
+    assert (made["lora_config"]["rank"], made["lora_config"]["seed"]) == (4, 7)
+    client.optim_step(AdamParams(learning_rate=np.float32(0.5))).result(10)
+    sampler = service.create_sampling_client(base_model="tiny")
+    params = SamplingParams(max_tokens=np.int64(3), seed=one, temperature=np.float32(0.5))
+    assert sampler.sample(ModelInput.from_ints([1]), one, params).result(10).sequences
+    (asked,) = trainer.bodies("asample")
+    assert (asked["num_samples"], asked["sampling_params"]["max_tokens"]) == (1, 3)
+    with pytest.raises(DataError, match=r"field 'rank': 4\.5"):
+        service.create_lora_training_client("tiny", rank=4.5)
