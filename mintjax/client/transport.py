@@ -253,6 +253,11 @@ class Transport:
             )
         elif isinstance(error, errors.APIConnectionError):
             error = type(error)(f"{error}; {tried}")
+        elif isinstance(error, APIStatusError) and request.may_have_been_applied:
+            error = type(error)(
+                error.status_code,
+                f"{error.message}. {request.path} {may} been applied ({tried}): {RECOVERY}",
+            )
         elif patience.attempts > 1:
             error.add_note(tried)
         error.may_have_been_applied = request.may_have_been_applied
