@@ -82,7 +82,9 @@ async def retrieve(
     with transport.notices.watch(wait):
         while True:
             asked = messages.FutureRetrieveRequest(request.request_id, metadata_only)
-            question = Request(_PATH, messages.encode(asked), headers=headers)
+            question = Request(
+                _PATH, messages.encode(asked), headers=headers, request_id=request.request_id
+            )
             read = partial(_read, transport, request, as_type, check, metadata_only)
             answer = await transport.attempt(question, read, policy.poll_timeout)
             if isinstance(answer, Failure) and answer.reply and answer.status == 408:

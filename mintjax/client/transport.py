@@ -408,7 +408,8 @@ class Transport:
         if status in (401, 403):
             words += " (is the API key the one for this server?)"
         if status == 404 and any(
-            name and name in words for name in (self.session_id, request.model_id)
+            name and name in words
+            for name in (self.session_id, request.model_id, request.request_id)
         ):
             words += (
                 ". The trainer no longer knows what this client made there: it was restarted, or "

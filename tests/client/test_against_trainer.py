@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,22 @@ def test_what_the_trainer_does_not_know(service, url):
         service.create_lora_training_client("no-such-model")
     with ServiceClient(url, "sk-wrong") as other, pytest.raises(AuthenticationError):
         other.create_lora_training_client(MODEL)
+
+
+def test_a_trainer_that_was_restarted_says_what_to_do():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    advice = r"was restarted.*new ServiceClient.*create_training_client_from_state_with_optimizer"
+    with ServiceClient(url) as service:
+        with Engine() as engine, running_server(engine, port=port):
+            client = service.create_lora_training_client(MODEL, rank=4)
+            client.forward(batch(0)).result(60)
+        with Engine() as engine, running_server(engine, port=port):
+            with pytest.raises(NotFoundError, match=advice):
+                client.optim_step(AdamParams()).result(60)
+            with pytest.raises(NotFoundError, match=advice):
+                service.create_lora_training_client(MODEL, rank=4)
 
 
 def train(client, after=lambda future: None):

@@ -414,6 +414,11 @@ def test_a_restarted_trainer_is_named(client, trainer, names):
     trainer.faults["optim_step"] = [Answer(404, {"detail": f"there is no {names!r}"})]
     with pytest.raises(NotFoundError, match=r"was restarted.*create_training_client_from_state"):
         client.optim_step(AdamParams()).result(5)
+    gone = Answer(404, {"detail": "there is no request 'request-1'"})
+    trainer.faults["retrieve_future/request-1"] = [gone]
+    with pytest.raises(NotFoundError, match="was restarted") as caught:
+        client.optim_step(AdamParams()).result(5)
+    assert caught.value.may_have_been_applied
     trainer.faults["get_info"] = [Answer(404, {"detail": "no such path"})]
     with pytest.raises(NotFoundError) as caught:
         client.get_info()
