@@ -31,7 +31,7 @@ class Carried(Exception):
 
 
 def begin(future: Future[Any]) -> None:
-    """From here on the request can no longer be cancelled.
+    """Marks a request as under way, so that it can no longer be cancelled.
 
     Raises:
         CancelledError: it was cancelled before, or the client closed.
@@ -63,7 +63,7 @@ class Background:
     def start(
         self, run: Callable[[APIFuture[T]], Coroutine[Any, Any, T]], future: APIFuture[T]
     ) -> APIFuture[T]:
-        """Run a coroutine in the loop; calls of one thread start in their order.
+        """Runs a coroutine in the loop; calls of one thread start in their order.
 
         Args:
             run: gets the future, for :func:`begin`.
@@ -89,13 +89,13 @@ class Background:
         return future
 
     def keep_running(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Start a task that ends with the loop; only from within the loop."""
+        """Starts a task that ends with the loop; only from within the loop."""
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def close(self) -> None:
-        """End every future with ClosedError and the thread with them; within a second.
+        """Ends every future with ClosedError, and the thread, within a second.
 
         To be called once; the connection's finalizer sees to it.
         """
@@ -141,7 +141,7 @@ async def _drive(
 
 
 async def in_daemon_thread(work: Callable[[], T], name: str) -> T:
-    """Run a function in a thread that the interpreter, when it ends, does not wait for.
+    """Runs a function in a thread that the interpreter, when it ends, does not wait for.
 
     ``asyncio.to_thread`` would have it wait: Python joins the threads of every executor.
 
@@ -174,7 +174,7 @@ _SECONDS_IN_XLA = 30.0
 
 
 def _end_work() -> None:
-    """Tell running objectives to end; wait for those that are within JAX.
+    """Tells running objectives to end, and waits for those that are within JAX.
 
     A thread that comes back from XLA into an interpreter that has ended takes the process down
     (https://github.com/python/cpython/issues/87135). One that sleeps or waits is left alone.

@@ -64,7 +64,7 @@ class Connection:
         run: Callable[[APIFuture[T]], Coroutine[Any, Any, T]],
         seen: Callable[[BaseException], None] | None = None,
     ) -> APIFuture[T]:
-        """Run something in the client's loop; it gets its future, to :func:`begin` it.
+        """Runs something in the client's loop; it gets its future, to :func:`begin` it.
 
         Args:
             run: what to run.
@@ -78,7 +78,7 @@ class Connection:
     def start(
         self, run: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
     ) -> APIFuture[T]:
-        """Run a coroutine function that has no place in a line; raises as :meth:`submit`."""
+        """Runs a coroutine function that has no place in a line; raises as :meth:`submit`."""
 
         async def begun(future: APIFuture[T]) -> T:
             begin(future)
@@ -93,7 +93,7 @@ class Connection:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Limited[T]:
-        """Run a coroutine function as :meth:`start` does, for a method that waits for it.
+        """Runs a coroutine function as :meth:`start` does, for a method that waits for it.
 
         Args:
             timeout: seconds to wait at most; those of the retry policy if None.
@@ -104,11 +104,11 @@ class Connection:
         return self.limit(self.start(run, *args, **kwargs), timeout)
 
     def limit(self, future: APIFuture[T], timeout: float | None) -> Limited[T]:
-        """The future, and how long to wait for it, as :meth:`limited` has it."""
+        """Puts a limit to how long a future is waited for, as :meth:`limited` does."""
         return Limited(future, self.settings.policy.blocking if timeout is None else timeout)
 
     async def ask(self, path: str, message: Any, as_type: type[T]) -> T:
-        """Send a request that is answered at once."""
+        """Sends a request that is answered at once."""
         return await self.transport.call(Request(path, messages.encode(message)), as_type)
 
     async def run(
@@ -118,7 +118,7 @@ class Connection:
         as_type: type[T],
         check: Callable[[T], object] = lambda result: None,
     ) -> T:
-        """Send a request that has no place in a line, and wait for its result.
+        """Sends a request that has no place in a line, and waits for its result.
 
         Args:
             path: below ``/api/v1/``.
@@ -140,7 +140,7 @@ class Connection:
         return True
 
     async def session(self) -> str:
-        """The session's id; the first call opens it.
+        """Opens the session, if this is the first call, and returns its id.
 
         Raises:
             APIError: the trainer cannot be reached, or refuses; the next call tries again.

@@ -1,4 +1,4 @@
-"""How a request is written: as JSON, or a pass as a protocol buffer where the trainer says so."""
+"""Writes requests as JSON, or passes as protocol buffers where the trainer says so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PASSES = (messages.ForwardRequest, messages.ForwardBackwardRequest)
 def encode(
     path: str, message: Any, config: messages.ClientConfigResponse, model_id: str, mutates: bool
 ) -> Request:
-    """Write a request as the trainer wants it.
+    """Writes a request as the trainer wants it.
 
     Raises:
         ConfigError: compressed, and the extra ``protobuf``, which can, is not installed.

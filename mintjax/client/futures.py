@@ -62,7 +62,7 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
         self.add_done_callback(lambda _: [wake() for wake in list(wakers)])
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the result.
+        """Waits for the result.
 
         Args:
             timeout: seconds to wait at most; if None, until the request has its result or has
@@ -78,7 +78,7 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
         return super().result()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait as :meth:`result` does, and return the error, or None where there is none.
+        """Waits as :meth:`result` does, and returns the error, or None where there is none.
 
         Raises:
             ClosedError: this process was forked from the one that waits for the result.
@@ -101,7 +101,7 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
         raise _late(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
-        """Wait for the result without blocking the running event loop; see :meth:`result`.
+        """Waits for the result without blocking the running event loop; see :meth:`result`.
 
         Cancelling the task that waits leaves the request running, as a timeout does.
         """
@@ -138,7 +138,7 @@ def _late(timeout: float | None) -> APITimeoutError:
 
 
 def submitted(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The method as a coroutine function, which the official SDK's users await."""
+    """Makes a coroutine function of a method, which the official SDK's users await."""
 
     @functools.wraps(method)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -150,7 +150,7 @@ def submitted(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 def awaited(
     method: Callable[P, APIFuture[T]], returns: type[T] | Any
 ) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The method as a coroutine function that returns the result.
+    """Makes a coroutine function that returns the result of a method.
 
     Args:
         method: returns a future.
@@ -180,7 +180,7 @@ class Limited(Generic[T]):
 def both(
     method: Callable[P, Limited[T]], returns: type[T]
 ) -> tuple[Callable[P, T], Callable[P, Coroutine[Any, Any, T]]]:
-    """The method as one that blocks until the result is there, and as a coroutine function.
+    """Makes a method that blocks until the result is there, and a coroutine function.
 
     Args:
         method: returns a future and how long to wait for it.

@@ -53,7 +53,7 @@ class Lane:
     def submit(
         self, run: Callable[[Turn], Coroutine[Any, Any, T]], *, mutates: bool = False
     ) -> APIFuture[T]:
-        """Take the next place in the line.
+        """Takes the next place in the line.
 
         Args:
             run: called when its turn has come.
@@ -98,7 +98,7 @@ class Lane:
         return self.connection.submit(in_line, self._user_saw)
 
     async def post(self, path: str, message: Any, mutates: bool) -> Request:
-        """Send the next request of the model; its turn must have come.
+        """Sends the next request of the model; its turn must have come.
 
         Raises:
             APIError: it was refused (its number is used for the next one), or it is not known
@@ -123,7 +123,7 @@ class Lane:
         return request
 
     async def _settle(self) -> None:
-        """Send again what was not clearly answered and changes nothing, so that its number is used.
+        """Sends again what was not clearly answered and changes nothing, to use its number.
 
         Raises:
             APIError: it is still not clearly answered; nothing else was sent.
@@ -143,11 +143,11 @@ class Lane:
         self._next_seq += 1
 
     def in_doubt(self, reason: str) -> None:
-        """Send nothing more: nobody knows what the model is now."""
+        """Sees to it that nothing more is sent, because nobody knows what the model is now."""
         self._doubt = self._doubt or reason
 
     def part_failed(self, path: str, error: BaseException, parts: int) -> None:
-        """Note that a request that changes the model was applied in part."""
+        """Notes that a request that changes the model was applied in part."""
         reason = (
             f"{path} was sent in {parts} parts for its size, and not all succeeded: the gradients "
             "of some are, or may be, accumulated in the trainer"
@@ -158,7 +158,7 @@ class Lane:
             error.may_have_been_applied = True
 
     def close(self) -> None:
-        """Take no more submissions."""
+        """Takes no more submissions."""
         self._closed = True
 
     def _user_saw(self, error: BaseException) -> None:
@@ -193,7 +193,7 @@ class Turn:
         self._holds = True
 
     def begin(self) -> None:
-        """From here on the request can no longer be cancelled.
+        """Marks the request as under way, so that it can no longer be cancelled.
 
         Raises:
             CancelledError: it was cancelled before, or the client closed.
@@ -201,7 +201,7 @@ class Turn:
         begin(self.future)
 
     def leave(self) -> None:
-        """Let the next one have its turn."""
+        """Lets the next one have its turn."""
         if self._holds:
             self._holds = False
             self._lane.line.release()
@@ -217,7 +217,7 @@ class Turn:
         accepted: Callable[[], None] = lambda: None,
         leave: bool = True,
     ) -> list[T]:
-        """Send the parts of one request one after another, and wait for the results of all.
+        """Sends the parts of one request one after another, and waits for the results of all.
 
         Args:
             path: below ``/api/v1/``.
@@ -268,12 +268,12 @@ class Turn:
         return results + [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def alone(self) -> None:
-        """Wait until all that has left the line has its result."""
+        """Waits until all that has left the line has its result."""
         if self._lane.under_way:
             await asyncio.wait(self._lane.under_way)
 
     async def compute(self, work: Callable[[], T]) -> T:
-        """Run a user's function in a worker thread, while holding the place in the line."""
+        """Runs a user's function in a worker thread, while holding the place in the line."""
 
         def guarded() -> T | Carried:
             _computing.set(self._lane)

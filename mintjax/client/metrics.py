@@ -11,7 +11,7 @@ import numpy as np
 def combine_metrics(
     parts: Sequence[Mapping[str, float]], counts: Sequence[int]
 ) -> dict[str, float]:
-    """Combine metrics of several chunks by the suffix of their names.
+    """Combines metrics of several chunks by the suffix of their names.
 
     ``sum``, ``mean`` (weighted by datums), ``min``, ``max``, ``slack`` (max - weighted mean),
     ``hash2``. Values that cannot be combined (``unique``, unknown suffixes, none) are all kept,

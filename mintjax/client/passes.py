@@ -37,7 +37,7 @@ class Chunk(msgspec.Struct):
 
 
 def chunks(data: Sequence[Datum], limits: messages.ClientConfigResponse) -> list[Chunk]:
-    """Encode a batch as it is now, in requests of a size that the trainer takes.
+    """Encodes a batch as it is now, in requests of a size that the trainer takes.
 
     Raises:
         NonFiniteError: a number that no encoding carries; the message names its place.
@@ -108,7 +108,7 @@ class Pass:
     def messages(
         self, model_id: str
     ) -> list[messages.ForwardRequest | messages.ForwardBackwardRequest]:
-        """The requests, still without their numbers."""
+        """Makes the requests, still without their numbers."""
         kind = messages.ForwardBackwardRequest if self.backward else messages.ForwardRequest
         inputs = [
             messages.ForwardBackwardInput(
@@ -132,7 +132,7 @@ class Pass:
         _check_shapes(self._chunks[part], output)
 
     def output(self, parts: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
-        """The outputs of all requests, each of them checked, as that of the batch."""
+        """Joins the outputs of all requests, each of them checked, to that of the batch."""
         counts = [len(chunk.shapes) for chunk in self._chunks]
         return ForwardBackwardOutput(
             loss_fn_outputs=[one for output in parts for one in output.loss_fn_outputs],

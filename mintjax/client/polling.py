@@ -60,7 +60,7 @@ async def retrieve(
     as_type: type[T],
     check: Callable[[T], object] = lambda result: None,
 ) -> T:
-    """Ask for the result of an accepted request until it is there.
+    """Asks for the result of an accepted request until it is there.
 
     Args:
         transport: how to ask.
@@ -136,7 +136,7 @@ def _read(
     metadata_only: bool,
     reply: Reply,
 ) -> T | _NotYet:
-    """The result, or what came in its place.
+    """Decodes the result, or what came in its place.
 
     Raises:
         APIResponseError: it is neither, or belongs to another request.
@@ -173,7 +173,7 @@ def _read(
 
 
 def _check_kind(transport: Transport, path: str, kind: str | None, reply: Reply) -> None:
-    """Refuse what is the result of another kind of request, or of none.
+    """Refuses what is the result of another kind of request, or of none.
 
     Raises:
         APIResponseError: it is.
@@ -203,7 +203,7 @@ async def _pause(
     patience: Patience,
     wait: Wait[Request],
 ) -> None:
-    """Let a while go by after a failed attempt, or raise its error when that takes too long."""
+    """Lets a while go by after a failed attempt, or raises its error when that takes too long."""
     policy = transport.policy
     held_open = isinstance(failure.error, errors.APITimeoutError)  # for longer than we asked
     deadline = policy.silence if held_open else policy.deadline

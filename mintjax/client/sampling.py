@@ -31,7 +31,7 @@ class SamplingClient(NotCopyable):
     async def open(
         cls, connection: Connection, model_path: str | None = None, base_model: str | None = None
     ) -> SamplingClient:
-        """Open a sampling session, within the client's loop, for saved weights or a base model.
+        """Opens a sampling session, within the client's loop, for saved weights or a base model.
 
         Args:
             connection: the service client's.
@@ -53,7 +53,7 @@ class SamplingClient(NotCopyable):
         sampling_params: SamplingParams,
         include_prompt_logprobs: bool = False,
     ) -> APIFuture[SampleResponse]:
-        """Sample continuations of a prompt.
+        """Samples continuations of a prompt.
 
         Args:
             prompt: at least one token.
@@ -73,7 +73,7 @@ class SamplingClient(NotCopyable):
     sample_async = awaited(sample, SampleResponse)
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
-        """The logprob of each token of a prompt after those before it, in nats; the first is None.
+        """Computes the logprob of each token of a prompt, in nats; the first is None.
 
         Raises:
             DataError: the prompt has no token.

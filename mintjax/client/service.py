@@ -107,7 +107,7 @@ class ServiceClient(NotCopyable):
         *,
         timeout: float | None = None,
     ) -> Limited[TrainingClient]:
-        """Make a model with fresh low-rank adapters.
+        """Makes a model with fresh low-rank adapters.
 
         Args:
             base_model: name of the base model; ``TINKER_BASE_MODEL`` if None.
@@ -149,7 +149,7 @@ class ServiceClient(NotCopyable):
         *,
         timeout: float | None = None,
     ) -> Limited[TrainingClient]:
-        """Make a model with the weights of a path that ``save_state`` gave, and a fresh optimizer.
+        """Makes a model with the weights of a path that ``save_state`` gave, and a fresh optimizer.
 
         Args:
             path: ``tinker://<model>/weights/<name>``.
@@ -172,7 +172,7 @@ class ServiceClient(NotCopyable):
         *,
         timeout: float | None = None,
     ) -> Limited[TrainingClient]:
-        """As :meth:`create_training_client_from_state`, with the optimizer's state too."""
+        """Makes a model with the weights and the optimizer's state of a path."""
         return self._connection.limited(timeout, self._from_state, path, user_metadata, True)
 
     (
@@ -187,7 +187,7 @@ class ServiceClient(NotCopyable):
         *,
         timeout: float | None = None,
     ) -> Limited[SamplingClient]:
-        """Make a client that samples from saved weights, or from a base model.
+        """Makes a client that samples from saved weights, or from a base model.
 
         Args:
             model_path: a path that ``save_weights_for_sampler`` gave.
@@ -209,7 +209,7 @@ class ServiceClient(NotCopyable):
     def _get_server_capabilities(
         self, *, timeout: float | None = None
     ) -> Limited[ServerCapabilities]:
-        """Which base models the trainer offers.
+        """Asks which base models the trainer offers.
 
         Args:
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
@@ -225,7 +225,7 @@ class ServiceClient(NotCopyable):
     def _get_client_config(
         self, *, timeout: float | None = None
     ) -> Limited[messages.ClientConfigResponse]:
-        """The flags by which the trainer tells clients what to send; defaults if it has none.
+        """Asks what the trainer wants clients to send; returns defaults if it does not say.
 
         Args:
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
@@ -237,7 +237,7 @@ class ServiceClient(NotCopyable):
     )
 
     def probe(self, base_model: str | None = None) -> Reduction:
-        """Measure, by a few steps on a throwaway model, what the trainer makes of losses.
+        """Measures, by a few steps on a throwaway model, what the trainer makes of losses.
 
         Custom steps of all models of this client take it into account from then on: a gradient
         then arrives as it is, whatever the trainer divides by.
@@ -262,7 +262,7 @@ class ServiceClient(NotCopyable):
         return probe(self._connection, name)
 
     def submit(self, path: str, message: Any, as_type: type[T]) -> APIFuture[T]:
-        """Send a request of a trainer's own that concerns no model in training.
+        """Sends a request of a trainer's own that concerns no model in training.
 
         Args:
             path: below ``/api/v1/``.
@@ -272,7 +272,7 @@ class ServiceClient(NotCopyable):
         return self._connection.start(self._connection.run, path, message, as_type)
 
     def close(self) -> None:
-        """End the thread, and every future that is still open with ClosedError; within a second."""
+        """Ends the thread, and every open future with ClosedError, within a second."""
         self._connection.close()
 
     def __enter__(self) -> Self:

@@ -110,13 +110,13 @@ class Patience:
         return time.monotonic() - self.started
 
     def renew(self) -> None:
-        """Begin anew: the trainer has answered."""
+        """Begins anew, because the trainer has answered."""
         self.started, self._delays = time.monotonic(), 0
 
     async def wait(
         self, deadline: float, retry_after: float | None = None, retries: int | None = None
     ) -> bool:
-        """Sleep until the next attempt is due, or return False where there is to be none.
+        """Sleeps until the next attempt is due, or returns False where there is to be none.
 
         Args:
             deadline: seconds in all.
@@ -140,7 +140,7 @@ class Patience:
 
 
 def retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds to wait, from a ``Retry-After`` header: a number, or a date; None for all else."""
+    """Reads the seconds to wait from a ``Retry-After`` header, a number or a date, if it is one."""
     given = headers.get("retry-after", "").strip()
     try:
         seconds = float(given)
@@ -165,7 +165,7 @@ class ApiKey(httpx.Auth):
         yield request
 
     def redact(self, text: str) -> str:
-        """The text without the key, should a trainer quote it."""
+        """Takes the key out of a text, should a trainer quote it."""
         return text.replace(self._key, "***") if self._key else text
 
     def __repr__(self) -> str:
@@ -173,7 +173,7 @@ class ApiKey(httpx.Auth):
 
 
 def from_environment(name: str) -> str | None:
-    """``MINT_<name>``, else ``TINKER_<name>``, else None; empty values count as absent."""
+    """Reads ``MINT_<name>``, else ``TINKER_<name>``; an empty value counts as none."""
     return os.environ.get(f"MINT_{name}") or os.environ.get(f"TINKER_{name}") or None
 
 
@@ -194,7 +194,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(
     base_url: str | None, api_key: str | None, *, allow_insecure_http: bool
 ) -> tuple[httpx.URL, ApiKey]:
-    """The trainer's address and the key; arguments win over the environment.
+    """Finds the trainer's address and the key; arguments win over the environment.
 
     Raises:
         ConfigError: no such address, no key where one is needed, a key that would travel in clear

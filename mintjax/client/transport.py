@@ -64,9 +64,9 @@ class Request(msgspec.Struct):
         body: its content.
         model_id: of the model whose numbered request it is; None for one without a number.
         mutates: it changes the model, so that twice is not once.
-        address: where it goes, if not to ``path``: passes as protocol buffers have but one place.
+        address: where it goes, if not to ``path``; every pass as a protocol buffer goes to one place.
         method: of HTTP.
-        headers: what the content is, where it is not JSON, or what the answer is to be.
+        headers: of HTTP; the media type of content that is not JSON, or of the answer that is wanted.
         key: the idempotency key.
         started: when it was made, in seconds.
         request_id: the trainer's name for it, once accepted.
@@ -141,7 +141,7 @@ class Transport:
     def tell(
         self, event: Event, of: Request, attempt: int, detail: str = "", level: int = logging.DEBUG
     ) -> None:
-        """Log what has happened to a request, and call the user's callback."""
+        """Logs what has happened to a request, and calls the user's callback."""
         seconds, name = time.monotonic() - of.started, of.request_id or None
         progress = Progress(event, of.path, of.model_id, name, attempt, seconds, detail)
         logger.log(level, "%s", printable(str(progress)), extra=msgspec.structs.asdict(progress))
@@ -155,14 +155,14 @@ class Transport:
         self.tell("waiting", wait.request, 1, wait.outlook, logging.WARNING)
 
     async def submit(self, request: Request) -> None:
-        """Send a request until the trainer has accepted it, for its result to be asked for."""
+        """Sends a request until the trainer has accepted it, for its result to be asked for."""
         request.request_id = await self._send(request, partial(self._accepted, request))
         request.in_doubt = True
         what = ", ".join(request.headers.values()) or "application/json"
         self.tell("accepted", request, 1, f"{len(request.body):,} bytes of {what}")
 
     async def call(self, request: Request, as_type: type[T]) -> T:
-        """Send a request until it is answered, and decode the answer.
+        """Sends a request until it is answered, and decodes the answer.
 
         Raises:
             APIError: the trainer refused, or the deadline has passed; ``may_have_been_applied``
@@ -203,7 +203,7 @@ class Transport:
         return request.model_id is None and failure.ending == "foreign" and not empty
 
     def _accepted(self, request: Request, reply: Reply) -> str:
-        """The name that the trainer gives the request; no other request has had it."""
+        """Decodes the name that the trainer gives the request; no other request has had it."""
         name = self.decode(request.path, messages.UntypedFuture, reply).request_id
         if not name.isprintable():
             raise APIResponseError(f"{self.address}: request_id {name!r} is no name")
@@ -224,7 +224,7 @@ class Transport:
         deadline: float,
         repeats: Repeats,
     ) -> None:
-        """Let a while go by before the next attempt.
+        """Lets a while go by before the next attempt.
 
         Args:
             request: what is being tried.
@@ -264,14 +264,14 @@ class Transport:
         raise error
 
     async def arrives(self, request: Request) -> APIError | None:
-        """One attempt; returns what it failed with."""
+        """Sends a request once; returns what that failed with."""
         outcome = await self.attempt(request, lambda _: None, self._settings.timeout)
         return outcome.error if isinstance(outcome, Failure) else None
 
     async def attempt(
         self, request: Request, read: Callable[[Reply], T], timeout: float
     ) -> T | Failure:
-        """Send a request once.
+        """Sends a request once.
 
         Args:
             request: what to send.
@@ -362,7 +362,7 @@ class Transport:
         return Failure(error, "unsent" if isinstance(caught, _UNSENT) else "cut")
 
     def check_size(self, size: int) -> None:
-        """Refuse an answer beyond the limit.
+        """Refuses an answer beyond the limit.
 
         Raises:
             APIError: it is; asking again would not help.
@@ -374,11 +374,11 @@ class Transport:
             )
 
     def words(self, text: str) -> str:
-        """A trainer's words without the API key and without control characters."""
+        """Takes the API key and control characters out of a trainer's words."""
         return printable(self._settings.key.redact(text))
 
     def decode(self, path: str, as_type: type[T], reply: Reply) -> T:
-        """Decode an answer: JSON, or the result of a pass as a protocol buffer.
+        """Decodes an answer: JSON, or the result of a pass as a protocol buffer.
 
         Raises:
             APIResponseError: it is not of that type; the message says at which field.
@@ -396,7 +396,7 @@ class Transport:
         raise APIResponseError(f"{self.address}: the answer to {path} is {words}")
 
     def _refusal(self, request: Request, reply: Reply) -> APIError:
-        """The typed error of a status other than success, with the trainer's own words."""
+        """Makes the typed error of a status other than success, with the trainer's own words."""
         status, words = reply.status, self.words(reply.words) or "no detail given"
         if status < 400:
             return APIResponseError(
