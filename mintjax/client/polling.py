@@ -95,7 +95,7 @@ async def retrieve(
             if isinstance(answer, Failure):
                 await _pause(transport, request, answer, patience, wait)
             elif not isinstance(answer, _NotYet):
-                transport.tell("done", request, patience.attempts)
+                transport.report("done", request, patience.attempts)
                 return answer
             elif answer.type != "try_again":
                 metadata_only = False
@@ -110,7 +110,7 @@ async def retrieve(
                 if state != queue_state:
                     queue_state = state
                     level = logging.INFO if state == "active" else logging.WARNING
-                    transport.tell("queue", request, patience.attempts, detail, level)
+                    transport.report("queue", request, patience.attempts, detail, level)
                 _check_time(transport, request, time.monotonic() - started, wait.why)
                 held = time.monotonic() - question.started >= _FAST_ANSWER
                 quick_answers = 0 if held else min(quick_answers + 1, 12)

@@ -64,9 +64,9 @@ class Request(msgspec.Struct):
         body: its content.
         model_id: of the model whose numbered request it is; None for one without a number.
         mutates: it changes the model, so that twice is not once.
-        address: where it goes, if not to ``path``; every pass as a protocol buffer goes to one place.
+        address: where it goes, if not to ``path``: passes as protocol buffers go to one place.
         method: of HTTP.
-        headers: of HTTP; the media type of content that is not JSON, or of the answer that is wanted.
+        headers: of HTTP, such as the media type of content that is not JSON.
         key: the idempotency key.
         started: when it was made, in seconds.
         request_id: the trainer's name for it, once accepted.
@@ -138,7 +138,7 @@ class Transport:
         self._http = _http_client(settings, f"{self.address}/api/v1/", version)
         self.aclose = self._http.aclose
 
-    def tell(
+    def report(
         self, event: Event, of: Request, attempt: int, detail: str = "", level: int = logging.DEBUG
     ) -> None:
         """Logs what has happened to a request, and calls the user's callback."""
@@ -152,14 +152,14 @@ class Transport:
                 logger.exception("on_progress failed")
 
     def _tell_of_wait(self, wait: Wait[Request]) -> None:
-        self.tell("waiting", wait.request, 1, wait.outlook, logging.WARNING)
+        self.report("waiting", wait.request, 1, wait.outlook, logging.WARNING)
 
     async def submit(self, request: Request) -> None:
         """Sends a request until the trainer has accepted it, for its result to be asked for."""
         request.request_id = await self._send(request, partial(self._accepted, request))
         request.in_doubt = True
         what = ", ".join(request.headers.values()) or "application/json"
-        self.tell("accepted", request, 1, f"{len(request.body):,} bytes of {what}")
+        self.report("accepted", request, 1, f"{len(request.body):,} bytes of {what}")
 
     async def call(self, request: Request, as_type: type[T]) -> T:
         """Sends a request until it is answered, and decodes the answer.
@@ -239,7 +239,7 @@ class Transport:
         retries = {"never": 0, "a few times": self.policy.bad_answers}.get(repeats)
         if await patience.wait(deadline, failure.wait, retries):
             why = str(failure.error)
-            return self.tell("retry", request, patience.attempts, why, logging.INFO)
+            return self.report("retry", request, patience.attempts, why, logging.INFO)
         error, tried = failure.error, f"{patience.attempts} attempts in {patience.seconds:.1f} s"
         what, may = "sent and not clearly answered", "may or may not have"
         answered = isinstance(error, APIStatusError)
