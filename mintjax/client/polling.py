@@ -94,6 +94,7 @@ async def retrieve(
                 answer.type = "try_again"
             if isinstance(answer, Failure):
                 await _pause(transport, request, answer, patience, wait)
+                wait.attempt = patience.attempts
             elif not isinstance(answer, _NotYet):
                 transport.report("done", request, patience.attempts)
                 return answer

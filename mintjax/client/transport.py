@@ -152,7 +152,7 @@ class Transport:
                 logger.exception("on_progress failed")
 
     def _tell_of_wait(self, wait: Wait[Request]) -> None:
-        self.report("waiting", wait.request, 1, wait.outlook, logging.WARNING)
+        self.report("waiting", wait.request, wait.attempt, wait.outlook, logging.WARNING)
 
     async def submit(self, request: Request) -> None:
         """Sends a request until the trainer has accepted it, for its result to be asked for."""
@@ -196,6 +196,7 @@ class Transport:
                     deadline = 0.0
                 wait.why = str(outcome.error)
                 await self.pause(request, outcome, patience, deadline, repeats)
+                wait.attempt = patience.attempts
 
     def _is_answered(self, request: Request, failure: Failure) -> bool:
         # Nothing depends on a request without a number; an empty 400 is known to pass by itself.
@@ -355,7 +356,7 @@ class Transport:
         if isinstance(caught, (httpx.TimeoutException, TimeoutError)):
             kind, words = errors.APITimeoutError, name
         else:
-            kind, words = errors.APIConnectionError, self.words(str(caught)) or name
+            kind, words = errors.APIConnectionError, self.words(_reason(caught)) or name
         if isinstance(caught, _UNSENT) and self._proxies:
             words += f", by way of the proxy that {' or '.join(self._proxies)} names"
         error = kind(f"{self.address}: no answer to {path} ({words})")
@@ -417,6 +418,15 @@ class Transport:
             )
         other = errors.BadRequestError if status < 500 else errors.InternalServerError
         return _KINDS.get(status, other)(status, words)
+
+
+def _reason(error: BaseException) -> str:
+    """Finds the operating system's words, such as "Connection refused", under httpx's."""
+    under = error.__cause__ or error.__context__
+    if isinstance(under, OSError) and under.strerror:
+        code = under.errno or 0
+        return os.strerror(code) if code > 0 else under.strerror
+    return (_reason(under) if under is not None else "") or str(error)
 
 
 def _http_client(settings: Settings, base_url: str, version: str) -> httpx.AsyncClient:

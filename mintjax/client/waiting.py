@@ -26,6 +26,7 @@ class Wait(msgspec.Struct, Generic[R]):
         started: when the wait began, in seconds of the monotonic clock.
         limit: how many seconds it lasts at most.
         setting: what sets that limit, as the user writes it.
+        attempt: how many times it was sent.
     """
 
     request: R
@@ -33,6 +34,7 @@ class Wait(msgspec.Struct, Generic[R]):
     started: float
     limit: float
     setting: str
+    attempt: int = 1
 
     @property
     def outlook(self) -> str:

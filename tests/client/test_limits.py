@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import resource
+import socket
 import sys
 import zlib
 
@@ -344,6 +345,17 @@ class TestWaiting:
         assert "HTTP 500: out of memory; this goes on for up to 0 s more" in line
         assert "RetryPolicy(deadline=...)" in line
         assert [r.levelno for r in caplog.records if r.getMessage() == line] == [logging.WARNING]
+
+    def test_a_refused_connection_is_named(self, caplog):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        policy = msgspec.structs.replace(QUICK, first_contact=0.2)
+        with (
+            ServiceClient(url, retry_policy=policy) as service,
+            pytest.raises(APIConnectionError, match="Connection refused"),
+        ):
+            service.get_server_capabilities()
+        assert "Connection refused" in self.told(caplog)[0]
 
     def test_throttling(self, client, trainer, caplog):
         slow = Answer(429, {"detail": "slow down"}, {"retry-after": "0.02"})
