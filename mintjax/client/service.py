@@ -236,7 +236,7 @@ class ServiceClient(NotCopyable):
         _get_client_config, messages.ClientConfigResponse
     )
 
-    def probe(self, base_model: str | None = None) -> Reduction:
+    def probe(self, base_model: str | None = None, *, timeout: float | None = None) -> Reduction:
         """Measures, by a few steps on a throwaway model, what the trainer makes of losses.
 
         Custom steps of all models of this client take it into account from then on: a gradient
@@ -245,6 +245,7 @@ class ServiceClient(NotCopyable):
         Args:
             base_model: of the throwaway model; if None, ``TINKER_BASE_MODEL``, else the first that
                 the trainer offers. What holds for one holds for all models of a trainer.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Returns:
             Whether it divides by the sum of weights, and by the number of datums.
@@ -252,7 +253,11 @@ class ServiceClient(NotCopyable):
         Raises:
             MintjaxError: it cannot be told; the message says what was measured.
             DataError: no base model was given, and the trainer names none.
+            APITimeoutError: it takes longer than the timeout.
         """
+        return self._connection.measure(timeout, lambda: self._probe(base_model))
+
+    def _probe(self, base_model: str | None) -> Reduction:
         name = base_model or from_environment("BASE_MODEL")
         if not name:
             offered = self.get_server_capabilities().supported_models

@@ -218,15 +218,21 @@ class TrainingClient(NotCopyable):
         step = self._accumulated.step
         return self.submit("optim_step", request, OptimStepResponse, mutates=True, before=step)
 
-    def probe(self) -> Reduction:
+    def probe(self, *, timeout: float | None = None) -> Reduction:
         """Measure what the trainer makes of losses, on a throwaway model of the same base.
 
         As :meth:`ServiceClient.probe`; custom steps of all its models take it into account.
 
+        Args:
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+
         Raises:
             MintjaxError: it cannot be told; the message says what was measured.
         """
-        return probe(self._connection, self.get_info().model_data.model_name)
+        connection = self._connection
+        return connection.measure(
+            timeout, lambda: probe(connection, self.get_info().model_data.model_name)
+        )
 
     def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer state under a name, to train on from."""

@@ -137,6 +137,8 @@ AGAIN = Answer(200, {"type": "try_again", "queue_state": "paused_capacity"})
         lambda s, c, **t: c.logprobs(DATA, **t),
         lambda s, c, **t: c.backward(DATA, *[[[-1.0] * 3, [-1.0] * 2]] * 2, **t),
         lambda s, c, **t: c.save_weights_and_get_sampling_client(**t),
+        lambda s, c, **t: s.probe("tiny", **t),
+        lambda s, c, **t: c.probe(**t),
     ],
 )
 @pytest.mark.parametrize("given", [True, False])
