@@ -220,8 +220,10 @@ def plackett_luce(scores: ArrayLike, *, where: ArrayLike | None = None) -> jax.A
     present = jnp.ones(given.shape, bool) if where is None else as_mask(where, given.shape)
     # An absent answer scores so low that it adds nothing; -inf would be inf - inf in the gradient.
     low = jnp.where(present, given, jnp.full((), -1e30, given.dtype))
-    behind = jax.lax.cumlogsumexp(low, axis=given.ndim - 1, reverse=True)
-    loss = jnp.sum(jnp.where(present, behind - low, 0), axis=-1)
+    onwards = jax.lax.cumlogsumexp(low, axis=given.ndim - 1, reverse=True)
+    rest = jnp.concatenate([onwards[..., 1:], jnp.full_like(low[..., :1], -1e30)], axis=-1)
+    # log(exp(s) + exp(rest)) - s, by the form that keeps its digits where the answer wins by far.
+    loss = jnp.sum(jnp.where(present, -log_sigmoid(low - rest), 0), axis=-1)
     return finish(loss, None, scores)
 
 
