@@ -91,25 +91,35 @@ def proxy(request, engine):
 
 
 @pytest.fixture(scope="module")
+def settle(proxy):
+    """Waits until the trainer has done all that has reached it."""
+    with ServiceClient(proxy.url) as service:
+        sampler = service.create_sampling_client(base_model=MODEL)
+        yield lambda: sampler.compute_logprobs(ModelInput.from_ints([1, 2])).result(60)
+
+
+@pytest.fixture(scope="module")
 def undisturbed(engine, proxy):
-    """What the six steps return, and the model that they make."""
+    """A checkpoint, what the six steps from it return, and the model that they make."""
     with ServiceClient(proxy.url) as service:
         client = service.create_lora_training_client(MODEL, rank=4, seed=3)
+        checkpoint = client.save_state("first").result(60).path
         answers = results([submit(client) for submit in requests()])
         made = state(engine, client)
         engine.unload_model(client.model_id)
-        return answers, made
+        return checkpoint, answers, made
 
 
 class Scenario:
     """One user, who does what README says under "When something goes wrong"."""
 
-    def __init__(self, service: ServiceClient, client: TrainingClient, checkpoint: str) -> None:
+    def __init__(self, service: ServiceClient, checkpoint: str) -> None:
         self.service = service
-        self.client = client
         self.checkpoint = checkpoint
-        self.models = [client.model_id]
+        self.models: list[str] = []
         self.errors: list[MintjaxError] = []
+        self.client: TrainingClient
+        self.go_on_from_the_checkpoint()
 
     def train(self):
         """Submit everything; after an error, what is left of it; until all of it has succeeded."""
@@ -180,22 +190,20 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("first", range(0, SCENARIOS, PER_TEST))
-def test_the_weights_are_those_of_the_steps(engine, proxy, undisturbed, first):
-    answers, made = undisturbed
+def test_the_weights_are_those_of_the_steps(engine, proxy, settle, undisturbed, first):
+    checkpoint, answers, made = undisturbed
     doubts = 0
     for seed in range(first, first + PER_TEST):
         hasty, share, most = seed % 2, (0.05, 0.15, 0.3, 0.6)[seed % 4], (1, 3, 10)[seed % 3]
         policy = HASTY if hasty else PATIENT
-        with ServiceClient(proxy.url, retry_policy=policy, timeout=0.2) as service:
+        with ServiceClient(proxy.url, retry_policy=policy, timeout=0.4) as service:
             proxy.begin(seed, 0.0, 0)
-            client = service.create_lora_training_client(MODEL, rank=4, seed=3)
-            path = client.save_state(f"proxy-{client.model_id}").result(60).path
-            scenario = Scenario(service, client, path)
+            scenario = Scenario(service, checkpoint)
             proxy.begin(seed, share, most)
             try:
                 got = scenario.train()
                 proxy.flush()
-                service.create_sampling_client(base_model=MODEL)
+                settle()
                 same(got, answers)
                 for a, b in zip(state(engine, scenario.client), made, strict=True):
                     np.testing.assert_array_equal(a, b)
