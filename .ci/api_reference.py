@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pdoc
 
+from mintjax import losses
+
 PAGES = [
     "mintjax",
     "mintjax.bench",
@@ -37,6 +39,8 @@ def as_written(annotation: object, *_: object) -> object:
         annotation = annotation.__forward_arg__
     return AsWritten(annotation) if isinstance(annotation, str) else annotation
 
+
+losses.__doc__ = f"{losses.__doc__}\n\n## Conventions\n\n{losses.conventions()}"
 
 warnings.simplefilter("error")
 pdoc.doc.safe_eval_type = pdoc.doc_types.safe_eval_type = as_written

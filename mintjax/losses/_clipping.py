@@ -1,4 +1,4 @@
-"""Which tokens each policy loss clips, for its ``clip_fraction``."""
+"""The tokens that each policy loss clips, for its ``clip_fraction``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def clipped_tokens(
 
 
 class _Tokens:
-    """What a rule looks at."""
+    """The numbers that a rule of clipping looks at."""
 
     def __init__(
         self,
@@ -84,11 +84,11 @@ class _Tokens:
         self.at = at
 
     def below(self, name: str = "clip_low_threshold") -> jax.Array:
-        """Where the ratio is below a threshold, if there is such."""
+        """Marks the ratios below a threshold, if there is such."""
         return self.ratio < self.at[name] if name in self.at else jnp.zeros(self.ratio.shape, bool)
 
     def above(self, name: str = "clip_high_threshold") -> jax.Array:
-        """Where the ratio is above a threshold, if there is such."""
+        """Marks the ratios above a threshold, if there is such."""
         return self.ratio > self.at[name] if name in self.at else jnp.zeros(self.ratio.shape, bool)
 
 

@@ -1,4 +1,4 @@
-"""What each trainer makes of the loss names: a table, not code."""
+"""The conventions of trainers and of other implementations, as tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """How one trainer serves the built-in losses.
+    """The way one trainer serves the built-in losses.
 
     Args:
         trainer: its name.
@@ -273,7 +273,7 @@ DIFFERENCES = (
         others={"TRL": "sync_ref_model blends or replaces the reference model"},
     ),
 )
-"""Where implementations differ, and what this package does."""
+"""The points on which implementations differ, and what this package does."""
 
 
 def conventions(*, trainers: bool = True) -> str:

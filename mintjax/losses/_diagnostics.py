@@ -1,4 +1,4 @@
-"""What to watch in training, as sums over tokens or pairs, so that chunks add up."""
+"""Diagnostics of training, as sums over tokens or pairs, so that chunks add up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POLICY_TERMS = (
     "kl_k1",
     "kl_k3",
 )
-"""What :func:`policy_sums` sums, by name."""
+"""The names of the sums in :func:`policy_sums`."""
 
 
 def policy_sums(
@@ -38,7 +38,7 @@ def policy_sums(
     clipped: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
-    """Sums over tokens of what tells how far a policy is from the one that sampled.
+    """Sums over tokens what tells how far a policy is from the one that sampled.
 
     With ``d = target_logprobs - sampling_logprobs``, held within [-20, 20], and ``r = exp(d)``:
     ``tokens``, their number; ``clipped``, how many of them the loss clips: by default those where
@@ -153,7 +153,7 @@ def policy_terms(
 
 
 def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What :func:`policy_sums`, added over all chunks, amount to.
+    """Summarises :func:`policy_sums`, added over all chunks.
 
     Args:
         sums: as returned there.
@@ -186,7 +186,7 @@ def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def preference_sums(
     chosen_scores: ArrayLike, rejected_scores: ArrayLike, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
-    """Sums over pairs of what tells how well the model ranks them.
+    """Sums over pairs what tells how well the model ranks them.
 
     ``pairs``, their number; ``correct``, how many have a margin ``chosen_scores - rejected_scores``
     above 0; ``margin``; ``chosen`` and ``rejected``, the scores. No gradient passes.
@@ -216,7 +216,7 @@ def preference_sums(
 
 
 def preference_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What :func:`preference_sums`, added over all chunks, amount to.
+    """Summarises :func:`preference_sums`, added over all chunks.
 
     Args:
         sums: as returned there.

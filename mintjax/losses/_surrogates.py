@@ -49,6 +49,6 @@ def _exp_unless_jvp(  # pyright: ignore[reportUnusedFunction]
 
 
 def _counts_for_nothing(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
-    """Where the advantage is 0 and the ratio overflows, or nearly does."""
+    """Marks advantages of 0 whose ratio overflows, or nearly does."""
     largest = float(cast("Any", jnp.finfo(log_ratio.dtype).max))
     return (advantages == 0) & (log_ratio > math.log(largest) - 1)

@@ -1,4 +1,4 @@
-"""What an objective is, and how one is made from a loss function."""
+"""The base of all objectives, and the factory that makes one of a loss function."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class SequencePolicyObjective(PolicyObjective):
         return [jax.lax.stop_gradient(mean), *others]
 
     summed: ClassVar[bool] = False
-    """Whether the log-ratio of a sequence is the sum of those of its tokens, not the mean."""
+    """True for a loss that takes the sum of the tokens' log-ratios, not their mean."""
 
     def watch(self, logprobs: Ragged, inputs: list[Any], where: Ragged | None) -> dict[str, Array]:
         """Summarises how far the sequences are from the policy that sampled them."""

@@ -1,4 +1,4 @@
-"""What every loss owes to arrays: shapes, dtypes, masks, transformations."""
+"""The laws that every loss obeys: shapes, dtypes, masks, transformations."""
 
 from __future__ import annotations
 

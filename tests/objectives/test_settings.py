@@ -1,4 +1,4 @@
-"""What objectives make of their settings, their labels and their aggregations."""
+"""Settings, labels and aggregations of objectives."""
 
 from __future__ import annotations
 
