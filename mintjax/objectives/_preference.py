@@ -53,8 +53,8 @@ class PairObjective(SequenceObjective):
 
     row_multiple: ClassVar[int | None] = 2
     exact: ClassVar[bool] = False
-    """True for a loss that looks at scores and references by themselves. For others, differences are
-    summed token by token, because a difference of sums has fewer digits."""
+    """True for a loss that looks at scores and references by themselves. For others the differences
+    are summed token by token, because a difference of sums has fewer digits."""
     reward: ClassVar[Callable[..., Array] | None] = None
     """The reward of a score, if it is not ``beta`` times it."""
     per_token: bool = option(False, static=True)
