@@ -13,8 +13,10 @@ def lower_bounds():
     """The lower bound of each package that the ``test`` extra brings."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *sum(map(extras.get, ("local", "protobuf", "cli")), [])]
-    required = [Requirement(one) for one in [*wanted, *extras["test"]]]
+    wanted = [*project["dependencies"]]
+    for extra in ("local", "protobuf", "cli", "test"):
+        wanted += extras[extra]
+    required = [Requirement(one) for one in wanted]
     bounds = {}
     for one in required:
         if one.name != "mintjax":
