@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
-import time
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
+from mintjax.gradients.contract import Metrics, Objective, evaluate, name_of
 from mintjax.gradients.dependence import inputs_used
+from mintjax.gradients.identity import Identity, identify
 from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch
 from mintjax.ragged.tiling import Layout, Place
 
 Array: TypeAlias = Any
-Objective: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
-Summary: TypeAlias = dict[tuple[str | None, ...], Array]
-"""By the names of the metrics: the loss and these in one array, for each that is read has its
-cost."""
+T = TypeVar("T")
 
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
-_FINITE = None  # in place of a name: 1 if the whole gradient is finite
 _KEPT = 64  # programs held at a time, the oldest dropped first
 
 
@@ -38,7 +34,7 @@ class Stats(NamedTuple):
 
     Args:
         compilations: programs that XLA compiled.
-        objectives: objectives (by structure) or functions (by identity) that were new.
+        objectives: objectives that were new: mintjax's own by structure, others by value.
         row_by_row_steps: steps whose objective took rows one by one.
     """
 
@@ -51,7 +47,7 @@ _counts = dict.fromkeys(Stats._fields, 0)
 
 
 def stats() -> Stats:
-    """What was compiled so far in this process.
+    """Counts what was compiled so far in this process.
 
     Returns:
         The counts as they are now; take the difference of two to see what a step compiled.
@@ -60,216 +56,165 @@ def stats() -> Stats:
 
 
 def count(what: str) -> None:
-    """Count one of what :class:`Stats` names."""
+    """Adds one to a count that :class:`Stats` names."""
     _counts[what] += 1
 
 
-def read_summary(summary: Summary) -> tuple[float, dict[str, float], bool]:
-    """The loss, all metrics with it as ``"loss"`` first (the objective's own "loss" wins), and
-    whether the gradient is known to be finite."""
-    ((names, values),) = summary.items()
-    loss, *rest = np.asarray(values).tolist()
-    metrics: dict[Any, float] = {"loss": loss, **dict(zip(names, rest, strict=True))}
-    return loss, metrics, bool(metrics.pop(_FINITE, False))
+class Outcome(NamedTuple):
+    """The arrays that a program computes.
 
-
-def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array, Summary]:
-    """Call an objective and hold what it returns against the contract.
-
-    Raises:
-        ObjectiveError: it did not return a scalar and a dict of scalars.
+    Args:
+        loss: the objective's value.
+        metrics: by name.
+        finite: whether the whole gradient is finite.
+        grads: with respect to each row.
     """
-    returned = cast("Any", objective(data, logprobs))
-    if not (isinstance(returned, tuple) and len(cast("tuple[Any, ...]", returned)) == 2):
-        raise ObjectiveError(
-            f"{name_of(objective)} must return (loss, metrics), not {_describe(returned)}"
-        )
-    loss, metrics = cast("tuple[Any, Any]", returned)
-    if not hasattr(loss, "shape") or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ObjectiveError(
-            f"the loss of {name_of(objective)} must be a floating-point scalar computed from the "
-            f"logprobs, not {_describe(loss)}"
-        )
-    if loss.shape != ():
-        raise ObjectiveError(
-            f"the loss of {name_of(objective)} must be a scalar, not an array of shape "
-            f"{loss.shape}; reduce it with .sum() or .mean()"
-        )
-    if not isinstance(metrics, Mapping):
-        raise ObjectiveError(
-            f"the metrics of {name_of(objective)} must be a dict, not {_describe(metrics)}"
-        )
-    named = {str(k): _scalar(k, v) for k, v in cast("Mapping[Any, Any]", metrics).items()}
-    values = [jnp.asarray(value, loss.dtype) for value in (loss, *named.values())]
-    return loss, {tuple(named): jax.lax.stop_gradient(jnp.stack(values))}
 
-
-def _scalar(name: Any, value: Any) -> Array:
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise ObjectiveError(f"metric {name!r} must be a number, not {_describe(value)}") from None
-    if array.size != 1:
-        raise ObjectiveError(
-            f"metric {name!r} must be a scalar, not an array of shape {array.shape}"
-        )
-    return array.reshape(())
-
-
-def _describe(value: Any) -> str:
-    kind = type(value).__name__
-    return f"{kind} of shape {value.shape}" if hasattr(value, "shape") else kind
-
-
-def name_of(objective: Any) -> str:
-    """What to call an objective in a message."""
-    return getattr(objective, "__qualname__", None) or repr(objective)
+    loss: Array
+    metrics: Metrics
+    finite: Array | bool
+    grads: list[npt.NDArray[Any]]
 
 
 class Plan(NamedTuple):
-    """What one trace of an objective taught.
+    """The findings of one trace of an objective.
 
     Args:
-        columns: the columns that it reads.
+        kinds: of each column that it reads, the trailing shape and the dtype.
         needs_logprobs: whether its gradient depends on the logprobs.
-        run: its compiled gradient: ``(parameters, table, blocks) -> (summary, grads)``, of a
-            place's table and of :func:`_blocks` of the columns and the logprobs.
+        run: its compiled gradient: ``(parameters, table, blocks) -> (loss, metrics, finite,
+            grads)``, of a place's table and of :func:`_blocks` of the columns and the logprobs.
     """
 
-    columns: tuple[str, ...]
+    kinds: dict[str, Any]
     needs_logprobs: bool
-    run: Callable[..., tuple[Summary, Array]]
+    run: Callable[..., Any]
+
+
+_tracing = threading.local()
+"""The objective that a trace in this thread calls; equal keys mean the same to every program."""
 
 
 class Program:
     """An objective's compiled gradient, for batches of any lengths.
 
     Args:
-        objective: the objective. If it has a ``row_multiple`` that is not None, it minds
-            ``Ragged.row_mask``, and its batches may be padded to a multiple of so many rows.
-        tree: its structure, if it is a pytree whose leaves are parameters.
+        row_multiple: pads the row count of a batch to a multiple of this, for an objective that
+            minds ``Ragged.row_mask``; None disables padding.
     """
 
-    def __init__(self, objective: Objective, tree: Any | None) -> None:
+    def __init__(self, row_multiple: int | None) -> None:
         self.takes_rows = False
-        self._objective = objective
-        self._tree = tree
-        self._row_multiple: int | None = getattr(objective, "row_multiple", None)
-        self._plans: dict[Any, Plan] = {}
+        self._row_multiple = row_multiple
+        self._plans: dict[Any, list[Plan]] = {}
 
-    def _rebuild(self, parameters: Sequence[Any]) -> Objective:
-        return self._objective if self._tree is None else self._tree.unflatten(parameters)
-
-    def run(
-        self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
-    ) -> tuple[Summary, list[npt.NDArray[Any]]]:
-        """The summary, and the gradient with respect to each row.
+    def run(self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]) -> Outcome:
+        """Computes the loss, the metrics and the gradient with respect to each row.
 
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        place, plan = self._prepare(parameters, batch, rows)
-        columns = {_LOGPROBS: rows}
-        for name in plan.columns:
-            columns[name] = batch.rows(name)
+        place, plan = self._prepare(identity, batch, rows)
+        columns = {_LOGPROBS: rows} | {name: batch.rows(name) for name in plan.kinds}
         blocks = _blocks(columns, batch.lengths, place, rows[0].dtype, _workspace)
-        summary, grads = plan.run(parameters, place.table, blocks)
-        _await(grads)
+        _tracing.rebuild = identity.rebuild
+        loss, metrics, finite, grads = plan.run(identity.parameters, place.table, blocks)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         cuts = zip(place.starts, batch.lengths, strict=False)
-        return summary, [buffer[start : start + length] for start, length in cuts]
+        return Outcome(
+            loss, metrics, finite, [buffer[start : start + length] for start, length in cuts]
+        )
 
     def needs_logprobs(
-        self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
+        self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
     ) -> bool:
         """Whether the gradient depends on the logprobs, whose shapes and dtype ``rows`` has.
 
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        return self._prepare(parameters, batch, rows)[-1].needs_logprobs
+        return self._prepare(identity, batch, rows)[-1].needs_logprobs
 
     def _prepare(
-        self, parameters: Sequence[Any], batch: Batch, rows: Sequence[npt.NDArray[Any]]
+        self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
     ) -> tuple[Place, Plan]:
+        """Finds the plan of a trace that saw what this batch shows: its sizes, names and kinds."""
         multiple = self._row_multiple
         # A batch that does not divide is not padded: the objective shall see it and say so.
         padded = multiple is not None and not len(batch) % multiple
         spare = _spare(len(batch), multiple) if multiple and padded else 0
         place = tiling.place(batch.lengths, spare)
-        key = (batch.names, padded, rows[0].shape[1:], rows[0].dtype)
-        if key not in self._plans:
-            self._plans[key] = self._plan(parameters, batch, place, rows, padded)
-        return place, self._plans[key]
+        size = len(batch) + spare
+        key = (batch.names, padded, size, place.tiles, rows[0].shape[1:], rows[0].dtype)
+        plans = self._plans.setdefault(key, [])
+        for plan in plans:
+            if all(_kind(batch, name) == kind for name, kind in plan.kinds.items()):
+                return place, plan
+        plans.append(self._plan(identity, batch, place, rows, padded))
+        return place, plans[-1]
 
     def _plan(
         self,
-        parameters: Sequence[Any],
+        identity: Identity,
         batch: Batch,
         place: Place,
         rows: Sequence[npt.NDArray[Any]],
         padded: bool,
     ) -> Plan:
-        """Trace once without compiling, to learn what is read."""
+        """Traces once without compiling, to learn what is read."""
         names, dtype = batch.names, rows[0].dtype
-        read: set[str] = set()
+        kinds: dict[str, Any] = {}
 
         def gradient(
             parameters: Sequence[Any], table: Array, column: Callable[[str], Array]
-        ) -> tuple[Summary, Array]:
+        ) -> Any:
             layout = tiling.read_table(table, column(_LOGPROBS).shape[0], padded=padded)
-            return _gradient(self._rebuild(parameters), names, layout, column)
+            return _gradient(_tracing.rebuild(parameters), names, layout, column)
 
         def run(
             parameters: Sequence[Any], table: Array, blocks: Mapping[tuple[str, ...], Array]
-        ) -> tuple[Summary, Array]:
+        ) -> Any:
             count("compilations")
-            columns = _columns(blocks)
-            return gradient(parameters, table, columns.__getitem__)
+            return gradient(parameters, table, _columns(blocks).__getitem__)
 
         def look(logprobs: Array, parameters: Sequence[Any], table: Array) -> Array:
             def column(name: str) -> Array:
                 if name == _LOGPROBS:
                     return logprobs
-                read.add(name)
                 columns = {name: batch.rows(name)}
+                kinds[name] = _kind(batch, name)
                 return _columns(_blocks(columns, batch.lengths, place, dtype, tiling.empty))[name]
 
-            return gradient(parameters, table, column)[1]
+            return gradient(parameters, table, column)[-1]
 
         shape = (place.tiles, tiling.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
-        closed = trace(jax.ShapeDtypeStruct(shape, dtype), parameters, place.table)
+        _tracing.rebuild = identity.rebuild
+        logprobs = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+        closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
-        return Plan(tuple(sorted(read)), needs_logprobs, jax.jit(run))
+        return Plan(kinds, needs_logprobs, jax.jit(run))
+
+
+def _kind(batch: Batch, name: str) -> Any:
+    """The trailing shape of a column, None if it holds one number per datum, and its dtype."""
+    row = batch.rows(name)[0]
+    return (row.shape[1:] if row.ndim else None, row.dtype)
 
 
 def _gradient(
-    objective: Objective,
-    names: frozenset[str],
-    layout: Layout,
-    column: Callable[[str], Array],
-) -> tuple[Summary, Array]:
+    objective: Objective, names: frozenset[str], layout: Layout, column: Callable[[str], Array]
+) -> tuple[Array, Metrics, Array, Array]:
     def read(name: str) -> Any:
         value = jnp.asarray(column(name))
         return Ragged(value, layout) if value.ndim > 1 else value
 
-    def value(tiles: Array) -> tuple[Array, Summary]:
+    def value(tiles: Array) -> tuple[Array, Metrics]:
         data = Batch.of_columns(names, layout.lengths.shape[0], read)
         return evaluate(objective, data, Ragged(tiles, layout))
 
-    (_, summary), grads = jax.value_and_grad(value, has_aux=True)(column(_LOGPROBS))
-    ((metrics, values),) = summary.items()
-    values = jnp.append(values, jnp.isfinite(grads).all())
-    return {(*metrics, _FINITE): values}, grads
-
-
-def _await(array: Array) -> None:
-    """Wait for a result without going to sleep, for no longer than waking up would take."""
-    if not array.is_ready():
-        end = time.perf_counter() + 1e-4
-        while time.perf_counter() < end and not array.is_ready():
-            pass
+    (loss, metrics), grads = jax.value_and_grad(value, has_aux=True)(column(_LOGPROBS))
+    return loss, metrics, jnp.isfinite(grads).all(), grads
 
 
 _workspaces = threading.local()
@@ -337,60 +282,57 @@ def _spare(rows: int, multiple: int) -> int:
 
 
 _programs: dict[Any, Program] = {}
-_latest: list[tuple[Any, Any]] = [(object(), None)]  # an objective, and what was found for it
-_seen_code: dict[types.CodeType, int] = {}
+_compared: set[type] = set()  # of objects whose attributes an objective's own Python code reads
+_seen_code: dict[types.CodeType | type, int] = {}
 _lock = threading.Lock()
 
 
-def program_for(objective: Objective) -> tuple[Program, list[Any]]:
-    """The program kept for an objective, and the parameters to run it with.
+def with_program(objective: Objective, work: Callable[[Program, Identity], T]) -> T:
+    """Calls a function with the program that is kept for an objective, and with its identity.
 
-    An objective that is a pytree (mintjax's own are) is known by its structure, and its leaves are
-    parameters; any other is known by its identity, and has none.
+    An object's floating-point attributes are traced at first. Where its own Python code needs
+    their values, as ``if self.coef > 1`` does, they are compared instead.
     """
-    latest, found = _latest[0]
-    if objective is latest:  # as in every step of a loop but the first
-        return found
-    leaves, tree = cast("tuple[list[Any], Any]", jax.tree_util.tree_flatten(objective))
-    is_tree = not (len(leaves) == 1 and leaves[0] is objective)
-    key, parameters = (tree, leaves) if is_tree else (objective, [])
-    program = _programs.get(key)
-    if program is None:
-        with _lock:
-            program = _programs.get(key) or _new_program(objective, key, tree if is_tree else None)
-    if not is_tree or _never_changes(objective, leaves, tree):
-        _latest[0] = objective, (program, parameters)
-    return program, parameters
+    if type(objective) not in _compared:
+        identity = identify(objective)
+        try:
+            return work(_program(objective, identity), identity)
+        except ObjectiveError as error:
+            untraceable = isinstance(error.__cause__, jax.errors.JAXTypeError | TypeError)
+            if not (untraceable and identity.parameters and identity.attributes):
+                raise
+        _compared.add(type(objective))
+    identity = identify(objective, trace_attributes=False)
+    return work(_program(objective, identity), identity)
 
 
-def _never_changes(objective: Any, leaves: Sequence[Any], tree: Any) -> bool:
-    """Whether it is a frozen dataclass, and each leaf a field of it, with no container between."""
-    if not getattr(getattr(objective, "__dataclass_params__", None), "frozen", False):
-        return False
-    fields = {id(getattr(objective, field.name)) for field in dataclasses.fields(objective)}
-    return tree.num_nodes == tree.num_leaves + 1 and fields.issuperset(map(id, leaves))
-
-
-def _new_program(objective: Objective, key: Any, tree: Any | None) -> Program:
-    _warn_of_copies(objective)
-    count("objectives")
-    if len(_programs) == _KEPT:
-        del _programs[next(iter(_programs))]
-    return _programs.setdefault(key, Program(objective, tree))
+def _program(objective: Objective, identity: Identity) -> Program:
+    program = _programs.get(identity.key)
+    if program is not None:
+        return program
+    with _lock:
+        if identity.key not in _programs:
+            _warn_of_copies(objective)
+            count("objectives")
+            if len(_programs) == _KEPT:
+                del _programs[next(iter(_programs))]
+            _programs[identity.key] = Program(getattr(objective, "row_multiple", None))
+        return _programs[identity.key]
 
 
 def _warn_of_copies(objective: Any) -> None:
+    """Warns where the third value of one function or class is compiled anew."""
     inner = objective
     while isinstance(inner, functools.partial):
-        inner = inner.func
+        inner = cast("Any", inner).func
     code = getattr(inner, "__code__", None)
     if code is None:
         return
     _seen_code[code] = _seen_code.get(code, 0) + 1
     if _seen_code[code] == 3:
-        warnings.warn(
-            f"{name_of(inner)} has been made anew for the third time, and each copy is compiled "
-            "anew. Make the function, lambda or partial once and use it for every step; what "
-            "changes from step to step belongs in a loss_fn_inputs column.",
-            stacklevel=6,
+        message = (
+            f"{name_of(inner)} has been made anew for the third time with another value, and each "
+            "is compiled anew. Pass what changes from step to step as a loss_fn_inputs column, or "
+            "keep it as a float attribute of a callable object, which runs the same program."
         )
+        warnings.warn_explicit(message, UserWarning, code.co_filename, code.co_firstlineno)

@@ -13,19 +13,10 @@ import numpy.typing as npt
 
 from mintjax.errors import DataError, NonFiniteError
 from mintjax.gradients import interpreted
-from mintjax.gradients.compiled import (
-    Objective,
-    Program,
-    Stats,
-    Summary,
-    count,
-    evaluate,
-    name_of,
-    program_for,
-    read_summary,
-    stats,
-)
+from mintjax.gradients.compiled import Outcome, Program, Stats, count, stats, with_program
+from mintjax.gradients.contract import Metrics, Objective, evaluate, name_of, users_line
 from mintjax.gradients.dependence import inputs_used
+from mintjax.gradients.identity import Identity
 from mintjax.gradients.torch import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
 from mintjax.ragged.batch import Batch, as_batch, check_shapes
@@ -107,9 +98,12 @@ def value_and_logprob_grads(
     batch = as_batch(data)
     rows = _logprob_rows(batch, logprobs)
     result, finite = _evaluate(objective, batch, rows)
+    what = name_of(objective)
+    if not np.isfinite(result.loss):
+        raise _loss_not_finite(what, batch, rows, result.loss)
     found = None if finite else first_row_not_finite(result.grads)
     if found is not None:
-        raise not_finite(name_of(objective), batch, rows, result.grads, found)
+        raise not_finite(what, batch, rows, result.grads, found)
     return result
 
 
@@ -118,10 +112,10 @@ def loss_and_metrics(
     data: Sequence[Datum] | Batch,
     logprobs: Sequence[npt.ArrayLike] | Ragged,
 ) -> tuple[float, dict[str, float]]:
-    """The value of an objective and its metrics, by the program that has its gradient too.
+    """Computes an objective and its metrics, by the program that has its gradient too.
 
-    Args and errors are those of :func:`value_and_logprob_grads`, but that a gradient which is not
-    finite is none.
+    Args and errors are those of :func:`value_and_logprob_grads`, except that nothing need be
+    finite.
 
     Returns:
         The loss, and the metrics with ``"loss"`` among them.
@@ -133,20 +127,17 @@ def loss_and_metrics(
 def _evaluate(
     objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
 ) -> tuple[LogprobGradients, bool]:
-    """The result, and whether its gradients are known to be finite."""
+    """Computes the result, and whether its gradients are known to be finite."""
     if isinstance(objective, torch_objective):
-        loss, metrics, grads = objective.evaluate(batch, rows)
-        finite = False
-    else:
-        program, parameters = program_for(objective)
-        summary, grads = _in_columns_or_rows(
-            program,
-            objective,
-            lambda: program.run(parameters, batch, rows),
-            lambda: _row_by_row(objective, batch, rows),
-        )
-        loss, metrics, finite = read_summary(summary)
-    return LogprobGradients(loss, metrics, grads), finite
+        return LogprobGradients(*objective.evaluate(batch, rows)), False
+    outcome = _in_columns_or_rows(
+        objective,
+        lambda program, identity: program.run(identity, batch, rows),
+        lambda: _row_by_row(objective, batch, rows),
+    )
+    loss = np.asarray(outcome.loss).item()
+    metrics = {name: float(np.asarray(value)) for name, value in outcome.metrics.items()}
+    return LogprobGradients(loss, {"loss": loss, **metrics}, outcome.grads), bool(outcome.finite)
 
 
 def constant_logprob_grads(
@@ -173,26 +164,27 @@ def constant_logprob_grads(
         return None
     batch = as_batch(data)
     rows = [np.zeros(targets.shape, np.float32) for targets in batch.rows("target_tokens")]
-    program, parameters = program_for(objective)
     depends = _in_columns_or_rows(
-        program,
         objective,
-        lambda: program.needs_logprobs(parameters, batch, rows),
+        lambda program, identity: program.needs_logprobs(identity, batch, rows),
         lambda: _row_by_row_needs_logprobs(objective, batch, rows),
     )
     return None if depends else value_and_logprob_grads(objective, batch, rows).grads
 
 
 def _in_columns_or_rows(
-    program: Program, objective: Objective, columns: Callable[[], T], rows: Callable[[], T]
+    objective: Objective, columns: Callable[[Program, Identity], T], rows: Callable[[], T]
 ) -> T:
-    if not program.takes_rows:
-        try:
-            return columns()
-        except RowAccessError:
-            program.takes_rows = True
-            _warn_row_by_row(objective)
-    return rows()
+    def work(program: Program, identity: Identity) -> T:
+        if not program.takes_rows:
+            try:
+                return columns(program, identity)
+            except RowAccessError as error:
+                program.takes_rows = True
+                _warn_row_by_row(objective, error)
+        return rows()
+
+    return with_program(objective, work)
 
 
 def _logprob_rows(
@@ -211,13 +203,11 @@ def _logprob_rows(
     return [row if row.dtype.kind == "f" else row.astype(np.float32) for row in rows]
 
 
-def _row_by_row(
-    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
-) -> tuple[Summary, list[npt.NDArray[Any]]]:
+def _row_by_row(objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]) -> Outcome:
     count("row_by_row_steps")
     closed, tree, rows = _trace_rows(objective, batch, rows)
-    (_, summary), grads = tree.unflatten(interpreted.evaluate(closed, rows))
-    return summary, [np.array(grad) for grad in grads]
+    (loss, metrics), grads = tree.unflatten(interpreted.evaluate(closed, rows))
+    return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
 
 
 def _row_by_row_needs_logprobs(
@@ -232,7 +222,7 @@ def _trace_rows(
 ) -> tuple[Any, Any, list[npt.NDArray[Any]]]:
     """The jaxpr of value and gradient, the structure of its outputs, and the rows it takes."""
 
-    def value(rows: Sequence[Any]) -> tuple[Any, Summary]:
+    def value(rows: Sequence[Any]) -> tuple[Any, Metrics]:
         return evaluate(objective, batch, Ragged.from_rows(rows))
 
     rows = [row.astype(jax.dtypes.canonicalize_dtype(row.dtype), copy=False) for row in rows]
@@ -241,13 +231,30 @@ def _trace_rows(
     return closed, cast("Any", jax.tree_util.tree_structure(shape)), rows
 
 
-def _warn_row_by_row(objective: Objective) -> None:
-    warnings.warn(
+def _warn_row_by_row(objective: Objective, error: RowAccessError) -> None:
+    message = (
         f"{name_of(objective)} takes rows one by one, so every new set of lengths is traced anew, "
         "which can cost a hundred times as much. Use the row reductions instead of a loop: "
-        "`(logprobs * data['weights']).sum()` gives one score per datum, and `scores[0::2]` those "
-        "of every other one.",
-        stacklevel=5,
+        "`logprobs.dot(data['weights'])` gives one score per datum, and `scores[0::2]` those "
+        "of every other one."
+    )
+    line = users_line(error)
+    if line is None or line.lineno is None:
+        warnings.warn(message, stacklevel=2)
+    else:
+        warnings.warn_explicit(message, UserWarning, line.filename, line.lineno)
+
+
+def _loss_not_finite(
+    what: str, batch: Batch, logprobs: Sequence[npt.NDArray[Any]], loss: float
+) -> NonFiniteError:
+    """Makes the error of a loss that is not finite; it names the input that is not, if one is."""
+    found = _culprit(batch, logprobs)
+    where = f", and {found[2]}" if found else ""
+    return NonFiniteError(
+        f"the loss of {what} is {loss}{where}. Nothing was sent. {_MASK}",
+        datum=found[0] if found else None,
+        position=found[1] if found else None,
     )
 
 
@@ -258,14 +265,17 @@ def not_finite(
     grads: Sequence[npt.NDArray[Any]],
     at: tuple[int, int],
 ) -> NonFiniteError:
-    """The error that names datum, position, logprob and inputs where a gradient is not finite.
+    """Makes the error of a gradient that is not finite.
+
+    It names the input that is not finite, if there is one, because a loss that couples datums
+    spreads it to others; and otherwise the first token whose gradient is not.
 
     Args:
-        what: they are gradients of.
+        what: the objective's name.
         batch: B datums.
         logprobs: of each, in nats.
         grads: of each, in the shape of its logprobs.
-        at: the datum and the flat position there.
+        at: the datum and the flat position of the first gradient that is not finite.
     """
     i, position = at
     grad = grads[i]
@@ -273,11 +283,47 @@ def not_finite(
     where = f"{index[0]}" if grad.ndim == 1 else f"{tuple(map(int, index))}"
     inputs = {name: value[index[: value.ndim]] for name, value in batch[i].loss_fn_inputs.items()}
     shown = ", ".join(f"{name} {value}" for name, value in inputs.items())
+    found = _culprit(batch, logprobs)
+    if found is not None:
+        i, position, words = found
+        words = f"{words}, so "
+    else:
+        words = ""
     return NonFiniteError(
-        f"the gradient of {what} is {grad[index]} at datum {i}, position {where}, where the "
-        f"logprob is {logprobs[i][index]} and the inputs are: {shown or 'none'}. Nothing was sent. "
-        "Mask such tokens before an operation that overflows or divides by zero, as in "
-        "jnp.where(mask, f(jnp.where(mask, x, 0)), 0).",
+        f"{words}the gradient of {what} is {grad[index]} at datum {at[0]}, position {where}, where "
+        f"the logprob is {logprobs[at[0]][index]} and the inputs are: {shown or 'none'}. Nothing "
+        f"was sent. {_MASK}",
         datum=i,
         position=position,
     )
+
+
+_MASK = (
+    "Mask such tokens before an operation that overflows or divides by zero, as in "
+    "jnp.where(mask, f(jnp.where(mask, x, 0)), 0)."
+)
+
+
+def _culprit(batch: Batch, logprobs: Sequence[npt.NDArray[Any]]) -> tuple[int, int, str] | None:
+    """Finds the first number given that is not finite and that no weight of 0 hides.
+
+    Returns:
+        Its datum, its flat position there, and words for it.
+    """
+    for i, (datum, row) in enumerate(zip(batch, logprobs, strict=True)):
+        weights = datum.loss_fn_inputs.get("weights")
+        for name, values in [("logprob", row), *datum.loss_fn_inputs.items()]:
+            flat = np.asarray(values)
+            if flat.dtype.kind != "f":
+                continue
+            bad = ~np.isfinite(flat)
+            if weights is not None and weights.ndim == flat.ndim and name != "weights":
+                bad = bad & (np.asarray(weights) != 0)
+            if bad.any():
+                position = int(np.argmax(bad))
+                return (
+                    i,
+                    position,
+                    (f"the {name} at datum {i}, position {position}, is {flat.ravel()[position]}"),
+                )
+    return None

@@ -1,0 +1,341 @@
+"""The identity of an objective: what tells that a compiled program is still the right one.
+
+A program is compiled once and used again, so everything that an objective can reach must either be
+an argument of the program or be compared before each use. The rule has three parts:
+
+1. What can be traced is traced. The leaves of a pytree (mintjax's own objectives are pytrees) and
+   the floating-point attributes of any other object are arguments of the program. Another value
+   runs the same program.
+2. What cannot be traced is compared, by value: the code of functions, their defaults, the variables
+   they close over, the globals that they name, the attributes of objects, containers, arrays by
+   their content. Another value is another program.
+3. What cannot be compared is said: an object that shows neither a value nor attributes is known by
+   its identity, and a warning names it once.
+
+Functions of installed packages are taken to be constant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import hashlib
+import sys
+import sysconfig
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from enum import Enum
+from typing import Any, TypeAlias, cast
+
+import jax
+import numpy as np
+
+Fingerprint: TypeAlias = Any  # hashable
+
+_SCALARS = (type(None), bool, int, str, bytes, complex, type(...), Enum, np.dtype)
+_CONSTANT = (type, types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType)
+_INSTALLED = tuple(
+    path
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    if (path := sysconfig.get_paths().get(name))
+)
+_LIBRARIES = frozenset({"mintjax", "jax", "jaxlib", "numpy", "optax"})
+
+
+class Same:
+    """Wraps an object that is known by its identity, and keeps it alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """An objective, taken apart.
+
+    Args:
+        key: equal for two objectives exactly if one program serves both.
+        parameters: the values that the program takes as arguments.
+        rebuild: makes the objective again around other parameters, such as tracers.
+        attributes: whether the parameters are attributes of an object.
+    """
+
+    key: Fingerprint
+    parameters: list[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+    attributes: bool = False
+
+
+def identify(objective: Any, *, trace_attributes: bool = True) -> Identity:
+    """Tells an objective from all others, by the rule of this module.
+
+    Args:
+        objective: the callable, as it is now.
+        trace_attributes: whether an object's floating-point attributes become parameters; if not,
+            they are compared.
+    """
+    jitted = getattr(objective, "__wrapped__", None)
+    if jitted is not None and type(objective).__module__.startswith("jax"):
+        objective = jitted  # jax.jit would remember values that have changed since
+    leaves, tree = cast("tuple[list[Any], Any]", jax.tree_util.tree_flatten(objective))
+    if not (len(leaves) == 1 and leaves[0] is objective):
+        return _of_pytree(objective, leaves, tree)
+    traced = _traceable(objective) if trace_attributes else {}
+    walk = _Walk()
+    if not traced:
+        return Identity(walk.of(objective), [], lambda _: objective)
+    kind = cast("type[Any]", type(objective))
+    attributes = cast("dict[str, Any]", vars(objective))
+    rest = {name: value for name, value in attributes.items() if name not in traced}
+    key = ("attributes", tuple(traced), walk.of_type(kind), walk.of(rest))
+
+    def rebuild(parameters: Sequence[Any]) -> Any:
+        made = copy.copy(objective)
+        for name, value in zip(traced, parameters, strict=True):
+            object.__setattr__(made, name, value)
+        return made
+
+    return Identity(key, list(traced.values()), rebuild, attributes=True)
+
+
+def _of_pytree(objective: Any, leaves: list[Any], tree: Any) -> Identity:
+    walk = _Walk()
+    dynamic = [_is_number(leaf) for leaf in leaves]
+    constants = tuple(
+        None if traced else walk.of(leaf) for leaf, traced in zip(leaves, dynamic, strict=True)
+    )
+    functions = tuple(walk.of(function) for function in _functions_in(objective))
+    try:
+        hash(tree)
+        structure = tree
+    except TypeError:  # its static part is not hashable
+        structure = walk.of(vars(objective))
+    key = ("pytree", structure, constants, functions)
+
+    def rebuild(parameters: Sequence[Any]) -> Any:
+        given = iter(parameters)
+        return tree.unflatten(
+            next(given) if traced else leaf for leaf, traced in zip(leaves, dynamic, strict=True)
+        )
+
+    parameters = [leaf for leaf, traced in zip(leaves, dynamic, strict=True) if traced]
+    return Identity(key, parameters, rebuild)
+
+
+def _functions_in(value: Any) -> Iterator[Any]:
+    """Finds a user's functions in the static part of a pytree, such as the terms of a sum."""
+    if isinstance(value, types.FunctionType | functools.partial | types.MethodType):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in cast("Sequence[Any]", value):
+            yield from _functions_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _functions_in(getattr(value, field.name, None))
+    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _functions_in(list(vars(value).values()))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float | complex | np.ndarray | np.generic | jax.Array)
+
+
+def _traceable(objective: Any) -> dict[str, Any]:
+    """The floating-point attributes of an object that is neither a function nor a class."""
+    if isinstance(objective, types.FunctionType | types.MethodType | functools.partial | type):
+        return {}
+    found: dict[str, Any] = {}
+    for name, value in getattr(objective, "__dict__", {}).items():
+        if isinstance(value, float) or (
+            isinstance(value, np.ndarray | np.floating | jax.Array)
+            and np.issubdtype(cast("Any", value).dtype, np.floating)
+        ):
+            found[name] = value
+    return found
+
+
+class _Walk:
+    """One look at everything that an object can reach; an object met again is a back reference."""
+
+    def __init__(self) -> None:
+        self._met: dict[int, int] = {}
+        self._kept: list[Any] = []  # so that no address is used twice during the walk
+
+    def of(self, value: Any) -> Fingerprint:
+        """Gives a hashable value that is equal exactly where the given one means the same."""
+        if isinstance(value, float):
+            return (type(value), value.hex())
+        kind = cast("Any", type(value))
+        if isinstance(value, _SCALARS):
+            return (kind, cast("Any", value))
+        if isinstance(value, jax.Array):  # cannot change
+            return Same(value)
+        if isinstance(value, np.ndarray | np.generic):
+            array: Any = np.ascontiguousarray(cast("Any", value))
+            if array.dtype.hasobject:
+                return ("objects", self.of(array.tolist()))
+            digest = hashlib.blake2b(memoryview(array).cast("B") if array.size else b"").digest()
+            return (kind, array.dtype.str, np.shape(cast("Any", value)), digest)
+        if id(value) in self._met:
+            return ("met", self._met[id(value)])
+        self._met[id(value)] = len(self._met)
+        self._kept.append(value)
+        return self._of_compound(value)
+
+    def _of_compound(self, value: Any) -> Fingerprint:
+        kind = cast("type[Any]", type(value))
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value)
+        if isinstance(value, types.MethodType):
+            return ("method", self.of(value.__func__), self.of(value.__self__))
+        if isinstance(value, functools.partial):
+            made = cast("functools.partial[Any]", value)
+            return ("partial", self.of(made.func), self.of(made.args), self.of(made.keywords))
+        if isinstance(value, types.ModuleType):
+            return Same(value)
+        if isinstance(value, type):
+            return self.of_type(value)
+        if isinstance(value, _CONSTANT) or (_is_installed(kind) and callable(value)):
+            inner = getattr(value, "__wrapped__", None)  # a function under jax.jit, say
+            return (Same(value), None if inner is None else self.of(inner))
+        if isinstance(value, Mapping):
+            items = cast("Mapping[Any, Any]", value).items()
+            return (kind, tuple((self.of(k), self.of(v)) for k, v in items))
+        if isinstance(value, list | tuple):
+            return (kind, tuple(map(self.of, cast("Sequence[Any]", value))))
+        if isinstance(value, Set):
+            return (kind, frozenset(map(self.of, cast("Set[Any]", value))))
+        return self._of_object(value, kind)
+
+    def _of_object(self, value: Any, kind: type[Any]) -> Fingerprint:
+        if _is_installed(kind) and not _is_record(value):
+            _say_incomparable(value)
+            return Same(value)
+        attributes = dict(getattr(value, "__dict__", {}))
+        for base in kind.__mro__:
+            slots = base.__dict__.get("__slots__", ())
+            names = (slots,) if isinstance(slots, str) else tuple(slots)
+            for name in (*names, *base.__dict__.get("__struct_fields__", ())):
+                if hasattr(value, name):
+                    attributes[name] = getattr(value, name)
+        return (self.of_type(kind), self.of(attributes))
+
+    def of_type(self, kind: type) -> Fingerprint:
+        """Compares a class: a user's by its methods and attributes, others by identity."""
+        if _is_installed(kind):
+            return Same(kind)
+        parts: list[Any] = [Same(kind)]
+        for base in kind.__mro__:
+            if not _is_installed(base):
+                for name, member in vars(base).items():
+                    if name.startswith("__") and not isinstance(member, types.FunctionType):
+                        continue
+                    member = getattr(member, "__func__", getattr(member, "fget", member))
+                    if not isinstance(member, types.MemberDescriptorType):
+                        parts.append((name, self.of(member)))
+        return tuple(parts)
+
+    def _of_function(self, function: types.FunctionType) -> Fingerprint:
+        if _is_library(function):
+            return Same(function)
+        cells = function.__closure__ or ()
+        inner = tuple(self.of(cell.cell_contents) for cell in cells if _is_filled(cell))
+        named: list[Any] = []
+        names = _names(function.__code__)
+        for name in names:
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                named.append((name, self.of(value)))
+                if isinstance(value, types.ModuleType) and not _is_library_module(value):
+                    members = vars(value)
+                    named += [(n, self.of(members[n])) for n in names if n in members]
+        return (
+            function.__code__,
+            self.of(function.__defaults__),
+            self.of(function.__kwdefaults__),
+            inner,
+            tuple(named),
+            self.of(function.__dict__),
+        )
+
+
+def _is_record(value: Any) -> bool:
+    """Whether an object of an installed class is a bundle of values, such as a configuration."""
+    kind = cast("type[Any]", type(value))
+    return (
+        dataclasses.is_dataclass(value)
+        or hasattr(kind, "__struct_fields__")
+        or isinstance(value, types.SimpleNamespace | argparse.Namespace)
+    )
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The names of globals and attributes that a code and the functions within it use."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_names(constant)))
+    return tuple(names)
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    module = (function.__module__ or "").partition(".")[0]
+    return module in _LIBRARIES or function.__code__.co_filename.startswith(_INSTALLED)
+
+
+def _is_library_module(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return (
+        file is None
+        or module.__name__.partition(".")[0] in _LIBRARIES
+        or file.startswith(_INSTALLED)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_installed(kind: type) -> bool:
+    """Whether a class is Python's own or of an installed package, whose code does not change."""
+    if kind.__module__.partition(".")[0] in _LIBRARIES:
+        return True
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    if module is None or kind.__module__ == "__main__":
+        return False
+    return file is None or file.startswith(_INSTALLED)
+
+
+_said: set[type] = set()
+
+
+def _say_incomparable(value: Any) -> None:
+    kind = cast("type[Any]", type(value))
+    if kind.__module__.partition(".")[0] in sys.stdlib_module_names:
+        return  # loggers, locks, files: nothing that a loss is computed from
+    if kind not in _said:
+        _said.add(kind)
+        warnings.warn(
+            f"an objective reads an object of type {kind.__qualname__}, which shows no value "
+            "that can be compared. If it changes between steps, the compiled objective will not "
+            "notice. Pass what changes as a loss_fn_inputs column or as a number.",
+            stacklevel=2,
+        )

@@ -1,0 +1,306 @@
+"""A value that changes behind an objective is seen in the next step."""
+
+import dataclasses
+import functools
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mintjax import Datum, ModelInput, gradients, objectives, value_and_logprob_grads
+from mintjax.errors import NonFiniteError, ObjectiveError
+from mintjax.gradients.identity import identify
+
+SCALE = 1.0
+SETTINGS = types.SimpleNamespace(scale=1.0)
+
+
+def batch(sizes=(3, 2), **columns):
+    data = [
+        Datum(
+            ModelInput.from_ints(range(1, n + 1)),
+            {"target_tokens": range(n), **{name: value[:n] for name, value in columns.items()}},
+        )
+        for n in sizes
+    ]
+    return data, [np.full(n, -1.0, np.float32) for n in sizes]
+
+
+def slope(objective, sizes=(3, 2), **columns):
+    """The gradient of an objective at its first token, and its metrics."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*made anew for the third time")
+        result = value_and_logprob_grads(objective, *batch(sizes, **columns))
+    return float(result.grads[0][0]), result.metrics
+
+
+class Controller:
+    """Holds a coefficient that a user adapts from step to step."""
+
+    def __init__(self, coef):
+        self.coef = coef
+
+    def __call__(self, data, logprobs):
+        return self.coef * logprobs.total(), {"coef": self.coef}
+
+
+@dataclasses.dataclass
+class Plain:
+    coef: float
+
+    def __call__(self, data, logprobs):
+        return self.coef * logprobs.total(), {"coef": self.coef}
+
+
+@dataclasses.dataclass(frozen=True)
+class WithArray:
+    coef: np.ndarray
+
+    def __call__(self, data, logprobs):
+        return (self.coef * logprobs.total()).sum(), {}
+
+
+class Slotted:
+    __slots__ = ("coef",)
+
+    def __init__(self, coef):
+        self.coef = coef
+
+    def __call__(self, data, logprobs):
+        return self.coef * logprobs.total(), {"coef": self.coef}
+
+
+@pytest.mark.parametrize("kind", [Controller, Plain, Slotted])
+def test_an_attribute_that_changes_is_seen(kind):
+    objective = kind(0.1)
+    for coef in (0.1, 0.2, 0.4, 0.1):
+        objective.coef = coef
+        found, metrics = slope(objective)
+        assert found == pytest.approx(coef)
+        assert metrics["coef"] == pytest.approx(coef)
+
+
+@pytest.mark.parametrize("kind", [Controller, Plain])
+def test_another_attribute_runs_the_same_program(kind):
+    slope(kind(1.0))
+    before = gradients.stats()
+    for coef in (0.1, 0.2, 0.4):
+        slope(kind(coef))
+    assert gradients.stats() == before
+
+
+def test_a_frozen_dataclass_with_an_array_made_anew_runs_the_same_program():
+    slope(WithArray(np.array([5.0, 5.0])))
+    before = gradients.stats()
+    for scale in (1.0, 2.0, 3.0):
+        assert slope(WithArray(np.array([scale, scale])))[0] == pytest.approx(2 * scale)
+    assert gradients.stats() == before
+
+
+def test_an_attribute_that_python_code_needs_is_compared():
+    class Branches:
+        def __init__(self, coef):
+            self.coef = coef
+
+        def __call__(self, data, logprobs):
+            sign = 1.0 if self.coef > 0.5 else -1.0
+            return sign * logprobs.total(), {}
+
+    objective = Branches(0.1)
+    for coef, expected in ((0.1, -1.0), (0.9, 1.0), (0.2, -1.0)):
+        objective.coef = coef
+        assert slope(objective)[0] == expected
+
+
+def test_an_integer_attribute_is_compared():
+    class Powers:
+        def __init__(self, power):
+            self.power = power
+
+        def __call__(self, data, logprobs):
+            return (logprobs**self.power).total(), {}
+
+    objective = Powers(2)
+    for power, expected in ((2, -2.0), (3, 3.0), (2, -2.0)):
+        objective.power = power
+        assert slope(objective)[0] == pytest.approx(expected)
+
+
+def test_a_global_that_changes_is_seen(monkeypatch):
+    def objective(data, logprobs):
+        return SCALE * SETTINGS.scale * logprobs.total(), {}
+
+    for scale in (1.0, 3.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert slope(objective)[0] == scale
+    monkeypatch.setattr(SETTINGS, "scale", 2.0)
+    assert slope(objective)[0] == 6.0
+
+
+def helper(logprobs):
+    return SCALE * logprobs.total()
+
+
+def test_a_global_that_a_called_function_reads_is_seen(monkeypatch):
+    def objective(data, logprobs):
+        return helper(logprobs), {}
+
+    for scale in (1.0, 3.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert slope(objective)[0] == scale
+
+
+def test_a_closure_that_changes_is_seen():
+    scale, table, array = 1.0, {"scale": 1.0}, np.ones(2)
+
+    def objective(data, logprobs):
+        return scale * table["scale"] * array[0] * logprobs.total(), {}
+
+    assert slope(objective)[0] == 1.0
+    scale = 2.0
+    assert slope(objective)[0] == 2.0
+    table["scale"] = 3.0
+    assert slope(objective)[0] == 6.0
+    array[0] = 4.0
+    assert slope(objective)[0] == 24.0
+
+
+def test_a_closure_inside_a_weighted_sum_that_changes_is_seen():
+    scale = 1.0
+
+    def own(data, logprobs):
+        return scale * logprobs.total(), {}
+
+    both = objectives.weighted_sum({"own": own})
+    assert slope(both)[0] == 1.0
+    scale = 2.0
+    assert slope(both)[0] == 2.0
+
+
+def test_functions_of_one_factory_are_told_apart_by_their_closures():
+    def make(scale):
+        return lambda data, logprobs: (scale * logprobs.total(), {})
+
+    for scale in (1.0, 2.0, 1.0):
+        assert slope(make(scale))[0] == scale
+    before = gradients.stats()
+    slope(make(2.0))
+    assert gradients.stats() == before
+
+
+def test_partials_and_bound_methods_are_compared_by_their_parts():
+    class Recipe:
+        scale = 2
+
+        def loss(self, data, logprobs):
+            return self.scale * logprobs.total(), {}
+
+    def scaled(scale, data, logprobs):
+        return scale * logprobs.total(), {}
+
+    recipe = Recipe()
+    assert slope(recipe.loss)[0] == 2.0
+    recipe.scale = 3
+    assert slope(recipe.loss)[0] == 3.0
+    Recipe.scale = 5
+    del recipe.scale
+    assert slope(recipe.loss)[0] == 5.0
+    for scale in (1.0, 4.0):
+        assert slope(functools.partial(scaled, scale))[0] == scale
+
+
+def test_a_jitted_objective_is_looked_into(monkeypatch):
+    @jax.jit
+    def objective(data, logprobs):
+        return SCALE * logprobs.total(), {}
+
+    for scale in (1.0, 3.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert slope(objective)[0] == scale
+
+
+def test_what_cannot_be_compared_is_said_once():
+    generator = np.random.default_rng(0)
+
+    def objective(data, logprobs):
+        return logprobs.total() + 0 * generator.bit_generator.state["state"]["inc"] % 1, {}
+
+    with pytest.warns(UserWarning, match="Generator, which shows no value that can be compared"):
+        identify(objective)
+    identify(objective)  # warnings are errors here
+
+
+def test_a_plan_belongs_to_the_number_of_datums_that_its_trace_saw():
+    def objective(data, logprobs):
+        if len(data) < 2:
+            return -logprobs.total(), {}
+        return (logprobs.sum() ** 2).sum() + (logprobs * data["extra"]).total(), {}
+
+    for sizes, expected in (((3,), -1.0), ((3, 2), -6.0 + 7.0), ((2,), -1.0)):
+        extra = np.full(3, 7.0, np.float32)
+        assert slope(objective, sizes, extra=extra)[0] == pytest.approx(expected)
+    from mintjax.gradients.evaluate import constant_logprob_grads
+
+    assert constant_logprob_grads(objective, batch((3,), extra=extra)[0]) is not None
+    assert constant_logprob_grads(objective, batch((3, 2), extra=extra)[0]) is None
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_is_refused_although_its_gradient_is(value):
+    def objective(data, logprobs):
+        return logprobs.total() + value, {}
+
+    with pytest.raises(NonFiniteError, match=r"the loss of .* is (nan|inf)"):
+        slope(objective)
+
+
+def test_the_input_that_is_not_finite_is_named_and_not_its_victim():
+    def objective(data, logprobs):
+        return jnp.log(logprobs.sum().sum() ** 2), {}
+
+    data, logprobs = batch((3, 2, 2, 2))
+    logprobs[3][1] = -np.inf
+    with pytest.raises(NonFiniteError, match="the logprob at datum 3, position 1, is -inf") as told:
+        value_and_logprob_grads(objective, data, logprobs)
+    assert (told.value.datum, told.value.position) == (3, 1)
+
+
+def needs_a_float(data, logprobs):
+    loss = logprobs.total()
+    return loss, {"loss": float(loss)}
+
+
+def needs_an_item(data, logprobs):
+    return logprobs.total(), {"loss": logprobs.total().item()}
+
+
+def branches(data, logprobs):
+    if logprobs.total() > 0:
+        return logprobs.total(), {}
+    return -logprobs.total(), {}
+
+
+def asks_numpy(data, logprobs):
+    return logprobs.total(), {"mean": np.mean(np.asarray(logprobs.sum()))}
+
+
+@pytest.mark.parametrize(
+    ("objective", "line", "advice"),
+    [
+        (needs_a_float, "float(loss)", "Return it as a metric"),
+        (needs_an_item, ".item()", "Return it as a metric"),
+        (branches, "if logprobs.total() > 0:", "jnp.where"),
+        (asks_numpy, "np.asarray(logprobs.sum())", "Use jnp in place of np"),
+    ],
+)
+def test_what_cannot_be_traced_is_told_with_the_line_and_a_way_out(objective, line, advice):
+    with pytest.raises(ObjectiveError) as told:
+        slope(objective)
+    message = str(told.value)
+    assert __file__ in message
+    assert line in message
+    assert advice in message
+    assert isinstance(told.value.__cause__, Exception)
