@@ -12,7 +12,7 @@ import numpy as np
 from mintjax.errors import DataError
 from mintjax.ragged import tiling
 from mintjax.ragged.rows import Ragged, RowAccessError
-from mintjax.types import Datum
+from mintjax.types import Datum, EncodedTextChunk, ModelInput
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
 
@@ -40,6 +40,7 @@ class Batch(Sequence[Datum]):
         if not len(data):
             raise DataError("there is no datum; pass at least one")
         self._datums: Sequence[Datum] | None = data
+        self._owned = False
         self._inputs = [datum.loss_fn_inputs for datum in data]
         self._num_rows = len(data)
         self._columns: dict[str, Column] = {}
@@ -61,6 +62,7 @@ class Batch(Sequence[Datum]):
         """
         batch = cls.__new__(cls)
         batch._datums = None
+        batch._owned = False
         batch._inputs = []
         batch._num_rows = num_rows
         batch._columns = {}
@@ -100,6 +102,21 @@ class Batch(Sequence[Datum]):
         if self._layout is None:
             self._layout = tiling.layout_of(self.lengths)
         return self._layout
+
+    def snapshot(self) -> Batch:
+        """Copies tokens and columns, so that later writes to the caller's arrays change nothing.
+
+        Returns:
+            A batch of new datums, whose arrays are read-only. A snapshot is its own snapshot.
+
+        Raises:
+            RowAccessError: the batch has columns only.
+        """
+        if self._owned:
+            return self
+        made = Batch([_copy(datum) for datum in self])
+        made._owned = True
+        return made
 
     def __len__(self) -> int:
         return self._num_rows
@@ -169,6 +186,14 @@ class Batch(Sequence[Datum]):
             ) from None
         check_shapes(name, rows, self.lengths)
         return rows
+
+
+def _copy(datum: Datum) -> Datum:
+    chunks = [EncodedTextChunk(list(chunk.tokens)) for chunk in datum.model_input.chunks]
+    columns = {name: value.copy() for name, value in datum.loss_fn_inputs.items()}
+    for column in columns.values():
+        column.flags.writeable = False
+    return Datum(ModelInput(chunks), columns)
 
 
 def as_batch(data: Sequence[Datum] | Batch) -> Batch:

@@ -103,3 +103,20 @@ def test_targets_outside_the_vocabulary_are_named():
 def test_a_column_is_one_number_in_all_datums_or_in_none():
     with pytest.raises(DataError, match=r"shape \[3\], where datum 0 has a single number"):
         Batch([datum(2, reward=1.0), datum(3, reward=np.ones(3))])["reward"]
+
+
+def test_a_snapshot_keeps_what_the_caller_overwrites():
+    weights, targets = np.ones(3, np.float32), np.arange(3)
+    mine = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": targets, "weights": weights})
+    batch = Batch([mine])
+    kept = batch.snapshot()
+    weights[:] = 7
+    targets[:] = 7
+    mine.model_input.chunks[0].tokens[0] = 7
+    mine.loss_fn_inputs["weights"] = kept[0].loss_fn_inputs["weights"] * 5
+    assert kept[0].model_input.to_ints() == [1, 2, 3]
+    assert kept[0].loss_fn_inputs["target_tokens"].tolist() == [0, 1, 2]
+    assert kept["weights"].sum().tolist() == [3.0]
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0].loss_fn_inputs["weights"][0] = 1
+    assert kept.snapshot() is kept
