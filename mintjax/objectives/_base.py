@@ -98,6 +98,8 @@ class LossObjective:
             DataError: a column is missing, or the batch does not divide as it must.
         """
         rows = logprobs if isinstance(logprobs, Ragged) else Ragged.from_rows(logprobs)
+        if rows.dtype.itemsize < 4:  # 16 bits are too few for sums of logprobs
+            rows = rows.astype(jnp.float32)
         return self.evaluate(as_batch(data), rows)
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:

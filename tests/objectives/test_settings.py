@@ -58,6 +58,16 @@ def test_settings_may_be_traced():
     np.testing.assert_allclose(loss(1.2), objectives.ppo()(*EXAMPLE)[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_of_16_bit_logprobs_are_taken_in_32(dtype):
+    row = jax.numpy.full(3000, -30, dtype)
+    inputs = {"target_tokens": np.zeros(3000), "weights": np.ones(3000, np.float32)}
+    datum = mintjax.Datum(mintjax.ModelInput.from_ints(range(3000)), inputs)
+    loss, metrics = objectives.cross_entropy()([datum], [row])
+    assert loss == 90000
+    assert metrics["mean_nll"] == 30
+
+
 def test_a_penalty_that_does_nothing_is_no_objective():
     assert not hasattr(objectives, "kl_k1")
     assert losses.kl_k1(-1.0, -2.0) == 1  # the estimate stays, to watch and to put into rewards
