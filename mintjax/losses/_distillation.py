@@ -330,7 +330,7 @@ def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 def _log_normalise(logprobs: jax.Array, where: ArrayLike | None) -> jax.Array:
     """``log_softmax`` over the unmasked part of the last axis; all masked gives 0."""
     present = keep(jnp.ones_like(logprobs), where) != 0
-    top = jnp.max(jnp.where(present, logprobs, -jnp.inf), axis=-1, keepdims=True)
+    top = jnp.max(jnp.where(present, logprobs, -jnp.inf), axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     total = jnp.sum(keep(jnp.exp(logprobs - top), where), axis=-1, keepdims=True)
     return keep(logprobs - top - jnp.log(jnp.where(total == 0, 1, total)), where)

@@ -175,3 +175,10 @@ def test_an_infinity_behind_a_weight_of_zero_is_nothing(infinity):
     )
     assert value == 2
     np.testing.assert_array_equal(slope, [0, -2])
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_nothing_at_all_is_no_error(name):
+    case = cases.ALL[name]
+    inputs = cases.arrays(case, (2, 0))
+    assert np.asarray(case.loss(*inputs)).sum() == 0
