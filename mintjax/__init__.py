@@ -57,13 +57,15 @@ __all__ = [
     "value_and_logprob_grads",
 ]
 
+_ON_FIRST_USE = ("bench", "local", "losses", "objectives", "testing")
+
 
 def __getattr__(name: str) -> Any:
-    """Import the libraries of losses when they are first used: they are large."""
-    if name in ("losses", "objectives"):
+    """Import a module on its first use, because these are large or need an extra."""
+    if name in _ON_FIRST_USE:
         return importlib.import_module(f"mintjax.{name}")
     raise AttributeError(f"module 'mintjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "losses", "objectives"})
+    return sorted({*globals(), *_ON_FIRST_USE})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mintjax import local
 from mintjax.client import ServiceClient
@@ -77,6 +78,21 @@ def test_the_port_is_free_again(engine):
         httpx.get(f"{url}/api/v1/healthz")
     with local.running_server(engine, port=port) as again:
         assert again == url
+
+
+def test_answers_are_not_held_back_to_be_sent_with_more(engine, monkeypatch):
+    delayed: list[bool] = []
+    connection_made = H11Protocol.connection_made
+
+    def note(self, transport):
+        accepted = transport.get_extra_info("socket")
+        delayed.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 0)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(H11Protocol, "connection_made", note)
+    with local.running_server(engine) as url:
+        httpx.get(f"{url}/api/v1/healthz")
+    assert delayed == [False]
 
 
 def test_a_port_that_is_taken(engine):
