@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 
 class Operators:
@@ -22,6 +22,13 @@ class Operators:
 
     def _binary(self, other: Any, op: Callable[[Any, Any], Any]) -> Self:
         raise NotImplementedError
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "the truth of many numbers is ambiguous: instead of `x or y`, `not x`, `a < x < b` and "
+            "`min(a, b)` write `x | y`, `~x`, `(a < x) & (x < b)` and `a.map(jnp.minimum, b)`; "
+            "`len(x)` is the number of rows"
+        )
 
     def __add__(self, other: Any) -> Self:
         return self._binary(other, lambda a, b: a + b)

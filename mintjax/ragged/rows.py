@@ -272,6 +272,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """
         tiles = self.tiles
         result = jnp.asarray(fn(tiles, *(self._lift(other) for other in others)))
+        result = self._poison(result, *others)
         if result.shape[:2] != tiles.shape[:2]:
             raise TypeError(
                 "map needs a function that keeps one result per token; this one turned the leading "
@@ -289,7 +290,10 @@ class Ragged(Operators, metaclass=_NotAnArray):
         if isinstance(other, Ragged):
             return self._align(other)
         if isinstance(other, (list, tuple)):
-            raise TypeError("combine a Ragged with another Ragged, a scalar or an array [B]")
+            raise TypeError(
+                "combine a Ragged with another Ragged, a scalar or an array [B]: for a list, "
+                "Ragged.from_rows(rows) gives one value per token, jnp.asarray(values) one per row"
+            )
         if np.ndim(other) == 0:
             return other
         per_row = jnp.asarray(other)
@@ -303,7 +307,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     def _align(self, other: Ragged) -> Array:
         mine, theirs, tiles = self._layout, other._layout, other.tiles
-        if mine is not theirs:
+        if not mine.agrees_with(theirs):
             if self.num_rows != other.num_rows:
                 raise ValueError(f"{self.num_rows} rows do not combine with {other.num_rows}")
             traced = any(isinstance(x, jax.core.Tracer) for x in (mine.lengths, theirs.lengths))
@@ -320,6 +324,32 @@ class Ragged(Operators, metaclass=_NotAnArray):
                 tiles = tiling.move(tiles, theirs, mine)
         return tiling.widen(tiles, self.tiles) if tiles.ndim < self.tiles.ndim else tiles
 
+    def _poison(self, result: Array, *others: Any) -> Array:
+        """Puts NaN into rows whose lengths differ from another's, where both may be traced.
+
+        Raises:
+            TypeError: the lengths cannot be compared before the program runs, and the result has a
+                dtype that holds no NaN.
+        """
+        mine = self._layout
+        for other in others:
+            if not isinstance(other, Ragged) or mine.agrees_with(other._layout):
+                continue
+            lengths = mine.lengths, other._layout.lengths
+            if not any(isinstance(n, jax.core.Tracer) for n in lengths):
+                continue
+            if not jnp.issubdtype(result.dtype, jnp.inexact):
+                raise TypeError(
+                    f"the lengths of both Ragged are traced, so that a mismatch could not be seen "
+                    f"in a result of dtype {result.dtype}. Give both the same layout: compute one "
+                    "from the other, or pass one and read the other as a column of the batch; or "
+                    "convert one with .astype(jnp.float32) and combine the floats."
+                )
+            same = tiling.to_tiles(lengths[0] == lengths[1], mine)
+            nan = jnp.asarray(jnp.nan, result.dtype)
+            result = jnp.where(same.reshape(-1, *(1,) * (result.ndim - 1)), result, nan)
+        return result
+
     def _unary(self, op: Callable[[Array], Array]) -> Ragged:
         return Ragged(op(self.tiles), self._layout)
 
@@ -328,11 +358,11 @@ class Ragged(Operators, metaclass=_NotAnArray):
         mine = self.tiles
         if np.ndim(lifted) > mine.ndim:
             mine = tiling.widen(mine, lifted)
-        return Ragged(op(mine, lifted), self._layout)
+        return Ragged(self._poison(op(mine, lifted), other), self._layout)
 
     def cumsum(self) -> Ragged:
         """Running sums along each row: ``y[t] = x[0] + ... + x[t]``."""
-        tiles = self._masked(None, 0)
+        tiles = _wide(self._masked(None, 0))
         within = jnp.cumsum(tiles, axis=1)
         starts = self._layout.tile_row[1:] != self._layout.tile_row[:-1]
         starts = tiling.widen(jnp.concatenate([jnp.ones(1, bool), starts]), within[:, -1])
@@ -350,7 +380,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     def sum(self, where: Ragged | None = None) -> Array:
         """The sum of each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
-        return tiling.row_sums(self._masked(where, 0), self._layout)
+        return tiling.row_sums(_wide(self._masked(where, 0)), self._layout)
 
     def count(self, where: Ragged | None = None) -> Array:
         """How many numbers each row has, int32 ``[B]``; with ``where``, how many it marks."""
@@ -376,7 +406,9 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     def min(self, where: Ragged | None = None) -> Array:
         """The smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
-        return -((-self).max(where))
+        tiles = self._masked(where, _greatest(self.dtype))
+        per_tile = tiles.reshape(tiles.shape[0], -1).min(axis=1)
+        return jax.ops.segment_min(per_tile, self._layout.tile_row, self.num_rows)
 
     def logsumexp(self, where: Ragged | None = None) -> Array:
         """``log(sum(exp(row)))``, ``[B]``, without overflow; -inf for a row with no numbers."""
@@ -390,17 +422,37 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return (self * other).sum(where)
 
     def first(self) -> Array:
-        """What stands at the first token of each row, ``[B, ...]``."""
+        """Takes what stands at the first token of each row, ``[B, ...]``.
+
+        Returns:
+            In an empty row whose length is traced: NaN, or 0 of an integer dtype.
+
+        Raises:
+            ValueError: a row has no token.
+        """
         return self._at(self._layout.row_start)
 
     def last(self) -> Array:
-        """What stands at the last token of each row, ``[B, ...]``."""
+        """Takes what stands at the last token of each row, ``[B, ...]``; as :meth:`first`."""
         layout = self._layout
         return self._at(layout.row_start + jnp.maximum(layout.lengths, 1) - 1)
 
     def _at(self, position: Array) -> Array:
-        flat = jnp.asarray(self.tiles).reshape(-1, *self.trailing_shape)
-        return jnp.take(flat, position, axis=0, mode="clip")
+        lengths, flat = self._layout.lengths, jnp.asarray(self.tiles)
+        flat = flat.reshape(-1, *self.trailing_shape)
+        values = jnp.take(flat, position, axis=0, mode="clip")
+        empty = lengths == 0
+        if not isinstance(lengths, jax.core.Tracer):
+            empty = empty & np.asarray(self.row_mask)
+            if empty.any():
+                raise ValueError(
+                    f"row {int(np.argmax(empty))} has no token, so it has no first or last one"
+                )
+            return values
+        fill = jnp.nan if jnp.issubdtype(values.dtype, jnp.inexact) else 0
+        empty = empty & self.row_mask  # rows that pad a batch stay out of every gradient
+        empty = empty.reshape(-1, *(1,) * (values.ndim - 1))
+        return jnp.where(empty, jnp.asarray(fill, values.dtype), values)
 
     # One value for all
 
@@ -418,7 +470,8 @@ class Ragged(Operators, metaclass=_NotAnArray):
         if where is not None:
             keep = keep & tiling.widen(jnp.asarray(self._align(where)).astype(bool), tiles)
         dtype = jax.dtypes.canonicalize_dtype(tiles.dtype)
-        return jnp.where(keep, tiles, jnp.asarray(fill, dtype))
+        kept = jnp.where(keep, tiles, jnp.asarray(fill, dtype))
+        return kept if where is None else self._poison(kept, where)
 
     def _float_dtype(self) -> Any:
         return jax.dtypes.canonicalize_dtype(jnp.promote_types(self.dtype, jnp.float32))
@@ -440,7 +493,24 @@ def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
     return flat.reshape(-1, tiling.TILE, *rows[0].shape[1:])
 
 
+def _wide(values: Array) -> Array:
+    """Gives floats of 16 bits 32, because sums would overflow or lose digits."""
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(jnp.int32) if values.dtype.itemsize < 4 else values
+
+
 def _least(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.floating):
         return -jnp.inf
-    return False if dtype == np.dtype(bool) else jnp.iinfo(dtype).min
+    return False if dtype == np.dtype(bool) else _integers(dtype).min
+
+
+def _greatest(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.inf
+    return True if dtype == np.dtype(bool) else _integers(dtype).max
+
+
+def _integers(dtype: Any) -> Any:
+    return jnp.iinfo(jax.dtypes.canonicalize_dtype(dtype))

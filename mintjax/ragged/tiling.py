@@ -29,7 +29,15 @@ TILE = 1 << _SHIFT
 _ALIGNMENT = 64  # bytes; an array that begins at a multiple of it is lent to XLA, not copied
 
 
-class Layout(NamedTuple):
+class _Fields(NamedTuple):
+    lengths: Array
+    row_start: Array
+    tile_row: Array
+    tile_count: Array
+    row_mask: Array | None = None
+
+
+class Layout(_Fields):
     """Which tokens of a tiled buffer belong to which row.
 
     Args:
@@ -39,13 +47,20 @@ class Layout(NamedTuple):
             int32 ``[tiles]``.
         tile_count: how many tokens each tile has of its own, int32 ``[tiles]``; none if 0 or less.
         row_mask: which rows are real, bool ``[B]``, or None where all are.
+
+    Attributes:
+        origin: the layout and the rows that this one was chosen from, if it was.
     """
 
-    lengths: Array
-    row_start: Array
-    tile_row: Array
-    tile_count: Array
-    row_mask: Array | None = None
+    origin: tuple[Layout, bytes] | None = None
+
+    def agrees_with(self, other: Layout) -> bool:
+        """Whether both are known to be the same layout, although lengths may be traced."""
+        if self is other or all(a is b for a, b in zip(self, other, strict=True)):
+            return True
+        if self.origin is None or other.origin is None:
+            return False
+        return self.origin[1] == other.origin[1] and self.origin[0].agrees_with(other.origin[0])
 
 
 class Place(NamedTuple):
@@ -220,7 +235,9 @@ def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
     tile_row = xp.where(chosen, row, xp.argmax(lengths).astype(np.int32))
     tile_count = xp.where(chosen, layout.tile_count, 0)
     row_mask = None if layout.row_mask is None else layout.row_mask[index]
-    return Layout(lengths, layout.row_start[index], tile_row, tile_count, row_mask)
+    chosen_layout = Layout(lengths, layout.row_start[index], tile_row, tile_count, row_mask)
+    chosen_layout.origin = (layout, index.tobytes())
+    return chosen_layout
 
 
 def hide_others(tiles: Array, chosen: Layout) -> Array:

@@ -310,3 +310,71 @@ def test_rows_of_other_lengths_do_not_combine_in_a_compiled_program():
     few, many = (Ragged.from_rows(rows_of(sizes)) for sizes in ([3, 4], [3, 900]))
     with pytest.raises(ValueError, match="rows of different lengths do not combine"):
         jax.jit(lambda a, b: a + b)(few, many)
+
+
+def ragged(*rows, dtype=np.float32):
+    return Ragged.from_rows([np.array(row, dtype) for row in rows])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: bool(x),
+        lambda x: min(x, x + 1),
+        lambda x: -1 < x < 2,
+        lambda x: x or 0,
+        lambda x: not x,
+    ],
+)
+def test_a_ragged_has_no_truth(ask):
+    with pytest.raises(TypeError, match=r"`\(a < x\) & \(x < b\)`"):
+        ask(ragged([1, 2], [3]))
+
+
+def test_rows_whose_traced_lengths_differ_are_nan_and_the_others_right():
+    x, y = ragged([1, 2], [3, 4, 5]), ragged([10, 20], [30, 40])
+    np.testing.assert_array_equal(jax.jit(lambda a, b: (a + b).sum())(x, y), [33, np.nan])
+    np.testing.assert_array_equal(jax.jit(lambda a, b: a.sum(where=b))(x, y), [3, np.nan])
+    np.testing.assert_array_equal(jax.jit(lambda a, b: a.map(jnp.add, b).max())(x, y), [22, np.nan])
+    with pytest.raises(TypeError, match="lengths of both Ragged are traced"):
+        jax.jit(lambda a, b: a > b)(x, y)
+    with pytest.raises(TypeError, match="lengths of both Ragged are traced"):
+        jax.jit(lambda a, b: a.count(where=b))(x, y)
+
+
+def test_the_same_slice_of_two_columns_is_one_layout():
+    def count(x):
+        mask = x > 1
+        return x[0::2].count(where=mask[0::2]), (x[0::2] > 2 * mask[0::2]).sum()
+
+    counts, above = jax.jit(count)(ragged([1, 2], [3], [4, 0]))
+    assert (counts.tolist(), above.tolist()) == ([1, 1], [1, 1])
+
+
+def test_an_empty_row_has_no_first_and_no_last_token():
+    x = ragged([], [5, 6])
+    for end, there in ((Ragged.first, 5), (Ragged.last, 6)):
+        with pytest.raises(ValueError, match="row 0 has no token"):
+            end(x)
+        np.testing.assert_array_equal(jax.jit(end)(x), [np.nan, there])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32, np.int64, np.float32])
+def test_least_and_greatest_of_any_dtype(dtype):
+    x = ragged([1, 0, 1], [1, 1], dtype=dtype)
+    assert x.min().tolist() == [0, 1]
+    assert x.max().tolist() == [1, 1]
+    nothing = x.min(where=x > 1)
+    info = jnp.inf if dtype is np.float32 else True if dtype is bool else None
+    if info is None:
+        info = jnp.iinfo(nothing.dtype).max
+    assert nothing.tolist() == [info, info]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_sums_of_16_bits_are_taken_in_32(dtype):
+    x = ragged([-30] * 3000, [1], dtype=dtype)
+    assert x.sum().tolist() == [-90000, 1]
+    assert x.mean().tolist() == [-30, 1]
+    assert x.cumsum().last().tolist() == [-90000, 1]
+    assert ragged([1] * 300, dtype=np.uint8).sum().tolist() == [300]
