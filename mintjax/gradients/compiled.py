@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 import types
 import warnings
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.errors import ObjectiveError
+from mintjax.errors import DataError, ObjectiveError
 from mintjax.gradients.contract import Metrics, Objective, evaluate, name_of
 from mintjax.gradients.dependence import inputs_used
 from mintjax.gradients.identity import Identity, identify
@@ -26,6 +27,7 @@ Array: TypeAlias = Any
 T = TypeVar("T")
 
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
+_DTYPE = operator.attrgetter("dtype")
 _KEPT = 64  # programs held at a time, the oldest dropped first
 
 
@@ -198,8 +200,35 @@ class Program:
 
 def _kind(batch: Batch, name: str) -> Any:
     """The trailing shape of a column, None if it holds one number per datum, and its dtype."""
-    row = batch.rows(name)[0]
-    return (row.shape[1:] if row.ndim else None, row.dtype)
+    rows = batch.rows(name)
+    return (rows[0].shape[1:] if rows[0].ndim else None, _common_dtype(rows))
+
+
+def _common_dtype(rows: Sequence[npt.NDArray[Any]]) -> Any:
+    """The dtype that holds the values of all rows: a float if one row holds floats."""
+    dtypes = set(map(_DTYPE, rows))
+    return dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
+
+
+def _check_32_bits(name: str, rows: Sequence[npt.NDArray[Any]]) -> None:
+    """Refuses integers that JAX would wrap around.
+
+    Raises:
+        DataError: one needs 64 bits, and ``jax_enable_x64`` is off.
+    """
+    kept = np.iinfo(jax.dtypes.canonicalize_dtype(rows[0].dtype))
+    flat = np.concatenate([row.ravel() for row in rows])
+    if flat.size and (flat.min() < kept.min or flat.max() > kept.max):
+        i, row = next(
+            (i, row) for i, row in enumerate(rows) if row.min() < kept.min or row.max() > kept.max
+        )
+        value = row.max() if row.max() > kept.max else row.min()
+        raise DataError(
+            f"{value} needs 64 bits, and JAX would keep 32 of them; number such ids anew from 0, "
+            "or set jax_enable_x64",
+            datum=i,
+            field=name,
+        )
 
 
 def _gradient(
@@ -255,7 +284,9 @@ def _blocks(
     """
     kinds: dict[tuple[Any, Any], list[str]] = {}
     for name, rows in columns.items():
-        shape, own = rows[0].shape, rows[0].dtype
+        shape, own = rows[0].shape, _common_dtype(rows)
+        if own.kind in "iu" and own.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+            _check_32_bits(name, rows)
         kind = (shape[1:] if shape else None, dtype if own.kind == "f" else own)
         kinds.setdefault(kind, []).append(name)
     blocks: dict[tuple[str, ...], npt.NDArray[Any]] = {}

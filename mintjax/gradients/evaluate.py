@@ -305,11 +305,12 @@ _MASK = (
 
 
 def _culprit(batch: Batch, logprobs: Sequence[npt.NDArray[Any]]) -> tuple[int, int, str] | None:
-    """Finds the first number given that is not finite and that no weight of 0 hides.
+    """Finds the first number given that is not finite, and takes one with a weight of 0 last.
 
     Returns:
         Its datum, its flat position there, and words for it.
     """
+    hidden: tuple[int, int, str] | None = None
     for i, (datum, row) in enumerate(zip(batch, logprobs, strict=True)):
         weights = datum.loss_fn_inputs.get("weights")
         for name, values in [("logprob", row), *datum.loss_fn_inputs.items()]:
@@ -317,13 +318,14 @@ def _culprit(batch: Batch, logprobs: Sequence[npt.NDArray[Any]]) -> tuple[int, i
             if flat.dtype.kind != "f":
                 continue
             bad = ~np.isfinite(flat)
+            if not bad.any():
+                continue
+            counts = bad
             if weights is not None and weights.ndim == flat.ndim and name != "weights":
-                bad = bad & (np.asarray(weights) != 0)
-            if bad.any():
-                position = int(np.argmax(bad))
-                return (
-                    i,
-                    position,
-                    (f"the {name} at datum {i}, position {position}, is {flat.ravel()[position]}"),
-                )
-    return None
+                counts = bad & (np.asarray(weights) != 0)
+            position = int(np.argmax(counts if counts.any() else bad))
+            words = f"the {name} at datum {i}, position {position}, is {flat.ravel()[position]}"
+            if counts.any():
+                return i, position, words
+            hidden = hidden or (i, position, words)
+    return hidden

@@ -527,3 +527,75 @@ def test_rows_that_a_slice_leaves_out_are_not_met():
     result = value_and_logprob_grads(of_every_other, data, logprobs)
     for i, grad in enumerate(result.grads):
         np.testing.assert_allclose(grad, np.log(2.0) * (i % 2 == 0), rtol=1e-6)
+
+
+def test_an_objective_that_looks_at_the_number_of_datums_is_traced_for_each():
+    def objective(data, logprobs):
+        if len(data) < 2:
+            return logprobs.total(), {}
+        return (logprobs**2 * data["weights"]).total(), {}
+
+    data, logprobs = make([3, 5, 2, 4])
+    assert constant_logprob_grads(objective, data[:1]) is not None
+    assert constant_logprob_grads(objective, data) is None
+    result = value_and_logprob_grads(objective, data, logprobs)
+    want = [
+        2 * lp * d.loss_fn_inputs["weights"].astype(np.float32)
+        for d, lp in zip(data, logprobs, strict=True)
+    ]
+    assert_grads(result.grads, want)
+
+
+def test_an_objective_that_looks_at_the_kind_of_a_column_is_traced_for_each():
+    def objective(data, logprobs):
+        scale = data["scale"]
+        if isinstance(scale, Ragged):
+            return (logprobs**2 * scale * data["weights"]).total(), {}
+        return (logprobs.sum() * scale).sum(), {}
+
+    data, logprobs = make([3, 5])
+    for datum in data:
+        datum.loss_fn_inputs["scale"] = mintjax.TensorData(np.float32(2.0))
+    assert constant_logprob_grads(objective, data) is not None
+    for datum, row in zip(data, logprobs, strict=True):
+        datum.loss_fn_inputs["scale"] = mintjax.TensorData(np.full(len(row), 3.0, np.float32))
+    assert constant_logprob_grads(objective, data) is None
+    want = [
+        6 * lp * np.asarray(d.loss_fn_inputs["weights"])
+        for d, lp in zip(data, logprobs, strict=True)
+    ]
+    assert_grads(value_and_logprob_grads(objective, data, logprobs).grads, want)
+
+
+def test_a_column_of_integers_in_one_datum_and_floats_in_another_keeps_its_fractions():
+    data, logprobs = make([1, 1])
+    data[0].loss_fn_inputs["reward"] = mintjax.TensorData(np.array([1]))
+    data[1].loss_fn_inputs["reward"] = mintjax.TensorData(np.array([0.5], np.float32))
+    result = value_and_logprob_grads(
+        lambda data, logprobs: ((logprobs * data["reward"]).total(), {}), data, logprobs
+    )
+    assert_grads(result.grads, [np.array([1.0]), np.array([0.5])])
+
+
+def test_the_datum_that_makes_a_gradient_not_finite_is_named_and_not_its_victim():
+    def objective(data, logprobs):
+        return (logprobs**2).total() * logprobs.total(), {}
+
+    data, logprobs = make([3, 5, 2, 4])
+    logprobs[3][1] = -np.inf
+    data[3].loss_fn_inputs["weights"] = mintjax.TensorData(np.zeros(4, np.float32))  # not read
+    with pytest.raises(
+        NonFiniteError, match="the logprob at datum 3, position 1, is -inf"
+    ) as caught:
+        value_and_logprob_grads(objective, data, logprobs)
+    assert (caught.value.datum, caught.value.position) == (3, 1)
+
+
+def test_ids_that_32_bits_do_not_hold_are_refused():
+    data, logprobs = make([1, 2])
+    for datum, ids in zip(data, ([7], [7 + 2**32, 7]), strict=True):
+        datum.loss_fn_inputs["id"] = mintjax.TensorData(np.array(ids))
+    with pytest.raises(DataError, match=r"datum 1, field 'id'.*4294967303 needs 64 bits"):
+        value_and_logprob_grads(
+            lambda data, logprobs: (logprobs.total(where=data["id"] == 7), {}), data, logprobs
+        )
