@@ -27,7 +27,7 @@ from mintjax.errors import (
     NotFoundError,
 )
 from mintjax.protocol import messages
-from mintjax.step.run import Findings
+from mintjax.step.facts import TrainerFacts
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Connection:
         settings: which trainer, and how.
 
     Attributes:
-        findings: what was found out about the trainer.
+        facts: what was found out about the trainer.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,7 +52,7 @@ class Connection:
         self._version = _version()
         self.transport = Transport(settings, self._version)
         self.limits = messages.ClientConfigResponse()
-        self.findings = Findings()
+        self.facts = TrainerFacts()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
         self._opening = asyncio.Lock()

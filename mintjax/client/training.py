@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -14,7 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.client.connection import Connection
+from mintjax.client.custom_step import custom_step
+from mintjax.client.custom_step import logprobs as logprobs_of
 from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, submitted, wait
+from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, Turn
 from mintjax.client.passes import Pass
 from mintjax.client.sampling import SamplingClient
@@ -22,12 +24,10 @@ from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
 from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch, check_data
-from mintjax.step.carrier import FORWARD_LOSS_FN, SENT, carrier, forward_data
-from mintjax.step.pending import Accumulated
+from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.probe import measure_reduction
-from mintjax.step.reduction import SUM, Reduction
-from mintjax.step.run import custom_step
-from mintjax.step.run import logprobs as logprobs_of
+from mintjax.step.reduction import Reduction
+from mintjax.step.snapshot import snapshot
 from mintjax.types import (
     AdamParams,
     CustomStepOutput,
@@ -67,7 +67,7 @@ class TrainingClient(NotCopyable):
         self.model_id = model_id
         self._connection = connection
         self._lane = Lane(connection, model_id)
-        self._accumulated = Accumulated()
+        self._gradients = AccumulatedGradients(connection, model_id)
 
     def forward(
         self,
@@ -109,6 +109,7 @@ class TrainingClient(NotCopyable):
         *,
         single_pass: bool = True,
         datums_in_step: int | None = None,
+        step: int | None = None,
     ) -> APIFuture[CustomStepOutput]:
         """Add the gradient of an objective, computed here, to what is accumulated in the trainer.
 
@@ -128,6 +129,7 @@ class TrainingClient(NotCopyable):
             single_pass: save the forward pass where it is not needed.
             datums_in_step: how many datums all passes before the next optimizer step have in all.
                 Only a trainer that averages over them must be told, and only for several passes.
+            step: read the objective's schedules at this step, as its ``at_step`` does.
 
         Returns:
             The backward pass's output; its metrics are the trainer's, overlaid by the objective's,
@@ -139,16 +141,19 @@ class TrainingClient(NotCopyable):
         What the objective raises reaches the caller from the future, as it is; then there is no
         backward pass, no number is lost, and the next submission goes on.
         """
-        batch = check_data(list(data), SENT)
-        encode = partial(Pass, self._connection.limits)
-        forward = encode(forward_data(batch), FORWARD_LOSS_FN, backward=False)
+        batch = check_data(snapshot(data), ["target_tokens"])
+        _check_weights(batch)
+        if step is not None:
+            objective = _at_step(objective, step)
 
         async def run(turn: Turn) -> CustomStepOutput:
-            divisor = self._divisor(len(batch), datums_in_step)
-            send = partial(self._send, turn, divisor=divisor)
-            findings, datums = self._connection.findings, divisor or len(batch)
             return await custom_step(
-                turn, send, encode, forward, batch, objective, findings, datums, single_pass
+                self._gradients,
+                turn,
+                batch,
+                objective,
+                single_pass=single_pass,
+                datums_in_step=datums_in_step,
             )
 
         return self._lane.submit(run, mutates=True)
@@ -165,7 +170,7 @@ class TrainingClient(NotCopyable):
         Returns:
             One array per datum, in order, in the shape of its ``target_tokens``.
         """
-        batch = check_data(list(data), SENT)
+        batch = check_data(list(data), ["target_tokens"])
         passed = self.forward(forward_data(batch), FORWARD_LOSS_FN)
         return logprobs_of(wait(self._connection.limit(passed, timeout)))
 
@@ -190,16 +195,17 @@ class TrainingClient(NotCopyable):
         Raises:
             NonFiniteError: a gradient is not finite; nothing was sent.
         """
-        batch = check_data(list(data), SENT)
+        batch = check_data(list(data), ["target_tokens"])
 
         async def run(turn: Turn) -> ForwardBackwardOutput:
-            reduction = self._connection.findings.reduction or SUM
-            divisor = self._divisor(len(batch))
-            carried = carrier(reduction, batch, logprobs, grads, divisor or len(batch))
+            reduction = await self._gradients.reduction()
+            total = await self._gradients.datums_in_step(turn, reduction, len(batch), None)
+            carried = carrier(reduction, batch, logprobs, grads, total)
             turn.begin()
             limits = self._connection.limits
             given = Pass(limits, carried, reduction.loss_fn, backward=True)
-            return await self._send(turn, given, divisor=divisor)
+            scaled_for = None if reduction.per_step is None else total
+            return await self._gradients.send(turn, given, scaled_for=scaled_for)
 
         return wait(self._connection.limit(self._lane.submit(run, mutates=True), timeout))
 
@@ -212,11 +218,13 @@ class TrainingClient(NotCopyable):
         Raises:
             DataError: one of them is not finite; nothing was sent.
         """
-        params = {k: float(v) for k, v in msgspec.structs.asdict(adam_params).items()}
-        _check_finite(params)
+        params = _finite_floats(msgspec.structs.asdict(adam_params))
         request = messages.OptimStepRequest(AdamParams(**params), self.model_id)
-        step = self._accumulated.step
-        return self.submit("optim_step", request, OptimStepResponse, mutates=True, before=step)
+
+        async def run(turn: Turn) -> OptimStepResponse:
+            return await self._gradients.optim_step(turn, request)
+
+        return self._lane.submit(run, mutates=True)
 
     def probe(self, *, timeout: float | None = None) -> Reduction:
         """Measure what the trainer makes of losses, on a throwaway model of the same base.
@@ -333,7 +341,6 @@ class TrainingClient(NotCopyable):
         as_type: type[T],
         *,
         mutates: bool,
-        before: Callable[[], None] = lambda: None,
     ) -> APIFuture[T]:
         """Take the next place in the line for a request of a trainer's own.
 
@@ -342,12 +349,10 @@ class TrainingClient(NotCopyable):
             message: what to send: a msgspec struct with a ``seq_id``, which is filled in.
             as_type: what the result is.
             mutates: whether it changes the model.
-            before: called when its turn has come; what it raises, the future raises.
         """
 
         async def run(turn: Turn) -> T:
             turn.begin()
-            before()
             return (await turn.request(path, [message], as_type, mutates=mutates))[0]
 
         return self._lane.submit(run, mutates=mutates)
@@ -387,43 +392,25 @@ class TrainingClient(NotCopyable):
         *,
         backward: bool,
     ) -> APIFuture[ForwardBackwardOutput]:
-        _check_finite(loss_fn_config or {})
+        config = None if loss_fn_config is None else _finite_floats(loss_fn_config)
         batch, limits = check_data(list(data)), self._connection.limits
-        given = Pass(limits, batch, loss_fn, loss_fn_config, backward=backward)
+        given = Pass(limits, batch, loss_fn, config, backward=backward)
 
         async def run(turn: Turn) -> ForwardBackwardOutput:
             turn.begin()
-            return await self._send(turn, given)
+            return await self._gradients.send(turn, given)
 
         return self._lane.submit(run, mutates=backward)
 
-    async def _send(
-        self, turn: Turn, given: Pass, *, leave: bool = True, divisor: int | None = None
-    ) -> ForwardBackwardOutput:
-        def accepted() -> None:
-            if given.backward:
-                self._accumulated.add(given.datums, divisor)
-
-        parts = await turn.request(
-            given.path,
-            given.messages(self.model_id),
-            ForwardBackwardOutput,
-            mutates=given.backward,
-            check=given.check,
-            accepted=accepted,
-            leave=leave,
-        )
-        return given.output(parts)
-
-    def _divisor(self, datums: int, announced: int | None = None) -> int | None:
-        return self._accumulated.divisor(
-            self._connection.findings.reduction or SUM, datums, announced
-        )
-
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        name, forget = "load_weights", self._accumulated.forget
-        request = messages.LoadWeightsRequest(self.model_id, path, None, optimizer, name)
-        return self.submit(name, request, LoadWeightsResponse, mutates=True, before=forget)
+        path_of_load = "load_weights"
+        request = messages.LoadWeightsRequest(self.model_id, path, None, optimizer, path_of_load)
+
+        async def run(turn: Turn) -> LoadWeightsResponse:
+            turn.begin()
+            return await self._gradients.clear(turn, path_of_load, request, LoadWeightsResponse)
+
+        return self._lane.submit(run, mutates=True)
 
 
 async def make_model(
@@ -447,11 +434,48 @@ def probe(connection: Connection, base_model: str) -> Reduction:
     """
     made = connection.limited(None, make_model, connection, base_model, LoraConfig(8, 0))
     with wait(made) as model:
-        connection.findings.reduction = measure_reduction(model)
-    return connection.findings.reduction
+        connection.facts.reduction = measure_reduction(model)
+    return connection.facts.reduction
 
 
-def _check_finite(numbers: Mapping[str, float]) -> None:
+def _finite_floats(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Takes hyperparameters of any numeric type, such as NumPy's and JAX's, as floats.
+
+    Raises:
+        DataError: one is no number, or not finite.
+    """
+    result: dict[str, float] = {}
     for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise DataError(f"{value} is not finite; nothing was sent", field=name)
+        try:
+            result[name] = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            raise DataError(f"{value!r} is no number; nothing was sent", field=name) from None
+        if not math.isfinite(result[name]):
+            raise DataError(f"{value!r} is not finite; nothing was sent", field=name)
+    return result
+
+
+def _check_weights(batch: Batch) -> None:
+    """Checks that weights, which may have any shape here, are finite.
+
+    Raises:
+        DataError: one is not; names the datum.
+    """
+    for i, datum in enumerate(batch):
+        weights = datum.loss_fn_inputs.get("weights")
+        if weights is not None and not np.isfinite(weights).all():
+            raise DataError("a weight is not finite; nothing was sent", datum=i, field="weights")
+
+
+def _at_step(objective: Objective, step: int) -> Objective:
+    """Moves an objective's schedules to a step.
+
+    Raises:
+        DataError: it has none.
+    """
+    at_step = getattr(objective, "at_step", None)
+    if at_step is None:
+        raise DataError(
+            "this objective has no schedules; only one with at_step takes a step", field="step"
+        )
+    return at_step(step)

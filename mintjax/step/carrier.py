@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.step.reduction import Reduction
+from mintjax.errors import DataError
+from mintjax.step.reduction import Reduction, amount
 from mintjax.tensors import TensorData
 from mintjax.types import Datum
-
-SENT = ("target_tokens", "weights")
-"""The only inputs that travel in a custom step; the objective sees them all."""
-
 
 FORWARD_LOSS_FN = "cross_entropy"
 """The loss that a forward pass is asked for; only its logprobs are used."""
 
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
-    """What a forward pass needs: targets, and weights, ones where there are none.
+    """Makes the data of a forward pass: targets, and weights of one.
+
+    The user's own weights stay here, because a forward pass needs none and a trainer may refuse
+    their shape.
 
     Args:
         data: the datums, each with ``target_tokens``.
@@ -32,10 +32,7 @@ def forward_data(data: Sequence[Datum]) -> list[Datum]:
 
     def one(datum: Datum) -> Datum:
         targets = datum.loss_fn_inputs["target_tokens"]
-        weights = datum.loss_fn_inputs.get("weights")
-        if weights is None:
-            weights = TensorData.from_numpy(np.ones(targets.shape, np.float32))
-        return Datum(datum.model_input, {"target_tokens": targets, "weights": weights})
+        return Datum(datum.model_input, {"target_tokens": targets, "weights": _ones(targets)})
 
     return [one(datum) for datum in data]
 
@@ -45,40 +42,75 @@ def carrier(
     data: Sequence[Datum],
     logprobs: Sequence[npt.NDArray[Any]] | None,
     grads: Sequence[npt.NDArray[Any]],
-    datums: int,
+    datums_in_step: int,
 ) -> list[Datum]:
-    """Datums for which the trainer's ``reduction.loss_fn`` has the given gradient.
+    """Makes datums for which the trainer's ``reduction.loss_fn`` has the given gradient.
 
-    Where the trainer sums, ``cross_entropy = -sum(weights * lp)`` with ``weights = -grad``. Where
-    it divides by the sum of weights, a cross-entropy would be rescaled by its own message. There
-    ``importance_sampling = -sum(exp(lp - q) * A)``, taken at ``q = lp``, where the ratio is 1 and
-    its gradient ``-A``, carries ``A = -grad * T``, and weights of one make the divisor ``T``.
-    A mean over datums is undone by a factor of their number.
+    Every divisor of the trainer is undone by a factor. Where no divisor depends on the weights,
+    ``cross_entropy = -sum(weights * lp)`` carries ``weights = -grad * factor``. Elsewhere a
+    cross-entropy would be divided by an amount of its own message. There
+    ``importance_sampling = -sum(exp(lp - q) * A)`` is taken at ``q = lp``, where the ratio is 1
+    and the gradient is ``-A``. It carries ``A = -grad * factor``, and weights of one make the
+    divisors known.
 
     Args:
         reduction: the trainer's.
-        data: the datums; ``target_tokens`` is read.
-        logprobs: of the targets under the model as it is, in nats; needed where the trainer
-            divides by the sum of weights.
+        data: the datums of one request; ``target_tokens`` is read.
+        logprobs: of the targets under the model as it is, in nats; needed for
+            ``importance_sampling`` only.
         grads: ``d loss / d logprobs``, in the shape of ``target_tokens``.
-        datums: how many datums are accumulated before the optimizer step, these among them.
+        datums_in_step: how many datums are accumulated before the optimizer step, these included.
 
     Returns:
         New datums with the inputs of ``reduction.loss_fn``.
+
+    Raises:
+        DataError: no factor is known to undo the divisors; the message says why.
     """
-    scale = datums if reduction.over_datums else 1
+    targets = [datum.loss_fn_inputs["target_tokens"] for datum in data]
+    factors = _factors(reduction, targets, datums_in_step)
     result: list[Datum] = []
     for i, (datum, grad) in enumerate(zip(data, grads, strict=True)):
-        targets = datum.loss_fn_inputs["target_tokens"]
-        inputs = {"target_tokens": targets}
-        if reduction.per_sequence:
-            assert logprobs is not None
-            inputs["weights"] = TensorData.from_numpy(np.ones(targets.shape, np.float32))
-            inputs["logprobs"] = TensorData.from_numpy(logprobs[i])
-            inputs["advantages"] = TensorData.from_numpy(grad * -float(scale * targets.size))
+        carried = TensorData.from_numpy(grad * np.float32(-factors[i]))
+        inputs = {"target_tokens": targets[i]}
+        if reduction.loss_fn == "cross_entropy":
+            inputs["weights"] = carried
         else:
-            inputs["weights"] = TensorData.from_numpy(
-                np.negative(grad) if scale == 1 else grad * -float(scale)
-            )
+            assert logprobs is not None
+            inputs["weights"] = _ones(targets[i])
+            inputs["logprobs"] = TensorData.from_numpy(logprobs[i])
+            inputs["advantages"] = carried
         result.append(Datum(datum.model_input, inputs))
     return result
+
+
+def _factors(
+    reduction: Reduction, targets: Sequence[npt.NDArray[Any]], datums_in_step: int
+) -> list[float]:
+    """What the gradient of each datum is multiplied by."""
+    units = {reduction.per_sequence, reduction.per_request, reduction.per_step}
+    wide = next((i for i, row in enumerate(targets) if row.ndim > 1), None)
+    if "tokens" in units and wide is not None:
+        raise DataError(
+            "this trainer divides by the number of tokens; with several candidates at each token, "
+            "it is not known what it counts. Use targets of shape [T]",
+            datum=wide,
+            field="target_tokens",
+        )
+    weights = [np.ones(row.shape, np.float32) for row in targets]
+    step = amount(reduction.per_step, weights)
+    if datums_in_step != len(targets) and reduction.per_step is not None:
+        if reduction.per_step not in ("datums", "sequences"):
+            raise DataError(
+                f"this trainer divides by {reduction.per_step} of all requests since the optimizer "
+                "step, which are not known beforehand. Send one custom step before each optimizer "
+                "step",
+                field="datums_in_step",
+            )
+        step = float(datums_in_step)
+    whole = step * amount(reduction.per_request, weights)
+    return [whole * amount(reduction.per_sequence, [row]) for row in weights]
+
+
+def _ones(targets: npt.NDArray[Any]) -> TensorData:
+    return TensorData.from_numpy(np.ones(targets.shape, np.float32))

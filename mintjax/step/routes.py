@@ -1,28 +1,33 @@
-"""By which route a custom step reaches the trainer, and what it sends there."""
+"""By which route a custom step reaches the trainer, and what its backward pass sends."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from mintjax.gradients import Objective
 from mintjax.gradients.evaluate import constant_logprob_grads
-from mintjax.ragged.batch import Batch, check_data
+from mintjax.ragged.batch import Batch
 from mintjax.step.carrier import carrier
 from mintjax.step.reduction import Reduction
 from mintjax.types import Datum, Route
 
+_LEAST_SAMPLING_LOGPROB = -80.0  # below it, exp(logprob - sampling logprob) can leave float32
 
-class Carrier(msgspec.Struct, kw_only=True):
-    """A backward pass that needs no forward pass in front of it.
+Floats = npt.NDArray[np.float32]
+
+
+class Backward(NamedTuple):
+    """What a backward pass sends.
 
     Args:
-        route: why it needs none.
+        route: how the step reaches the trainer.
         loss_fn: the trainer's loss.
         config: its hyperparameters.
-        data: what to send.
+        data: the datums, with the inputs of that loss.
     """
 
     route: Route
@@ -31,64 +36,110 @@ class Carrier(msgspec.Struct, kw_only=True):
     data: list[Datum]
 
 
-def without_forward(
-    objective: Objective, batch: Batch, reduction: Reduction, datums: int, refused: Container[str]
-) -> Carrier | None:
-    """The single pass that does the whole step, if there is one.
+def shortcut(
+    objective: Objective,
+    batch: Batch,
+    reduction: Reduction,
+    refused: Container[str],
+    datums_in_step: int,
+) -> Backward | None:
+    """Finds the backward pass that does the whole step without a forward pass, if there is one.
+
+    The rule, in order:
+
+    1. ``by_name``: the objective's own class says that a trainer's loss is the same, the trainer
+       sums and has not refused that loss, and :func:`by_name` finds data that say the same.
+    2. ``one_pass``: the gradient does not depend on the logprobs, and what carries it to this
+       trainer does not need them.
 
     Args:
         objective: whatever it raises when it is traced is raised here.
         batch: the data.
         reduction: the trainer's.
-        datums: to be accumulated before the optimizer step.
         refused: losses that the trainer has refused.
+        datums_in_step: how many are accumulated before the optimizer step, these included.
     """
     grads = constant_logprob_grads(objective, batch)
-    builtin = getattr(objective, "builtin", None) if reduction.sums else None
-    if builtin is not None and builtin[0] not in refused:
-        data = _by_name(builtin[0], batch)
+    name = _builtin(objective)
+    if name is not None and reduction.sums and name[0] not in refused:
+        data = by_name(name[0], batch)
         if data is not None:
-            return Carrier(
-                route="by_name", loss_fn=builtin[0], config=builtin[1] or None, data=data
-            )
-    if grads is None or reduction.per_sequence:
+            return Backward("by_name", name[0], name[1] or None, data)
+    if grads is None or reduction.loss_fn != "cross_entropy":
         return None
-    data = carrier(reduction, batch, None, grads, datums)
-    return Carrier(route="one_pass", loss_fn=reduction.loss_fn, config=None, data=data)
+    data = carrier(reduction, batch, None, grads, datums_in_step)
+    return Backward("one_pass", reduction.loss_fn, None, data)
 
 
-def _by_name(loss_fn: str, batch: Batch) -> list[Datum] | None:
-    """The data under which the trainer's loss is the objective, if there are such.
+def _builtin(objective: Objective) -> tuple[str, dict[str, float]] | None:
+    """The trainer's loss that an objective is, if its own class says so.
 
-    What a trainer makes of ``weights`` beside ``advantages`` differs: it ignores them, or takes
-    them for a mask, or for a factor. So they go into the advantages.
+    A user's subclass that says nothing itself may compute another loss than its base.
     """
-    if loss_fn == "cross_entropy":
-        names = ["target_tokens", "weights"]
-        check_data(batch, names, required=names)
-        return [_only(datum, names) for datum in batch]
-    names = ["target_tokens", "logprobs", "advantages"]
-    if "weights" not in batch.names:
-        check_data(batch, names, required=names)
-        return [_only(datum, names) for datum in batch]
-    columns = zip(*(batch.rows(n) for n in ("weights", "logprobs", "advantages")), strict=True)
+    kind = type(objective)
+    says = kind.__module__.startswith("mintjax.") or "builtin" in vars(kind)
+    return getattr(objective, "builtin", None) if says else None
+
+
+def by_name(loss_fn: str, batch: Batch) -> list[Datum] | None:
+    """Makes the data under which a trainer's loss has the gradient of our objective of that name.
+
+    Every column is spread over the targets as the objective reads it: one number per datum over
+    its tokens, one per token over its candidates. Trainers differ in what they make of ``weights``
+    beside ``advantages``: nothing, a mask, or a factor. So weights are multiplied into the
+    advantages, which is the same where the loss is proportional to a nonnegative advantage's
+    scale, as it is in all but ``dro``.
+
+    Returns:
+        New datums, or None where no data say the same, or they cannot travel.
+    """
+    reads = ("weights",) if loss_fn == "cross_entropy" else ("logprobs", "advantages")
+    names = {*reads, *({"weights"} & batch.names)}
     result: list[Datum] = []
-    for datum, (weights, sampling, advantages) in zip(batch, columns, strict=True):
-        weights = np.broadcast_to(weights, sampling.shape)
-        if (weights < 0).any() or (loss_fn == "dro" and (weights != 1).any()):
+    for datum in batch:
+        targets = datum.loss_fn_inputs["target_tokens"]
+        columns: dict[str, Floats] = {}
+        for name in names:
+            column = _on_targets(datum.loss_fn_inputs.get(name), targets.shape)
+            if column is None:
+                return None
+            columns[name] = column
+        if loss_fn != "cross_entropy":
+            policy = _policy_inputs(loss_fn, columns)
+            if policy is None:
+                return None
+            columns = policy
+        if not all(np.isfinite(column).all() for column in columns.values()):
+            return None
+        result.append(Datum(datum.model_input, {"target_tokens": targets, **columns}))
+    return result
+
+
+def _policy_inputs(loss_fn: str, columns: dict[str, Floats]) -> dict[str, Floats] | None:
+    sampling, advantages = columns["logprobs"], columns["advantages"]
+    if "weights" not in columns:
+        inputs = columns
+    else:
+        weights = columns["weights"]
+        if not (weights >= 0).all() or (loss_fn == "dro" and (weights != 1).any()):
             return None
         counts = weights != 0
-        folded = np.multiply(advantages, weights, where=counts, out=np.zeros_like(sampling))
+        with np.errstate(over="ignore"):
+            folded = np.multiply(advantages, weights, where=counts, out=np.zeros_like(sampling))
         inputs = {
-            "target_tokens": datum.loss_fn_inputs["target_tokens"],
             "weights": np.ones_like(sampling),
             "logprobs": np.where(counts, sampling, 0),
             "advantages": folded,
         }
-        result.append(Datum(datum.model_input, inputs))
-    check_data(result)
-    return result
+    return inputs if (inputs["logprobs"] >= _LEAST_SAMPLING_LOGPROB).all() else None
 
 
-def _only(datum: Datum, names: Sequence[str]) -> Datum:
-    return Datum(datum.model_input, {name: datum.loss_fn_inputs[name] for name in names})
+def _on_targets(column: npt.NDArray[Any] | None, shape: tuple[int, ...]) -> Floats | None:
+    """A column of a datum in the shape of its targets, or None if it does not fit them."""
+    if column is None:
+        return None
+    if column.shape == shape[:1]:
+        column = column.reshape(shape[:1] + (1,) * (len(shape) - 1))
+    elif column.shape not in ((), shape):
+        return None
+    return np.broadcast_to(np.asarray(column, np.float32), shape)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mintjax import objectives
 from mintjax.client import ServiceClient, TrainingClient
 from mintjax.errors import (
     AmbiguousRequestError,
@@ -270,6 +271,92 @@ def test_data_are_read_at_the_call_and_never_changed(client, trainer):
     first.result(5), step.result(5)
     assert trainer.models["model-0"][1] == ("forward_backward", "cross_entropy", [[0.0, 1.0]])
     np.testing.assert_array_equal(weights, [9.0, 9.0])
+
+
+@pytest.mark.parametrize("single_pass", [True, False])
+def test_a_custom_step_reads_its_data_at_the_call(client, trainer, single_pass):
+    weights, held = np.array([0.0, 1.0], np.float32), Hold()
+    data = [datum([1, 2], [2, 3], weights)]
+    trainer.faults["optim_step"] = [held]
+    client.optim_step(ADAM)
+    step = client.forward_backward_custom(data, objectives.cross_entropy(), single_pass=single_pass)
+    weights[:] = 9.0
+    data.clear()
+    held.release()
+    assert step.result(30).metrics["loss"] == pytest.approx(-logprob(2, 3))
+    assert trainer.models["model-0"][1] == ("forward_backward", "cross_entropy", [[0.0, 1.0]])
+
+
+def policy_datum() -> Datum:
+    return Datum(
+        ModelInput.from_ints([1, 2]),
+        {"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "advantages": [1.0, 2.0]},
+    )
+
+
+def refusing(path, body, result):
+    """The trainer's answer, but that ppo fails when it runs."""
+    name = body.get("forward_backward_input", {}).get("loss_fn")
+    return {"error": "no ppo here", "category": "user"} if name == "ppo" else result
+
+
+def test_a_loss_that_is_refused_when_it_runs_is_sent_as_its_gradient(client, trainer):
+    trainer.output = refusing
+    first = client.forward_backward_custom([policy_datum()], objectives.ppo())
+    after = client.optim_step(ADAM)
+    assert first.result(30).route == "two_pass"
+    after.result(5)
+    second = client.forward_backward_custom([policy_datum()], objectives.ppo())
+    assert second.result(30).route == "two_pass"
+    applied = [op[:2] for op in trainer.models["model-0"]]
+    assert applied == [
+        ("forward_backward", "ppo"),  # the double notes it, and then says that it failed
+        ("forward_backward", "cross_entropy"),
+        ("optim_step", trainer.models["model-0"][2][1]),
+        ("forward_backward", "cross_entropy"),
+    ]
+
+
+def test_a_loss_that_was_served_and_fails_later_is_not_sent_twice(client, trainer):
+    client.forward_backward_custom([policy_datum()], objectives.ppo()).result(30)
+    trainer.output = refusing
+    with pytest.raises(RequestFailedError, match="no ppo here"):
+        client.forward_backward_custom([policy_datum()], objectives.ppo()).result(30)
+
+
+def test_a_step_that_fails_either_way_says_nothing_of_its_loss(client, trainer):
+    everything = lambda path, body: Answer(400, {"detail": "no"})  # noqa: E731
+    trainer.refuse = lambda path, body: (
+        everything(path, body) if path in ("forward", "forward_backward") else None
+    )
+    with pytest.raises(BadRequestError):
+        client.forward_backward_custom([policy_datum()], objectives.ppo()).result(30)
+    trainer.refuse = lambda path, body: None
+    step = client.forward_backward_custom([policy_datum()], objectives.ppo())
+    assert step.result(30).route == "by_name"
+
+
+def test_hyperparameters_may_be_scalars_of_any_library(client, trainer):
+    config = {"a": np.float32(0.5), "b": np.int64(2), "c": jnp.float32(0.25), "d": np.array(3.0)}
+    client.forward_backward(DATA, "ppo", config).result(5)
+    given = trainer.bodies("forward_backward")[0]["forward_backward_input"]["loss_fn_config"]
+    assert given == {"a": 0.5, "b": 2.0, "c": 0.25, "d": 3.0}
+    for wrong in ("0.9", [1.0, 2.0], None):
+        with pytest.raises(DataError, match="beta"):
+            client.forward_backward(DATA, "dro", {"beta": wrong})
+
+
+def test_a_step_moves_the_schedules_of_its_objective(client, trainer):
+    objective = objectives.weighted_sum(
+        {"nll": objectives.cross_entropy()}, weights={"nll": lambda step: 1.0 + step}
+    )
+    losses = [
+        client.forward_backward_custom(DATA, objective, step=step).result(30).metrics["loss"]
+        for step in (0, 3)
+    ]
+    assert losses[1] == pytest.approx(4 * losses[0])
+    with pytest.raises(DataError, match="no schedules"):
+        client.forward_backward_custom(DATA, sum_of_squares, step=1)
 
 
 def test_a_cancelled_request_costs_no_number(client, trainer):

@@ -61,5 +61,12 @@ def test_a_forward_pass_sends_targets_and_weights():
     [sent] = forward_data([datum])
     assert set(sent.loss_fn_inputs) == {"target_tokens", "weights"}
     np.testing.assert_array_equal(sent.loss_fn_inputs["weights"], [1, 1])
-    weighted = Datum(datum.model_input, {"target_tokens": [2, 3], "weights": [0, 1]})
-    np.testing.assert_array_equal(forward_data([weighted])[0].loss_fn_inputs["weights"], [0, 1])
+
+
+@pytest.mark.parametrize("weights", [[0, 1], 0.5, [[1, 2, 3], [4, 5, 6]]])
+def test_a_forward_pass_keeps_the_users_weights_at_home(weights):
+    targets = np.ones((2, 3), int)
+    datum = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": targets, "weights": weights})
+    np.testing.assert_array_equal(
+        forward_data([datum])[0].loss_fn_inputs["weights"], np.ones((2, 3))
+    )

@@ -6,10 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from mintjax import AdamParams, Datum, ModelInput, objectives
-from mintjax.errors import BadRequestError, DataError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mintjax import AdamParams, Datum, ModelInput, losses, objectives, value_and_logprob_grads
+from mintjax.errors import BadRequestError, DataError, RequestFailedError
 from mintjax.local import Engine, trainer
+from mintjax.ragged.batch import Batch
 from mintjax.step.reduction import Reduction
+from mintjax.step.routes import by_name
 
 NANO = "mintjax/nano"
 
@@ -220,6 +225,52 @@ def test_several_steps_on_a_trainer_that_averages_are_told_their_number(averagin
         there.optim_step(AdamParams()).result()
 
 
+def fail_once(monkeypatch, name):
+    """Makes the embedded trainer fail at its next request of one kind."""
+    from mintjax.local import endpoints
+
+    original = getattr(endpoints.Engine, name)
+
+    def failing(self, *args, **named):
+        monkeypatch.setattr(endpoints.Engine, name, original)
+        raise DataError("not this time", field="data")
+
+    monkeypatch.setattr(endpoints.Engine, name, failing)
+
+
+def relative(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("failing", ["optim_step", "forward_backward"])
+def test_a_request_that_failed_does_not_bend_the_next_gradient(
+    averaging, engine, model, failing, monkeypatch
+):
+    other, service = averaging
+    service.probe(NANO)
+    first, second = make(2), make(3)
+    with service.create_lora_training_client(NANO, 4, seed=1) as there:
+        if failing == "optim_step":
+            there.forward_backward_custom(first, reinforce, datums_in_step=8).result()
+            there.forward_backward_custom(second, reinforce, datums_in_step=8).result()
+            fail_once(monkeypatch, "optim_step")
+            with pytest.raises(RequestFailedError, match="not this time"):
+                there.optim_step(AdamParams()).result()
+            with pytest.raises(DataError, match="8 are accumulated, 4 are to be added"):
+                there.forward_backward_custom(first, reinforce).result()
+        else:
+            fail_once(monkeypatch, "forward_backward")
+            step = there.forward_backward_custom(first, reinforce, datums_in_step=8)
+            with pytest.raises(RequestFailedError, match="not this time"):
+                step.result()
+            for part in (first, second):
+                there.forward_backward_custom(part, reinforce, datums_in_step=8).result()
+        got = flat(other.gradient(there.model_id))
+        there.optim_step(AdamParams()).result()
+    want = sum(gradient(engine, model, part, reinforce)[0] for part in (first, second))
+    assert relative(got, want) <= 1e-3
+
+
 def test_a_trainer_that_was_not_probed_and_shows_no_sum_is_warned_of_once(caplog):
     with (
         Engine(normalise=True) as engine,
@@ -232,3 +283,158 @@ def test_a_trainer_that_was_not_probed_and_shows_no_sum_is_warned_of_once(caplog
     warned = [record for record in caplog.records if "loss:sum" in record.getMessage()]
     assert len(warned) == 1
     assert "service.probe()" in warned[0].getMessage()
+
+
+DTYPES = [bool, np.int64, np.float16, np.float32, np.float64]
+WEIGHTS = [[1.0], [0.0, 1.0], [0.0], [0.0, 0.5, 2.0], [-1.0, 0.0, 1.0]]
+
+
+@st.composite
+def batches(draw):
+    """Any batch that a policy loss can read: [T] or [T, K] targets, columns spread in any way."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    candidates = draw(st.sampled_from([None, 1, 2, 3]))
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    kinds = {
+        name: (draw(st.sampled_from(["datum", "token", "target"])), draw(st.sampled_from(DTYPES)))
+        for name in ("weights", "advantages")
+    }
+    allowed = draw(st.sampled_from([None, *WEIGHTS]))
+    nan_behind_the_mask = draw(st.booleans())
+    data = []
+    for length in lengths:
+        targets = (length,) if candidates is None else (length, candidates)
+        shapes = {"datum": (), "token": (length,), "target": targets}
+
+        def column(name, values, shapes=shapes):
+            kind, dtype = kinds[name]
+            return values(shapes[kind]).astype(dtype)
+
+        columns = {
+            "target_tokens": rng.integers(0, 9, targets),
+            "logprobs": -rng.exponential(size=targets),
+            "advantages": column("advantages", lambda shape: 2 * rng.standard_normal(shape)[()]),
+        }
+        if allowed is not None:
+            columns["weights"] = column(
+                "weights", lambda shape: np.asarray(rng.choice(allowed, shape))
+            )
+            if nan_behind_the_mask and columns["weights"].shape == targets:
+                columns["logprobs"][columns["weights"] == 0] = np.nan
+        data.append(Datum(ModelInput.from_ints(range(length)), columns))
+    logprobs = [-rng.exponential(size=d.loss_fn_inputs["target_tokens"].shape) for d in data]
+    return Batch(data), logprobs
+
+
+def by_a_trainer(loss_fn, config, datum, logprobs):
+    """The gradient that a trainer which sums has, of one datum as it was sent."""
+    inputs = {name: np.asarray(value, np.float64) for name, value in datum.loss_fn_inputs.items()}
+
+    def loss(values):
+        if loss_fn == "cross_entropy":
+            return losses.cross_entropy(values, inputs["weights"]).sum()
+        function = getattr(losses, loss_fn)
+        return function(values, inputs["logprobs"], inputs["advantages"], **config).sum()
+
+    return jax.grad(loss)(logprobs)
+
+
+NAMED = [
+    objectives.cross_entropy(),
+    objectives.importance_sampling(),
+    objectives.ppo(clip_low_threshold=0.9, clip_high_threshold=1.05),
+    objectives.cispo(),
+    objectives.dro(beta=0.3),
+]
+
+
+@pytest.mark.parametrize("objective", NAMED, ids=lambda o: type(o).__name__)
+@settings(max_examples=25)
+@given(case=batches())
+def test_data_by_name_have_the_gradient_of_the_objective_or_there_are_none(objective, case):
+    batch, logprobs = case
+    loss_fn, config = objective.builtin
+    sent = by_name(loss_fn, batch)
+    if sent is None:
+        return
+    with jax.enable_x64(True):
+        want = value_and_logprob_grads(objective, batch, logprobs).grads
+        for datum, row, expected in zip(sent, logprobs, want, strict=True):
+            shapes = {column.shape for column in datum.loss_fn_inputs.values()}
+            assert shapes == {row.shape}
+            got = by_a_trainer(loss_fn, config, datum, row)
+            np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", ["datum", "token", "target"])
+@pytest.mark.parametrize("candidates", [None, 2, 3])
+def test_ordinary_columns_of_any_shape_go_by_name(columns, candidates):
+    targets = (3,) if candidates is None else (3, candidates)
+    shape = {"datum": (), "token": (3,), "target": targets}[columns]
+    datum = Datum(
+        ModelInput.from_ints([1, 2, 3]),
+        {
+            "target_tokens": np.ones(targets, int),
+            "weights": np.ones(shape),
+            "logprobs": np.full(targets, -1.0),
+            "advantages": np.full(shape, 2.0),
+        },
+    )
+    for objective in NAMED:
+        assert by_name(objective.builtin[0], Batch([datum])) is not None
+
+
+def test_weights_of_tokens_weigh_all_their_candidates(engine, model):
+    """As many candidates as tokens: the wrong axis fits, too."""
+    rng = np.random.default_rng(0)
+    data = [
+        Datum(
+            ModelInput.from_ints(rng.integers(0, 256, 4)),
+            {"target_tokens": rng.integers(0, 256, (4, 4)), "weights": [0, 1, 2, 3]},
+        )
+    ]
+    one, output, _ = gradient(engine, model, data, objectives.cross_entropy())
+    two, _, _ = gradient(engine, model, data, objectives.cross_entropy(), single_pass=False)
+    assert output.route == "by_name"
+    assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two)
+    assert output.metrics["loss"] == pytest.approx(output.metrics["loss:sum"], rel=1e-5)
+
+
+def test_one_advantage_for_each_datum_is_enough(engine, model):
+    data = [
+        Datum(d.model_input, {**d.loss_fn_inputs, "advantages": a})
+        for d, a in zip(make(1), [1.0, -0.5, 2.0, 0.0], strict=True)
+    ]
+    one, output, _ = gradient(engine, model, data, objectives.ppo())
+    two, _, _ = gradient(engine, model, data, objectives.ppo(), single_pass=False)
+    assert output.route == "by_name"
+    assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two)
+
+
+@pytest.mark.parametrize("columns", [{"logprobs": -95.0}, {"advantages": 1e30, "weights": 1e30}])
+def test_what_could_overflow_in_a_trainer_does_not_go_by_name(columns):
+    [datum] = make(1, sizes=(3,), **{k: lambda n, v=v: np.full(n, v) for k, v in columns.items()})
+    assert by_name("ppo", Batch([datum])) is None
+
+
+def test_thresholds_that_no_request_can_hold_do_not_go_by_name(engine, model):
+    for threshold in (np.float32(0.9), np.array(0.9)):
+        objective = objectives.ppo(clip_low_threshold=threshold)
+        one, output, _ = gradient(engine, model, make(1), objective)
+        assert output.route == "two_pass"
+        two, _, _ = gradient(engine, model, make(1), objectives.ppo(clip_low_threshold=0.9))
+        assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two)
+
+
+class MyPPO(type(objectives.ppo())):
+    """Another loss, which inherits the name of the one that it is derived from."""
+
+    def token_losses(self, target, sampling, advantages, where):
+        return 3 * super().token_losses(target, sampling, advantages, where)
+
+
+def test_a_subclass_with_a_loss_of_its_own_does_not_go_by_its_bases_name(engine, model):
+    mine, output, _ = gradient(engine, model, make(1), MyPPO())
+    theirs, _, _ = gradient(engine, model, make(1), objectives.ppo())
+    assert output.route == "two_pass"
+    assert np.linalg.norm(mine - 3 * theirs) <= 1e-5 * np.linalg.norm(3 * theirs)

@@ -1,0 +1,148 @@
+"""A step with an objective that is computed here: the passes it takes, in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from mintjax.client.gradients import AccumulatedGradients, refuses_loss
+from mintjax.client.lane import Turn
+from mintjax.client.passes import Pass
+from mintjax.errors import APIError, APIResponseError, DataError, RequestFailedError
+from mintjax.gradients import Objective, loss_and_metrics, value_and_logprob_grads
+from mintjax.ragged.batch import Batch
+from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
+from mintjax.step.facts import TrainerFacts
+from mintjax.step.routes import Backward, shortcut
+from mintjax.types import CustomStepOutput, ForwardBackwardOutput
+
+logger = logging.getLogger("mintjax.client")
+
+
+async def custom_step(
+    gradients: AccumulatedGradients,
+    turn: Turn,
+    data: Batch,
+    objective: Objective,
+    *,
+    single_pass: bool,
+    datums_in_step: int | None,
+    avoid: frozenset[str] = frozenset(),
+) -> CustomStepOutput:
+    """Adds the gradient of an objective to what is accumulated in the trainer.
+
+    One backward pass does it where :func:`mintjax.step.routes.shortcut` finds one. Else a forward
+    pass gives the logprobs, the gradient is computed here, and a backward pass carries it. Where
+    the trainer refuses a loss by its name, the step goes on without; if it then succeeds, that
+    trainer is not asked for that loss again.
+
+    Args:
+        gradients: of the model.
+        turn: the step's place in the line.
+        data: the datums, which nobody else changes.
+        objective: the loss; what it raises is raised here, and then nothing is accumulated.
+        single_pass: save the forward pass where it is not needed.
+        datums_in_step: how many datums are accumulated before the optimizer step in all.
+        avoid: losses that this step does not ask for by name.
+
+    Raises:
+        DataError: the gradient cannot be carried to this trainer.
+        APIError: the trainer refuses, or fails.
+    """
+    facts, limits = gradients.connection.facts, gradients.connection.limits
+    reduction = await gradients.reduction()
+    total = await gradients.datums_in_step(turn, reduction, len(data), datums_in_step)
+    metrics: dict[str, float] | None = None
+    forward_seconds = 0.0
+
+    def encoded(backward: Backward) -> tuple[Backward, Pass]:
+        return backward, Pass(
+            limits, backward.data, backward.loss_fn, backward.config, backward=True
+        )
+
+    def find() -> tuple[Backward, Pass] | None:
+        found = shortcut(objective, data, reduction, facts.refused | avoid, total)
+        return None if found is None else encoded(found)
+
+    found = await turn.compute(find) if single_pass else None
+    if found is None:
+        given = Pass(limits, forward_data(data), FORWARD_LOSS_FN, backward=False)
+        sent = time.perf_counter()
+        rows = logprobs(await gradients.send(turn, given, leave=False))
+        forward_seconds = time.perf_counter() - sent
+
+        def compute() -> tuple[dict[str, float], tuple[Backward, Pass]]:
+            result = value_and_logprob_grads(objective, data, rows)
+            carried = carrier(reduction, data, rows, result.grads, total)
+            return result.metrics, encoded(Backward("two_pass", reduction.loss_fn, None, carried))
+
+        metrics, found = await turn.compute(compute)
+    backward, given = found
+    turn.begin()
+    # A loss that this trainer has not served yet may still be refused when it runs. The step then
+    # goes another way, so it keeps its place in the line until it knows.
+    leave = backward.route != "by_name" or backward.loss_fn in facts.served
+    sent = time.perf_counter()
+    try:
+        scaled_for = None if reduction.per_step is None else total
+        output = await gradients.send(turn, given, leave=leave, scaled_for=scaled_for)
+    except APIError as error:
+        too_late = leave and isinstance(error, RequestFailedError)
+        if backward.route != "by_name" or too_late or not refuses_loss(error):
+            raise
+        logger.info("the trainer refuses %s; its gradient is sent: %s", backward.loss_fn, error)
+        again = await custom_step(
+            gradients,
+            turn,
+            data,
+            objective,
+            single_pass=single_pass,
+            datums_in_step=datums_in_step,
+            avoid=avoid | {backward.loss_fn},
+        )
+        if backward.loss_fn not in facts.served:
+            facts.refused.add(backward.loss_fn)
+        return again
+    backward_seconds = time.perf_counter() - sent
+    if backward.route == "by_name":
+        facts.served.add(backward.loss_fn)
+    if metrics is None:
+        rows = logprobs(output)
+        _, metrics = await turn.compute(lambda: loss_and_metrics(objective, data, rows))
+    _warn_once(facts, output)
+    return CustomStepOutput(
+        loss_fn_outputs=output.loss_fn_outputs,
+        metrics={**output.metrics, **metrics},  # the objective's win
+        loss_fn_output_type=output.loss_fn_output_type,
+        route=backward.route,
+        forward_seconds=forward_seconds,
+        client_seconds=turn.computing_seconds,
+        backward_seconds=backward_seconds,
+    )
+
+
+def logprobs(output: ForwardBackwardOutput) -> list[npt.NDArray[np.float32]]:
+    """Takes the logprobs out of a pass's output, one array per datum.
+
+    Raises:
+        APIResponseError: the trainer returned none for a datum.
+    """
+    try:
+        return output.logprobs
+    except DataError as error:
+        words = str(error)
+    raise APIResponseError(words)
+
+
+def _warn_once(facts: TrainerFacts, output: ForwardBackwardOutput) -> None:
+    sums = any(name.endswith("loss:sum") for name in output.metrics)
+    if facts.reduction is None and not sums and not facts.warned:
+        facts.warned = True
+        logger.warning(
+            "this trainer returns no loss:sum, so it may divide losses by weights or by numbers of "
+            "datums, which falsifies the gradient of a custom loss; service.probe() measures it, "
+            "and from then on custom steps are right"
+        )

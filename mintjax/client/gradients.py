@@ -1,0 +1,130 @@
+"""The gradients that accumulate in one model on the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mintjax.client.connection import Connection
+from mintjax.client.lane import Turn
+from mintjax.client.passes import Pass
+from mintjax.errors import APIError, RequestFailedError
+from mintjax.step.accumulated import Accumulated, Sent
+from mintjax.step.reduction import SUM, Reduction
+from mintjax.types import ForwardBackwardOutput, OptimStepResponse
+
+T = TypeVar("T")
+
+
+class AccumulatedGradients:
+    """Sends what adds to a model's accumulated gradient or clears it, and counts by its outcome.
+
+    Args:
+        connection: the session.
+        model_id: the trainer's name of the model.
+    """
+
+    def __init__(self, connection: Connection, model_id: str) -> None:
+        self.connection = connection
+        self.model_id = model_id
+        self._accumulated = Accumulated()
+
+    async def reduction(self) -> Reduction:
+        """Says what the trainer divides losses by."""
+        return self.connection.facts.reduction or SUM
+
+    async def datums_in_step(
+        self, turn: Turn, reduction: Reduction, datums: int, announced: int | None
+    ) -> int:
+        """Says how many datums a custom step's gradient must be scaled for.
+
+        Where the trainer divides by an amount of all requests since the optimizer step, it first
+        waits until each of them has its outcome.
+
+        Raises:
+            DataError: more are accumulated, or to come, than were announced.
+        """
+        if reduction.per_step is None:
+            return datums
+        await turn.alone()
+        return self._accumulated.datums_in_step(datums, announced)
+
+    async def send(
+        self, turn: Turn, given: Pass, *, leave: bool = True, scaled_for: int | None = None
+    ) -> ForwardBackwardOutput:
+        """Sends a pass, and waits for its result.
+
+        Args:
+            turn: the pass's place in the line.
+            given: the pass.
+            leave: leave the line once the trainer has accepted it.
+            scaled_for: how many datums its gradient was scaled for, if it depends on their number.
+
+        Raises:
+            APIError: the trainer refuses it, or fails.
+        """
+        sent = Sent(given.datums, scaled_for) if given.backward else None
+        messages = given.messages(self.model_id)
+        output = ForwardBackwardOutput
+        parts = await self._send(turn, sent, given.path, messages, output, leave, given.check)
+        return given.output(parts)
+
+    async def optim_step(self, turn: Turn, message: Any) -> OptimStepResponse:
+        """Takes the optimizer step, after which nothing is accumulated.
+
+        Raises:
+            DataError: the trainer would divide by another number than gradients were scaled for.
+            APIError: the trainer refuses it, or fails.
+        """
+        reduction = self.connection.facts.reduction
+        if reduction is not None and reduction.per_step is not None:
+            await turn.alone()
+            self._accumulated.check_step()
+        turn.begin()
+        return await self.clear(turn, "optim_step", message, OptimStepResponse)
+
+    async def clear(self, turn: Turn, path: str, message: Any, as_type: type[T]) -> T:
+        """Sends a request that leaves nothing accumulated when it succeeds."""
+        return (await self._send(turn, Sent(clears=True), path, [message], as_type))[0]
+
+    async def _send(
+        self,
+        turn: Turn,
+        sent: Sent | None,
+        path: str,
+        messages: Sequence[Any],
+        as_type: type[T],
+        leave: bool = True,
+        check: Callable[[int, T], None] | None = None,
+    ) -> list[T]:
+        if sent is None:
+            return await turn.request(
+                path, messages, as_type, mutates=False, leave=leave, check=check
+            )
+        try:
+            parts = await turn.request(
+                path,
+                messages,
+                as_type,
+                mutates=True,
+                leave=leave,
+                check=check,
+                accepted=lambda: self._accumulated.accepted(sent),
+            )
+        except BaseException as error:
+            if isinstance(error, RequestFailedError) and not error.may_have_been_applied:
+                self._accumulated.failed(sent)
+            else:  # also where the client closes, or the answer cannot be read
+                self._accumulated.lost(sent)
+            raise
+        self._accumulated.applied(sent)
+        return parts
+
+
+def refuses_loss(error: APIError) -> bool:
+    """Whether an error says that the trainer does not serve a loss, and has applied nothing."""
+    if error.may_have_been_applied:
+        return False
+    if isinstance(error, RequestFailedError):
+        return error.category == "user"
+    return getattr(error, "status_code", 0) in (400, 404, 422, 501)
