@@ -95,7 +95,7 @@ class AccumulatedGradients:
         messages: Sequence[Any],
         as_type: type[T],
         leave: bool = True,
-        check: Callable[[int, T], None] | None = None,
+        check: Callable[[int, T], None] = lambda part, result: None,
     ) -> list[T]:
         if sent is None:
             return await turn.request(

@@ -15,7 +15,7 @@ def test_what_is_announced_is_what_a_gradient_is_scaled_for():
     accumulated = Accumulated()
     assert accumulated.datums_in_step(4, 8) == 8
     after(accumulated, Sent(4, 8))
-    with pytest.raises(DataError, match="8 datums were announced .* and 4 came"):
+    with pytest.raises(DataError, match=r"8 datums were announced .* and 4 came"):
         accumulated.check_step()
     with pytest.raises(DataError, match="4 are accumulated, 4 are to be added, announced were 9"):
         accumulated.datums_in_step(4, 9)

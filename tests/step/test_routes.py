@@ -5,7 +5,6 @@ import logging
 import jax
 import numpy as np
 import pytest
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
