@@ -83,13 +83,8 @@ def _show(found: dict[str, Any]) -> None:
     if reduction is None:
         table.add_row("reduction", "not measured")
     else:
-        table.add_row("a datum's loss is", _words(reduction.per_sequence, "the sum of its weights"))
-        table.add_row("a step's gradient is", _words(reduction.over_datums, "its datums' number"))
+        table.add_row("a loss is", str(reduction))
         table.add_row("custom gradients go by", reduction.loss_fn)
     console.print(found["base_url"])
     console.print(table)
     console.print(f"{found['seconds']:.1f} s")
-
-
-def _words(divides: bool, by: str) -> str:
-    return f"divided by {by}" if divides else "a sum"

@@ -23,11 +23,10 @@ from mintjax.client.sampling import SamplingClient
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
 from mintjax.protocol import messages
-from mintjax.ragged.batch import Batch, check_data
+from mintjax.ragged.batch import Batch, as_batch, check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.probe import measure_reduction
 from mintjax.step.reduction import Reduction
-from mintjax.step.snapshot import snapshot
 from mintjax.types import (
     AdamParams,
     CustomStepOutput,
@@ -141,7 +140,7 @@ class TrainingClient(NotCopyable):
         What the objective raises reaches the caller from the future, as it is; then there is no
         backward pass, no number is lost, and the next submission goes on.
         """
-        batch = check_data(snapshot(data), ["target_tokens"])
+        batch = check_data(as_batch(data).snapshot(), ["target_tokens"])
         _check_weights(batch)
         if step is not None:
             objective = _at_step(objective, step)

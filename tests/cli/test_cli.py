@@ -126,15 +126,16 @@ def test_probe_says_what_a_trainer_is():
         in_words = run(*probe, TINKER_API_KEY="tml-secret-key", COLUMNS="120")
     assert measured.exit_code == 0, measured.output
     found = json.loads(measured.stdout)
-    assert found["reduction"] == {"per_sequence": True, "over_datums": True}
+    divisors = {"per_sequence": "weights", "per_request": None, "per_step": "datums"}
+    assert found["reduction"] == divisors
     assert found["carried_by"] == "importance_sampling"
     assert "mintjax/nano" in [model["model_name"] for model in found["models"]]
     assert found["flags"]["proto_write_fwdbwd"] is True
     assert pretty.exit_code == 0
     for words in ("mintjax/tiny, 2048 tokens", "protocol buffers, compressed", "not measured"):
         assert words in pretty.output
-    assert "divided by the sum of its weights" in in_words.output
-    assert "divided by its datums' number" in in_words.output
+    words = " ".join(in_words.output.split())
+    assert "the sum, divided by the sum of weights of the sequence and by the number of" in words
     assert "secret-key" not in measured.output + pretty.output + in_words.output
 
 
