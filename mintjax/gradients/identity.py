@@ -226,9 +226,9 @@ class _Walk:
         for base in kind.__mro__:
             slots = base.__dict__.get("__slots__", ())
             names = (slots,) if isinstance(slots, str) else tuple(slots)
-            for name in (*names, *base.__dict__.get("__struct_fields__", ())):
-                if hasattr(value, name):
-                    attributes[name] = getattr(value, name)
+            attributes |= {name: getattr(value, name) for name in names if hasattr(value, name)}
+        fields: tuple[str, ...] = getattr(kind, "__struct_fields__", ())  # of msgspec
+        attributes |= {name: getattr(value, name) for name in fields}
         return (self.of_type(kind), self.of(attributes))
 
     def of_type(self, kind: type) -> Fingerprint:
@@ -329,8 +329,8 @@ _said: set[type] = set()
 
 def _say_incomparable(value: Any) -> None:
     kind = cast("type[Any]", type(value))
-    if kind.__module__.partition(".")[0] in sys.stdlib_module_names:
-        return  # loggers, locks, files: nothing that a loss is computed from
+    if kind.__module__.partition(".")[0] in {"mintjax", *sys.stdlib_module_names}:
+        return  # clients, loggers, locks, files: nothing that a loss is computed from
     if kind not in _said:
         _said.add(kind)
         warnings.warn(

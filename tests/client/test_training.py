@@ -181,6 +181,7 @@ def objective(data, logprobs):
     raise TO_RAISE[-1]("as it is")
 
 
+@pytest.mark.filterwarnings("ignore:objective has been made anew")
 @pytest.mark.parametrize("single_pass", [True, False])
 @pytest.mark.parametrize("error", [Mine, StopIteration, KeyboardInterrupt, SystemExit])
 def test_an_objective_that_raises_costs_nothing(client, trainer, error, single_pass):
@@ -202,6 +203,7 @@ def test_an_objective_that_is_no_loss_is_refused(client, trainer):
     assert trainer.models["model-0"] == []
 
 
+@pytest.mark.filterwarnings("ignore:an objective reads an object of type TrainingClient")
 def test_an_objective_cannot_wait_for_its_own_model(client):
     def objective(data, logprobs):
         client.forward(DATA).result()
