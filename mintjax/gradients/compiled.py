@@ -285,7 +285,7 @@ def _blocks(
     kinds: dict[tuple[Any, Any], list[str]] = {}
     for name, rows in columns.items():
         shape, own = rows[0].shape, _common_dtype(rows)
-        if own.kind in "iu" and own.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+        if own.kind in "iu" and own.itemsize > jax.dtypes.canonicalize_dtype(own).itemsize:
             _check_32_bits(name, rows)
         kind = (shape[1:] if shape else None, dtype if own.kind == "f" else own)
         kinds.setdefault(kind, []).append(name)

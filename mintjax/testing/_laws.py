@@ -113,9 +113,9 @@ def check_permutation(
     moved = [data[i] for i in rows], [logprobs[i] for i in rows]
     other, other_grads = _evaluate(objective, *moved, "check_permutation")
     back = dict(zip(rows, other_grads, strict=True))
-    _same(
-        "check_permutation", data, logprobs, (loss, grads), (other, [back[i] for i in sorted(back)])
-    )
+    restored = [back[i] for i in sorted(back)]
+    ways = ("as it is", "with the datums in another order")
+    _same("check_permutation", data, logprobs, (loss, grads), (other, restored), ways)
 
 
 def check_padding_invariance(objective: Objective, data: Sequence[Datum], logprobs: Rows) -> None:
@@ -132,7 +132,14 @@ def check_padding_invariance(objective: Objective, data: Sequence[Datum], logpro
     plain = _evaluate(objective, data, logprobs, "check_padding_invariance")
     for fill in (-40.0, 3.0):
         other = _evaluate(_Refilled(objective, fill), data, logprobs, "check_padding_invariance")
-        _same("check_padding_invariance", data, logprobs, plain, other)
+        _same(
+            "check_padding_invariance",
+            data,
+            logprobs,
+            plain,
+            other,
+            ("as it is", "with other padding"),
+        )
 
 
 def check_masked_equals_removed(
@@ -160,7 +167,14 @@ def check_masked_equals_removed(
         full = np.zeros_like(grad)
         full[keep] = there
         restored.append(full)
-    _same(name, data, logprobs, (loss, grads), (other, restored))
+    _same(
+        name,
+        data,
+        logprobs,
+        (loss, grads),
+        (other, restored),
+        ("with the tokens masked", "with them removed"),
+    )
 
 
 def check_chunk_additivity(
@@ -184,7 +198,14 @@ def check_chunk_additivity(
         if data[chunk]:
             part = _evaluate(objective, data[chunk], logprobs[chunk], "check_chunk_additivity")
             total, parts = total + part[0], parts + part[1]
-    _same("check_chunk_additivity", data, logprobs, (loss, grads), (total, parts))
+    _same(
+        "check_chunk_additivity",
+        data,
+        logprobs,
+        (loss, grads),
+        (total, parts),
+        ("as one batch", "as a sum over chunks"),
+    )
 
 
 def check_finite(objective: Objective, data: Sequence[Datum], logprobs: Rows) -> None:
@@ -260,6 +281,7 @@ def _same(
     logprobs: Rows,
     expected: tuple[float, list[Array]],
     other: tuple[float, list[Array]],
+    ways: tuple[str, str],
 ) -> None:
     flat, flat_other = (
         np.concatenate([g.ravel() for g in grads]) for _, grads in (expected, other)
@@ -267,12 +289,12 @@ def _same(
     # Sums of terms of both signs, in another order: known to their digits of the largest.
     room = 1e-9 * (1 + float(np.abs(flat).sum()))
     if not _close(expected[0], other[0], room + 1e-9 * abs(expected[0])):
-        raise LawError(f"{law}: the loss is {expected[0]} one way and {other[0]} the other")
+        raise LawError(f"{law}: the loss is {expected[0]} {ways[0]} and {other[0]} {ways[1]}")
     off = np.abs(flat - flat_other) > 1e-9 * (np.abs(flat).max(initial=0.0) + 1e-6)
     if off.any():
         i = int(np.argmax(off))
         raise LawError(
-            f"{law}: the gradient is {flat[i]} one way and {flat_other[i]} the other, at "
+            f"{law}: the gradient is {flat[i]} {ways[0]} and {flat_other[i]} {ways[1]}, at "
             f"{_where(data, logprobs, i)}"
         )
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis.errors import NoSuchExample
 
+import mintjax
 from mintjax import objectives, testing
 
 from ..objectives.specimens import SPECIMENS
@@ -215,3 +216,23 @@ def test_what_is_not_finite_breaks_every_law():
     for law in (testing.check_finite, testing.check_gradient, testing.check_permutation):
         with pytest.raises(testing.LawError, match=f"{law.__name__}: .*(nan|inf)"):
             law(gradient, *example)
+
+
+def test_a_law_says_which_way_gave_which_number() -> None:
+    datum = mintjax.Datum(mintjax.ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3]})
+
+    def first(data: Any, logprobs: Any) -> Any:
+        return 3 * logprobs.sum()[0], {}
+
+    with pytest.raises(
+        testing.LawError, match=r"-3\.0 as it is and -6\.0 with the datums in another"
+    ):
+        testing.check_permutation(
+            first, [datum, datum], [np.array([-0.5, -0.5]), np.array([-1.0, -1.0])]
+        )
+    with pytest.raises(
+        testing.LawError, match=r"-3\.0 as one batch and -9\.0 as a sum over chunks"
+    ):
+        testing.check_chunk_additivity(
+            first, [datum, datum], [np.array([-0.5, -0.5]), np.array([-1.0, -1.0])]
+        )
