@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,18 +18,35 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mintjax.errors import APIStatusError, BadRequestError, DataError, MintjaxError
+from mintjax.errors import (
+    APIStatusError,
+    BadRequestError,
+    DataError,
+    MintjaxError,
+    NotFoundError,
+)
 from mintjax.local import bodies
 from mintjax.local.access import Access
 from mintjax.local.answers import RepeatKeys
+from mintjax.local.checkpoints import StorageError
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
-from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
+from mintjax.local.sequencer import (
+    ForgottenError,
+    MissingNumberError,
+    OtherContentError,
+    Sequencer,
+    UnknownRequestError,
+)
+from mintjax.local.slices import Slices
 from mintjax.protocol import messages, protobuf, zstd
 
 M = TypeVar("M")
 
 logger = logging.getLogger("mintjax.local")
+
+MISSING_SECONDS = 600.0
+"""How long a request waits for the ``seq_id`` before it. Clients try for 5 minutes."""
 
 
 @contextmanager
@@ -92,7 +109,8 @@ class _Http:
             self._get("sessions/{session_id}", do.get_session),
             self._get("samplers/{sampler_id}", do.get_sampler),
             self._post("client/config", None, lambda _: do.client_config()),
-            self._post("auth/token", None, lambda _: do.auth_token()),
+            self._route("auth/token", "POST", self._auth_token),
+            self._post("cancel_future", messages.FutureRetrieveRequest, self._cancel_future),
             self._post("telemetry", None, lambda _: do.telemetry()),
             self._post("create_session", messages.CreateSessionRequest, do.create_session),
             self._post("session_heartbeat", messages.SessionHeartbeatRequest, do.session_heartbeat),
@@ -181,12 +199,17 @@ class _Http:
                 self._reject(bodies.number_of(request, body))
                 raise
             header = request.headers.get("x-idempotency-key")
-            request_id = self._sequencer.submit(
-                partial(_work, path, run, as_protobuf),
-                line=line,
-                number=number,
-                key=None if header is None else (path, header),
-            )
+            try:
+                request_id = self._sequencer.submit(
+                    partial(_work, path, run, as_protobuf),
+                    line=line,
+                    number=number,
+                    key=None if header is None else (path, header),
+                    content=path.encode() + b"\n" + body,
+                    interleaved=isinstance(message, messages.SampleRequest),
+                )
+            except OtherContentError as error:
+                return _refusal(409, f"seq_id: {error}")
             accepted = messages.UntypedFuture(request_id)
             if isinstance(message, messages.SampleRequest):
                 names = (f"{request_id}:{i}" for i in range(message.num_samples))
@@ -199,6 +222,10 @@ class _Http:
         self, path: str, method: str, respond: Callable[[Request], Awaitable[Response]]
     ) -> Route:
         async def endpoint(request: Request) -> Response:
+            headers = request.headers
+            refused = self._access.web_page(headers.get("host", ""), headers.get("origin"))
+            if refused is not None:
+                return _refusal(403, refused)
             if path != "healthz" and not self._access.allows(request.headers.get("x-api-key")):
                 return _refusal(401, "X-API-Key: missing or wrong; this trainer requires its key")
             try:
@@ -226,12 +253,25 @@ class _Http:
             return _refusal(404, f"request_id: the result of {request_id!r} is no longer kept")
         if not future.done():
             await _wait(future, self._poll_seconds)
+        self._sequencer.give_up(request_id, MISSING_SECONDS)
         if not future.done():
             awaited = self._sequencer.waits_for(request_id)
             reason = None if awaited is None else f"seq_id {awaited} has not arrived"
             return _json(messages.TryAgain(request_id, "active", reason))
         self._sequencer.retrieved(request_id)
         return _outcome(request, future)
+
+    async def _auth_token(self, request: Request) -> Response:
+        return _json({"jwt": self._access.token(request.headers.get("x-api-key"))})
+
+    def _cancel_future(self, question: messages.FutureRetrieveRequest) -> Answer:
+        try:
+            self._sequencer.cancel(question.request_id)
+        except UnknownRequestError:
+            raise NotFoundError(
+                404, f"request_id: there is no request {question.request_id!r}"
+            ) from None
+        return {"request_id": question.request_id}
 
     def _reject(self, refused: tuple[str, int] | None) -> None:
         """Let no later request wait for the number of one that was refused."""
@@ -250,9 +290,12 @@ def _place(message: Any) -> tuple[str | None, int | None]:
     return line, number
 
 
-def _work(path: str, run: Run, as_protobuf: bool) -> bytes:
+def _work(path: str, run: Run, as_protobuf: bool) -> Slices[bytes]:
     try:
-        return bodies.encode(run(), as_protobuf=as_protobuf)
+        answer = run()
+        if isinstance(answer, Generator):
+            answer = yield from answer
+        return bodies.encode(answer, as_protobuf=as_protobuf)
     except MintjaxError:
         raise
     except Exception:
@@ -281,6 +324,12 @@ def _outcome(request: Request, future: Future[bytes]) -> Response:
         )
         return _json(error)
     failure = future.exception()
+    if isinstance(failure, CancelledError):
+        error = messages.FutureError("it was cancelled, or the trainer closed", "user")
+        return _json(error)
+    if isinstance(failure, MissingNumberError | StorageError):
+        category = "server" if isinstance(failure, StorageError) else "user"
+        return _json(messages.FutureError(str(failure), category))
     if failure is None:
         body, media_type = bodies.acceptable(request, future.result())
         return Response(body, media_type=media_type)

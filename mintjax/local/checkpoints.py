@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
+from urllib.parse import quote, unquote
 
 import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from mintjax.errors import DataError, NotFoundError
+from mintjax.errors import DataError, MintjaxError, NotFoundError
 from mintjax.types import LoraConfig
 
 Kind = Literal["weights", "sampler_weights"]
 T = TypeVar("T")
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # no separator, no leading dot: never a path
-_PATH = re.compile(rf"tinker://({_NAME})/(weights|sampler_weights)/({_NAME})")
+_MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+_PATH = re.compile(rf"tinker://({_MODEL_ID})/(weights|sampler_weights)/({_NAME})")
+_UNFINISHED = ".partial"
 
 
 class CheckpointPath(NamedTuple):
@@ -69,8 +76,36 @@ class Description(msgspec.Struct, frozen=True):
     lora_config: LoraConfig
 
 
+class Attributes(msgspec.Struct, frozen=True):
+    """What may be changed of a checkpoint; kept beside it.
+
+    Args:
+        user_metadata: whatever its client said of it.
+        expires_at: seconds since 1970, from when on it is no longer there; None for never.
+        public: for clients' lists only; there is one user here.
+    """
+
+    user_metadata: dict[str, str] | None = None
+    expires_at: float | None = None
+    public: bool = False
+
+
+class Listed(NamedTuple):
+    """One checkpoint in a list of them."""
+
+    path: CheckpointPath
+    attributes: Attributes
+    size_bytes: int
+    created_at: float
+    """Seconds since 1970."""
+
+
+class StorageError(MintjaxError):
+    """A checkpoint cannot be written, read or removed; the message says why."""
+
+
 def check_name(name: str) -> None:
-    """Refuse a checkpoint's name that could be anything but the name of a file.
+    """Refuses a checkpoint's name that could be anything but the name of a file.
 
     Raises:
         DataError: it holds other characters than letters, digits, ``.``, ``_`` and ``-``, or begins
@@ -84,41 +119,45 @@ def check_name(name: str) -> None:
         )
 
 
-def save(directory: Path, path: CheckpointPath, description: Description, state: Any) -> None:
-    """Write a checkpoint, in the place of one of the same path.
+def save(
+    directory: Path,
+    path: CheckpointPath,
+    description: Description,
+    state: Any,
+    attributes: Attributes | None = None,
+) -> None:
+    """Writes a checkpoint, in the place of one of the same path.
 
     Args:
         directory: where this trainer keeps its checkpoints.
         path: of the new one.
         description: what it was made from.
         state: any pytree of arrays.
+        attributes: what may be changed later.
+
+    Raises:
+        StorageError: it cannot be written; one of the same path is still there.
     """
-    file = _file(directory, path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     header = {"description": msgspec.json.encode(description).decode()}
-    descriptor, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")
-    os.close(descriptor)
-    try:
-        save_file(_named_leaves(jax.device_get(state)), partial, metadata=header)
-        os.replace(partial, file)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    arrays = _named_leaves(jax.device_get(state))
+    _write(_file(directory, path), lambda partial: save_file(arrays, partial, metadata=header))
+    set_attributes(directory, path, attributes or Attributes())
 
 
 def describe(directory: Path, path: CheckpointPath) -> Description:
-    """What a checkpoint was made from.
+    """Says what a checkpoint was made from.
 
     Raises:
         NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be read.
     """
-    with _open(directory, path) as file:
+    with _opened(directory, path) as file:
         header: dict[str, str] = file.metadata()
     return msgspec.json.decode(header["description"], type=Description)
 
 
 def load(directory: Path, path: CheckpointPath, like: T) -> T:
-    """Read a checkpoint, or the part of it that ``like`` names.
+    """Reads a checkpoint, or the part of it that ``like`` names.
 
     Args:
         directory: where this trainer keeps its checkpoints.
@@ -130,22 +169,173 @@ def load(directory: Path, path: CheckpointPath, like: T) -> T:
 
     Raises:
         NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be read.
     """
-    with _open(directory, path) as file:
+    with _opened(directory, path) as file:
         saved = {name: file.get_tensor(name) for name in _named_leaves(like)}
     leaves = [jnp.asarray(saved[name]) for name in saved]
     return jax.tree.unflatten(cast(Any, jax.tree.structure(like)), leaves)
 
 
+def exists(directory: Path, path: CheckpointPath) -> bool:
+    """Returns whether there is such a checkpoint, and it has not expired."""
+    return _file(directory, path).is_file() and not _expired(attributes_of(directory, path))
+
+
+def attributes_of(directory: Path, path: CheckpointPath) -> Attributes:
+    """Reads what may be changed of a checkpoint; the defaults if nothing was set."""
+    try:
+        return msgspec.json.decode(_attributes_file(directory, path).read_bytes(), type=Attributes)
+    except FileNotFoundError:
+        return Attributes()
+
+
+def set_attributes(directory: Path, path: CheckpointPath, attributes: Attributes) -> None:
+    """Changes what may be changed of a checkpoint.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    file, content = _attributes_file(directory, path), msgspec.json.encode(attributes)
+    if attributes != Attributes():
+        _write(file, lambda partial: Path(partial).write_bytes(content))
+    else:
+        with _storage("write", path):
+            file.unlink(missing_ok=True)
+
+
+def list_all(directory: Path) -> list[Listed]:
+    """Lists the checkpoints, the newest first. Those that have expired are removed."""
+    found: list[Listed] = []
+    for file in directory.glob("*/*/*.safetensors"):
+        model_id, kind = unquote(file.parent.parent.name), file.parent.name
+        path = CheckpointPath(model_id, cast(Kind, kind), file.name.removesuffix(".safetensors"))
+        attributes = attributes_of(directory, path)
+        if _expired(attributes):
+            delete(directory, path)
+            continue
+        with suppress(FileNotFoundError):  # somebody deleted it meanwhile
+            status = file.stat()
+            found.append(Listed(path, attributes, status.st_size, status.st_mtime))
+    return sorted(found, key=lambda one: one.created_at, reverse=True)
+
+
+def delete(directory: Path, path: CheckpointPath) -> None:
+    """Removes a checkpoint.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be removed.
+    """
+    with _storage("remove", path):
+        try:
+            _file(directory, path).unlink()
+        except FileNotFoundError:
+            raise _not_found(path) from None
+        _attributes_file(directory, path).unlink(missing_ok=True)
+
+
+def copy(
+    directory: Path, source: CheckpointPath, target: CheckpointPath, attributes: Attributes
+) -> None:
+    """Copies a checkpoint.
+
+    Args:
+        directory: where this trainer keeps its checkpoints.
+        source: what to copy.
+        target: the path of the copy, of the same kind.
+        attributes: of the copy.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be copied.
+    """
+    if not exists(directory, source):
+        raise _not_found(source)
+    file = _file(directory, source)
+    _write(_file(directory, target), lambda partial: shutil.copyfile(file, partial))
+    set_attributes(directory, target, attributes)
+
+
+def sweep(directory: Path) -> None:
+    """Removes the unfinished files of processes that ended while they wrote."""
+    for partial in directory.glob(f"*/*/*{_UNFINISHED}"):
+        writer = partial.name.removesuffix(_UNFINISHED).rpartition("~")[2]
+        if writer != _writer() and not _alive(writer):
+            partial.unlink(missing_ok=True)
+
+
+def _write(file: Path, write: Callable[[str], object]) -> None:
+    """Writes a file whole or not at all, by way of another beside it."""
+    partial = file.with_name(f"{uuid.uuid4().hex}~{_writer()}{_UNFINISHED}")
+    with _storage("write", file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(str(partial))
+            os.replace(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+_PROCESS = uuid.uuid4().hex[:8]
+
+
+def _writer() -> str:
+    """Names this process; in a container its number alone is that of the one before."""
+    return f"{os.getpid()}-{_PROCESS}"
+
+
+def _alive(writer: str) -> bool:
+    number = writer.partition("-")[0]
+    if not number.isdecimal() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def _storage(verb: str, what: object) -> Generator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise StorageError(
+            f"cannot {verb} {what}: {why}. The models are as they were; make room on that disk, or "
+            "start the trainer with another directory"
+        ) from error
+
+
 def _file(directory: Path, path: CheckpointPath) -> Path:
-    return directory / path.model_id / path.kind / f"{path.name}.safetensors"
+    return directory / quote(path.model_id, safe="") / path.kind / f"{path.name}.safetensors"
 
 
-def _open(directory: Path, path: CheckpointPath) -> Any:
-    file = _file(directory, path)
-    if not file.is_file():
-        raise NotFoundError(404, f"there is no checkpoint {path}")
-    return safe_open(file, framework="numpy")  # pyright: ignore[reportUnknownVariableType]
+def _attributes_file(directory: Path, path: CheckpointPath) -> Path:
+    return _file(directory, path).with_name(f"{path.name}.json")
+
+
+def _expired(attributes: Attributes) -> bool:
+    return attributes.expires_at is not None and attributes.expires_at <= time.time()
+
+
+def _not_found(path: CheckpointPath) -> NotFoundError:
+    return NotFoundError(404, f"there is no checkpoint {path}")
+
+
+@contextmanager
+def _opened(directory: Path, path: CheckpointPath) -> Generator[Any]:
+    if not exists(directory, path):
+        raise _not_found(path)
+    with (
+        _storage("read", path),
+        safe_open(_file(directory, path), framework="numpy") as file,  # pyright: ignore[reportUnknownVariableType]
+    ):
+        yield file
 
 
 def _named_leaves(tree: Any) -> dict[str, npt.NDArray[Any]]:

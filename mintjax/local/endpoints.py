@@ -15,6 +15,7 @@ from mintjax.local.engine import Engine, check_create
 from mintjax.local.model import BASE_MODELS
 from mintjax.local.sequencer import Sequencer
 from mintjax.local.sessions import Sessions
+from mintjax.local.slices import Slices
 from mintjax.local.tokenizer import TOKENIZER_ID
 from mintjax.protocol import messages
 from mintjax.types import (
@@ -28,7 +29,7 @@ from mintjax.types import (
 )
 
 Answer = msgspec.Struct | dict[str, Any]
-Run = Callable[[], Answer]
+Run = Callable[[], "Answer | Slices[Answer]"]
 """Runs in the trainer's thread, when the request's turn has come."""
 
 
@@ -67,10 +68,6 @@ class Endpoints:
     def client_config(self) -> Answer:
         """``client/config``: the flags, one of which asks that keys be exchanged for tokens."""
         return {"pjwt_auth_enabled": True, **msgspec.to_builtins(self._config)}
-
-    def auth_token(self) -> Answer:
-        """``auth/token``."""
-        return {"jwt": self._access.token()}
 
     def telemetry(self) -> Answer:
         """``telemetry``: thanked for, and forgotten."""
@@ -248,7 +245,7 @@ class Endpoints:
             request.sampling_params,
             request.num_samples,
         )
-        return lambda: self.engine.sample(
+        return lambda: self.engine.sample_in_slices(
             source,
             prompt,
             request.sampling_params,

@@ -17,6 +17,7 @@ from mintjax.errors import DataError, NonFiniteError, NotFoundError
 from mintjax.local import checkpoints, compute, loss_fns, model, optimizer, sampling
 from mintjax.local.checkpoints import CheckpointPath, Description
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
+from mintjax.local.slices import Slices, finish
 from mintjax.local.tokenizer import VOCAB_SIZE
 from mintjax.tensors import TensorData
 from mintjax.types import (
@@ -74,6 +75,7 @@ class Engine:
             self._temporary = tempfile.TemporaryDirectory(prefix="mintjax-")
             directory = self._temporary.name
         self.directory = Path(directory)
+        checkpoints.sweep(self.directory)
         self._sampler: tuple[str, ModelConfig, Weights] | None = None
 
     def __enter__(self) -> Engine:
@@ -334,14 +336,39 @@ class Engine:
         Raises:
             NotFoundError: there is no such checkpoint.
         """
+        return finish(
+            self.sample_in_slices(
+                source,
+                prompt,
+                params,
+                num_samples=num_samples,
+                prompt_logprobs=prompt_logprobs,
+            )
+        )
+
+    def sample_in_slices(
+        self,
+        source: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        num_samples: int = 1,
+        prompt_logprobs: bool = False,
+    ) -> Slices[SampleResponse]:
+        """Does what :meth:`sample` does, a token of some samples at a time.
+
+        The weights are those that the checkpoint has when this begins.
+        """
         config, weights = self._sampler_weights(source)
-        return sampling.sample(
-            config,
-            weights,
-            prompt,
-            params,
-            num_samples=num_samples,
-            prompt_logprobs=prompt_logprobs,
+        return (
+            yield from sampling.sample_in_slices(
+                config,
+                weights,
+                prompt,
+                params,
+                num_samples=num_samples,
+                prompt_logprobs=prompt_logprobs,
+            )
         )
 
     def _pass(

@@ -15,6 +15,7 @@ from mintjax.errors import DataError
 from mintjax.local import model
 from mintjax.local.compute import MAX_ROWS, length_bucket, row_bucket
 from mintjax.local.model import Cache, ModelConfig, Weights
+from mintjax.local.slices import Slices, finish
 from mintjax.local.tokenizer import END, VOCAB_SIZE, to_bytes
 from mintjax.types import SampledSequence, SampleResponse, SamplingParams
 
@@ -80,6 +81,28 @@ def sample(
     num_samples: int = 1,
     prompt_logprobs: bool = False,
 ) -> SampleResponse:
+    """Continues a prompt; :func:`sample_in_slices` in one go, with the same arguments."""
+    return finish(
+        sample_in_slices(
+            config,
+            weights,
+            prompt,
+            params,
+            num_samples=num_samples,
+            prompt_logprobs=prompt_logprobs,
+        )
+    )
+
+
+def sample_in_slices(
+    config: ModelConfig,
+    weights: Weights,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    num_samples: int = 1,
+    prompt_logprobs: bool = False,
+) -> Slices[SampleResponse]:
     """Continue a prompt, several times.
 
     With a seed, sample ``i`` is the same however many are asked for beside it.
@@ -102,7 +125,7 @@ def sample(
     sequences: list[SampledSequence] = []
     for begin in range(0, num_samples, MAX_ROWS):
         generators = [np.random.default_rng(seed) for seed in seeds[begin : begin + MAX_ROWS]]
-        sequences += _continue(
+        sequences += yield from _continue(
             config, weights, prompt_log_p[-1], cache, len(prompt), limit, params, generators
         )
     given = prompt_log_p[np.arange(len(prompt) - 1), list(prompt[1:])]
@@ -143,7 +166,7 @@ def _continue(
     limit: int,
     params: SamplingParams,
     generators: list[np.random.Generator],
-) -> list[SampledSequence]:
+) -> Slices[list[SampledSequence]]:
     rows = row_bucket(len(generators))
     cache = Cache(*(jnp.repeat(leaf, rows, axis=1) for leaf in prompt_cache))
     sequences = [SampledSequence(tokens=[], logprobs=[]) for _ in generators]
@@ -166,6 +189,7 @@ def _continue(
                 active.remove(row)
         if not active:
             break
+        yield
     return sequences
 
 

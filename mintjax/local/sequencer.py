@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
+import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Hashable
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-Work = Callable[[], bytes]
+from mintjax.local.slices import Slices
+
+Work: TypeAlias = Callable[[], bytes | Slices[bytes]]
+"""Makes the result of a request, at once or in slices."""
 
 MAX_RESULTS = 4096
 MAX_RESULT_BYTES = 512 * 1024 * 1024
+MAX_INTERLEAVED = 4
+"""How many requests are under way at once of those that are done in slices; each has a cache."""
 
 
 class ForgottenError(LookupError):
@@ -24,20 +32,42 @@ class UnknownRequestError(LookupError):
     """No request has that id."""
 
 
+class OtherContentError(ValueError):
+    """A number, or a key, came again with another content than before."""
+
+
+class MissingNumberError(RuntimeError):
+    """A request was given up, because the number before it did not arrive.
+
+    Args:
+        number: the one that is missing.
+    """
+
+    def __init__(self, number: int, seconds: float) -> None:
+        super().__init__(
+            f"it was not run: seq_id {number}, which comes before it, has not arrived within "
+            f"{seconds:g} s. Send that one, then this one again"
+        )
+        self.number = number
+
+
 @dataclass
 class _Line:
     """The numbered requests of one model."""
 
     next: int = 1
     waiting: dict[int, str] = field(default_factory=dict[int, str])
+    waiting_since: float = 0.0
     rejected: set[int] = field(default_factory=set[int])
 
 
 @dataclass
 class _Request:
-    work: Work | None  # None once it has run, for it holds the request's data
+    work: Work | None  # None once it has run, because it holds the request's data
     result: Future[bytes]
     key: Hashable | None
+    digest: bytes
+    interleaved: bool
 
 
 class Sequencer:
@@ -45,10 +75,12 @@ class Sequencer:
 
     A numbered request waits until every smaller number of its line has taken effect or was
     rejected; others take effect in the order of arrival. What was seen before, by line and number
-    or by key, is not run again: its first id is returned. Results are kept until they were asked
-    for, and then as long as there is room.
+    or by key, is not run again: its first id is returned if the content is the same, and it is
+    refused if not. Results are kept until they were asked for, and then as long as there is room.
 
-    Any thread may call any method. A work that raises fails its own request only.
+    Any thread may call any method. A work that raises fails its own request only. Work that is
+    interleaved lets other requests run between its slices; all other work is done in one go, but
+    ends between two slices when the sequencer is closed.
 
     Args:
         max_results: how many results to keep.
@@ -73,6 +105,7 @@ class Sequencer:
         self._result_bytes = 0
         self._prefix = uuid.uuid4().hex[:8]
         self._num_unnumbered = 0
+        self._cancelled: set[str] = set()
         self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._closed = False
         self._worker = threading.Thread(target=self._run, name="mintjax-trainer", daemon=True)
@@ -85,25 +118,35 @@ class Sequencer:
         line: str | None = None,
         number: int | None = None,
         key: Hashable | None = None,
+        content: bytes = b"",
+        interleaved: bool = False,
     ) -> str:
-        """Take in a request.
+        """Takes in a request.
 
         Args:
             work: makes the result; called once, in the worker thread, when its turn has come.
             line: whose order counts.
             number: the place in that line, from 1 on; None to go by arrival.
             key: the same for every attempt at one request.
+            content: the request as it was sent; the same for every attempt at one request.
+            interleaved: other requests may run between the slices of this one. Only for a request
+                without a number, whose effect nothing else waits for.
 
         Returns:
             The request's id; that of the first attempt if this is another one.
+
+        Raises:
+            OtherContentError: the number or the key was seen before, with another content.
         """
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         with self._lock:
             if key is not None and key in self._keys:
+                self._check_content(self._keys[key], digest, f"key {key!r}")
                 return self._keys[key]
             if line is None or number is None:
                 self._num_unnumbered += 1
                 request_id = f"{self._prefix}:{self._num_unnumbered}"
-                self._add(request_id, work, key)
+                self._add(request_id, work, key, digest, interleaved)
                 self._ready.put(request_id)
                 return request_id
             state = self._lines.setdefault(line, _Line())
@@ -111,18 +154,20 @@ class Sequencer:
             seen_before = number in state.waiting or (
                 number < state.next and number not in state.rejected
             )
-            if not seen_before:
-                self._add(request_id, work, key)
-                state.rejected.discard(number)
-                if number < state.next:  # rejected at first, and others did not wait for it
-                    self._ready.put(request_id)
-                else:
-                    state.waiting[number] = request_id
-                    self._advance(state)
+            if seen_before:
+                self._check_content(request_id, digest, f"number {number}")
+                return request_id
+            self._add(request_id, work, key, digest)
+            state.rejected.discard(number)
+            if number < state.next:  # rejected at first, and others did not wait for it
+                self._ready.put(request_id)
+            else:
+                state.waiting[number] = request_id
+                self._advance(state)
             return request_id
 
     def reject(self, line: str, number: int) -> None:
-        """Say that the request of this number was refused, so that none waits for it.
+        """Says that the request of this number was refused, so that none waits for it.
 
         It may still be submitted, with better content.
         """
@@ -133,7 +178,7 @@ class Sequencer:
                 self._advance(state)
 
     def result(self, request_id: str) -> Future[bytes]:
-        """The result of a request, perhaps still to come.
+        """Returns the result of a request, perhaps still to come.
 
         Raises:
             ForgottenError: it was retrieved long ago.
@@ -148,20 +193,63 @@ class Sequencer:
         raise UnknownRequestError(request_id)
 
     def retrieved(self, request_id: str) -> None:
-        """Say that a result was given out, so that it may be forgotten before the others."""
+        """Says that a result was given out, so that it may be forgotten before the others."""
         with self._lock:
             if request_id in self._unretrieved:
                 self._retrieved[request_id] = self._unretrieved.pop(request_id)
 
     def waits_for(self, request_id: str) -> int | None:
-        """The number that this request's line is waiting for, if that holds it up."""
+        """Returns the number that this request's line is waiting for, if that holds it up."""
         with self._lock:
             _, line, number = self._parts(request_id)
             state = self._lines.get(line)
             return state.next if state is not None and number in state.waiting else None
 
+    def give_up(self, request_id: str, seconds: float) -> None:
+        """Fails what waits in a request's line, if its next number has not come for so long.
+
+        The numbers that are given up may be submitted again, as those that were rejected.
+        """
+        with self._lock:
+            _, line, number = self._parts(request_id)
+            state = self._lines.get(line)
+            if state is None or number not in state.waiting:
+                return
+            if time.monotonic() - state.waiting_since < seconds:
+                return
+            given_up, missing = state.waiting, state.next
+            state.waiting = {}
+            for number, waiting in given_up.items():
+                request = self._requests[waiting]
+                request.work = None
+                self._keys.pop(request.key, None)
+                if not request.result.done():
+                    request.result.set_exception(MissingNumberError(missing, seconds))
+                state.rejected.add(number)
+                self._keep(waiting, 0)
+
+    def cancel(self, request_id: str) -> None:
+        """Cancels a request that is interleaved, before it begins or between two slices.
+
+        Any other is left as it is, because later requests count on its effect.
+
+        Raises:
+            UnknownRequestError: there never was such a request, or it is forgotten.
+        """
+        with self._lock:
+            if request_id not in self._requests:
+                raise UnknownRequestError(request_id)
+            request = self._requests[request_id]
+            if not request.interleaved or request.result.done():
+                return
+            if request.result.cancel():
+                request.work = None
+                self._keep(request_id, 0)
+            else:  # it is under way
+                self._cancelled.add(request_id)
+
     def drop(self, line: str) -> None:
-        """Forget a line; what still waits in it is cancelled."""
+        """Forgets a line; what still waits in it is cancelled."""
         with self._lock:
             state = self._lines.pop(line, _Line())
             for request_id in state.waiting.values():
@@ -169,7 +257,7 @@ class Sequencer:
                 self._keep(request_id, 0)
 
     def close(self) -> None:
-        """Finish the request under way, cancel the others, stop the worker."""
+        """Ends the request under way between two slices, cancels the others, stops the worker."""
         with self._lock:
             if self._closed:
                 return
@@ -180,8 +268,23 @@ class Sequencer:
             for request in self._requests.values():
                 self._cancel(request)
 
-    def _add(self, request_id: str, work: Work, key: Hashable | None) -> None:
-        self._requests[request_id] = _Request(work, Future(), key)
+    def _check_content(self, request_id: str, digest: bytes, named: str) -> None:
+        request = self._requests.get(request_id)  # None once it is forgotten
+        if request is not None and request.digest != digest:
+            raise OtherContentError(
+                f"{named} came before, with another content; that request took effect, this one "
+                "did not"
+            )
+
+    def _add(
+        self,
+        request_id: str,
+        work: Work,
+        key: Hashable | None,
+        digest: bytes,
+        interleaved: bool = False,
+    ) -> None:
+        self._requests[request_id] = _Request(work, Future(), key, digest, interleaved)
         if key is not None:
             self._keys[key] = request_id
         if self._closed:
@@ -208,6 +311,7 @@ class Sequencer:
         return state is not None and number < state.next and number not in state.rejected
 
     def _advance(self, line: _Line) -> None:
+        line.waiting_since = time.monotonic()
         while line.waiting:
             if line.next in line.waiting:
                 self._ready.put(line.waiting.pop(line.next))
@@ -216,24 +320,85 @@ class Sequencer:
             line.next += 1
 
     def _run(self) -> None:
-        while (request_id := self._ready.get()) is not None:
-            self._execute(request_id)
+        queued: deque[str] = deque()  # interleaved, not begun
+        under_way: deque[tuple[str, Slices[bytes]]] = deque()
+        while True:
+            request_id = self._next(wait=not (queued or under_way))
+            if request_id is None:
+                for begun, slices in under_way:
+                    self._advanced(begun, slices)  # which only ends it, now that all is closed
+                return
+            if request_id and self._requests[request_id].interleaved:
+                queued.append(request_id)
+            elif request_id:
+                self._execute(request_id)
+            while queued and len(under_way) < MAX_INTERLEAVED:
+                begun = queued.popleft()
+                if (slices := self._begin(begun)) is not None:
+                    under_way.append((begun, slices))
+            if under_way:
+                begun, slices = under_way.popleft()
+                if not self._advanced(begun, slices):
+                    under_way.append((begun, slices))
+
+    def _next(self, *, wait: bool) -> str | None:
+        """The next request; "" if there is none, None at the end."""
+        try:
+            return self._ready.get(block=wait)
+        except queue.Empty:
+            return ""
 
     def _execute(self, request_id: str) -> None:
+        slices = self._begin(request_id)
+        while slices is not None and not self._advanced(request_id, slices):
+            pass
+
+    def _begin(self, request_id: str) -> Slices[bytes] | None:
+        """Begins a request; None if it has ended thereby, else the slices that are to be done."""
         with self._lock:
             request = self._requests[request_id]
             work, request.work = request.work, None
             if self._closed or work is None or not request.result.set_running_or_notify_cancel():
-                return
-        size = 0
+                return None
         try:
             result = work()
-            size = len(result)
-            request.result.set_result(result)
         except BaseException as error:  # the worker must outlive whatever a request does
-            request.result.set_exception(error.with_traceback(None))  # frames hold the data
+            self._fail(request_id, error)
+            return None
+        if isinstance(result, Generator):
+            return result
+        self._succeed(request_id, result)
+        return None
+
+    def _advanced(self, request_id: str, slices: Slices[bytes]) -> bool:
+        """Does one slice; returns whether the request has ended."""
         with self._lock:
-            self._keep(request_id, size)
+            stopped = self._closed or request_id in self._cancelled
+        if stopped:
+            slices.close()
+            self._cancelled.discard(request_id)
+            self._fail(request_id, CancelledError())
+            return True
+        try:
+            next(slices)
+        except StopIteration as end:
+            self._succeed(request_id, end.value)
+        except BaseException as error:  # the worker must outlive whatever a request does
+            self._fail(request_id, error)
+        else:
+            return False
+        return True
+
+    def _succeed(self, request_id: str, result: bytes) -> None:
+        self._requests[request_id].result.set_result(result)
+        with self._lock:
+            self._keep(request_id, len(result))
+
+    def _fail(self, request_id: str, error: BaseException) -> None:
+        # Without the traceback, because its frames hold the data.
+        self._requests[request_id].result.set_exception(error.with_traceback(None))
+        with self._lock:
+            self._keep(request_id, 0)
 
     def _keep(self, request_id: str, size: int) -> None:
         self._unretrieved[request_id] = size

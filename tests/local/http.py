@@ -22,7 +22,7 @@ class Http:
         headers = {} if api_key is None else {"X-API-Key": api_key}
         self._runner = asyncio.Runner()
         self._client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://trainer", headers=headers
+            transport=httpx.ASGITransport(app), base_url="http://localhost", headers=headers
         )
 
     @property

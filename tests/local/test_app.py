@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 
 import numpy as np
 import pytest
@@ -86,6 +87,17 @@ class TestTraining:
         request = forward_backward(model_id, seq_id=1)
         first, again = (http.post("forward_backward", request) for _ in range(2))
         assert http.result(first) == http.result(again)
+        assert engine.model(model_id).num_datums == len(batch())
+
+    def test_nor_with_another_content(self, http, model_id, engine):
+        first = http.post("forward_backward", forward_backward(model_id, seq_id=1))
+        other = forward_backward(model_id, batch(seed=1), seq_id=1)
+        answer = http.post("forward_backward", other)
+        assert answer.status_code == 409
+        assert "came before, with another content" in answer.json()["detail"]
+        step = messages.OptimStepRequest(AdamParams(), model_id, 1)
+        assert http.post("optim_step", step).status_code == 409
+        http.result(first)
         assert engine.model(model_id).num_datums == len(batch())
 
     def test_nor_is_a_key(self, http, model_id, engine):
@@ -600,3 +612,20 @@ class TestAccess:
 
     def test_without_a_key_everybody_is_let_in(self, http):
         assert http.post("client/config", {}, X_API_Key="anything").status_code == 200
+
+    def test_a_token_cannot_be_renewed_with_itself(self, guarded, monkeypatch):
+        first = guarded.post("auth/token", {}).json()["jwt"]
+        now = time.time()
+        monkeypatch.setattr("time.time", lambda: now + 3600)
+        second = guarded.post("auth/token", {}, X_API_Key=first).json()["jwt"]
+        monkeypatch.setattr("time.time", lambda: now + 25 * 3600)
+        assert guarded.post("client/config", {}, X_API_Key=second).status_code == 401
+
+    def test_a_web_page_is_refused(self, http):
+        for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example:8000"}):
+            answer = http.send("POST", "client/config", headers=headers)
+            assert answer.status_code == 403
+            assert next(iter(headers)) in answer.json()["detail"]
+
+    def test_with_a_key_any_name_will_do(self, guarded):
+        assert guarded.post("client/config", {}, Host="gpu-box").status_code == 200

@@ -5,12 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mintjax.local.sequencer import ForgottenError, Sequencer, UnknownRequestError
+from mintjax.local.sequencer import (
+    MAX_INTERLEAVED,
+    ForgottenError,
+    MissingNumberError,
+    OtherContentError,
+    Sequencer,
+    UnknownRequestError,
+)
+from mintjax.local.slices import Slices
 
 TIMEOUT = 10.0
 
@@ -175,6 +184,175 @@ class TestRepeats:
             sequencer.result(first)
         sequencer.close()
         assert log.ran == [1, 2, 3, 4, 5]
+
+
+class TestOtherContent:
+    @pytest.mark.parametrize("where", [{"line": "m", "number": 1}, {"key": "k"}])
+    def test_is_refused_and_the_first_stands(self, sequencer, where):
+        log = Log()
+        first = sequencer.submit(log.work("first"), content=b"first", **where)
+        with pytest.raises(OtherContentError, match="came before, with another content"):
+            sequencer.submit(log.work("other"), content=b"other", **where)
+        assert sequencer.submit(log.work("again"), content=b"first", **where) == first
+        flush(sequencer)
+        with pytest.raises(OtherContentError):
+            sequencer.submit(log.work("late"), content=b"late", **where)
+        assert sequencer.result(first).result(TIMEOUT) == b"first"
+        assert log.ran == ["first"]
+
+    def test_a_number_that_was_refused_may_come_with_another(self, sequencer):
+        log = Log()
+        sequencer.reject("m", 1)
+        sequencer.submit(log.work(1), line="m", number=1, content=b"better")
+        flush(sequencer)
+        assert log.ran == [1]
+
+
+class TestAMissingNumber:
+    def test_is_not_waited_for_without_end(self, sequencer):
+        log = Log()
+        held = [sequencer.submit(log.work(n), line="m", number=n) for n in (3, 4)]
+        sequencer.give_up(held[0], 3600)
+        assert not sequencer.result(held[0]).done()
+        sequencer.give_up(held[0], 0)
+        for request_id in held:
+            with pytest.raises(MissingNumberError, match="seq_id 1, which comes before"):
+                sequencer.result(request_id).result(TIMEOUT)
+        again = {n: sequencer.submit(log.work(n), line="m", number=n) for n in (4, 2, 1, 3)}
+        results = {n: sequencer.result(again[n]).result(TIMEOUT) for n in again}
+        assert results == {n: str(n).encode() for n in (4, 2, 1, 3)}
+        assert log.ran.index(1) < log.ran.index(2)
+
+    def test_what_does_not_wait_is_left_alone(self, sequencer):
+        done = sequencer.submit(lambda: b"done", line="m", number=1)
+        sequencer.give_up(done, 0)
+        sequencer.give_up("nobody's", 0)
+        assert sequencer.result(done).result(TIMEOUT) == b"done"
+
+    def test_one_that_was_given_up_stays_so_until_it_is_sent_again(self, sequencer):
+        log = Log()
+        sequencer.submit(log.work(2), line="m", number=2, key="k")
+        sequencer.give_up(sequencer.submit(log.work(2), line="m", number=2), 0)
+        sequencer.submit(log.work(1), line="m", number=1)
+        flush(sequencer)
+        assert log.ran == [1]
+        sequencer.submit(log.work(2), line="m", number=2, key="k", content=b"other")
+        flush(sequencer)
+        assert log.ran == [1, 2]
+
+
+class Slow:
+    """A work of slices, each of which waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go_on, self.ended = (threading.Event() for _ in range(3))
+
+    def work(self) -> Slices[bytes]:
+        try:
+            while True:
+                self.begun.set()
+                assert self.may_go_on.wait(TIMEOUT)
+                yield
+        finally:
+            self.ended.set()
+
+
+class TestSlices:
+    def test_their_result_is_what_they_return(self, sequencer):
+        def work() -> Slices[bytes]:
+            yield
+            yield
+            return b"done"
+
+        for interleaved in (False, True):
+            request_id = sequencer.submit(work, interleaved=interleaved)
+            assert sequencer.result(request_id).result(TIMEOUT) == b"done"
+
+    def test_others_run_in_between(self, sequencer):
+        slow = Slow()
+        slow.may_go_on.set()
+        long = sequencer.submit(slow.work, interleaved=True)
+        for n in (1, 2):
+            other = sequencer.submit(lambda: b"other", line="m", number=n)
+            assert sequencer.result(other).result(TIMEOUT) == b"other"
+        assert not sequencer.result(long).done()
+
+    def test_but_not_where_others_count_on_the_effect(self, sequencer):
+        log = Log()
+
+        def work() -> Slices[bytes]:
+            for i in range(3):
+                log.ran.append(i)
+                yield
+            return b""
+
+        sequencer.submit(work, line="m", number=1)
+        sequencer.submit(log.work("next"), line="m", number=2)
+        flush(sequencer)
+        assert log.ran == [0, 1, 2, "next"]
+
+    def test_several_advance_in_turn_and_the_rest_begin_later(self, sequencer):
+        order: list[int] = []
+        may_begin = threading.Event()
+
+        def work(n: int) -> Slices[bytes]:
+            for _ in range(9):
+                order.append(n)
+                yield
+            return b""
+
+        held = sequencer.submit(lambda: b"" if may_begin.wait(TIMEOUT) else b"?")
+        numbers = range(MAX_INTERLEAVED + 1)
+        ids = [sequencer.submit(partial(work, n), interleaved=True) for n in numbers]
+        may_begin.set()
+        for request_id in (held, *ids):
+            sequencer.result(request_id).result(TIMEOUT)
+        assert [order.count(n) for n in numbers] == [9] * len(numbers)
+        assert order.index(1) < len(order) - 1 - order[::-1].index(0)  # 0 did not run to its end
+        assert set(order[: order.index(MAX_INTERLEAVED)]) == set(numbers[:-1])
+
+    def test_one_that_raises_fails_alone(self, sequencer):
+        def work() -> Slices[bytes]:
+            yield
+            raise ZeroDivisionError("mine")
+
+        bad = sequencer.submit(work, interleaved=True)
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            sequencer.result(bad).result(TIMEOUT)
+        flush(sequencer)
+
+    def test_one_can_be_cancelled(self, sequencer):
+        slow = Slow()
+        under_way = sequencer.submit(slow.work, interleaved=True)
+        assert slow.begun.wait(TIMEOUT)
+        queued = sequencer.submit(slow.work, interleaved=True)
+        sequencer.cancel(under_way)
+        sequencer.cancel(queued)
+        slow.may_go_on.set()
+        for request_id in (under_way, queued):
+            with pytest.raises(CancelledError):
+                sequencer.result(request_id).result(TIMEOUT)
+        assert slow.ended.wait(TIMEOUT)
+        flush(sequencer)
+
+    def test_what_others_count_on_is_not_cancelled(self, sequencer):
+        waiting = sequencer.submit(lambda: b"done", line="m", number=2)
+        sequencer.cancel(waiting)
+        sequencer.submit(lambda: b"", line="m", number=1)
+        assert sequencer.result(waiting).result(TIMEOUT) == b"done"
+        with pytest.raises(UnknownRequestError):
+            sequencer.cancel("nobody's")
+
+    @pytest.mark.parametrize("interleaved", [False, True])
+    def test_closing_does_not_wait_for_their_end(self, sequencer, interleaved):
+        slow = Slow()
+        slow.may_go_on.set()
+        endless = sequencer.result(sequencer.submit(slow.work, interleaved=interleaved))
+        assert slow.begun.wait(TIMEOUT)
+        sequencer.close()
+        assert slow.ended.is_set()
+        with pytest.raises(CancelledError):
+            endless.result(TIMEOUT)
 
 
 class TestFailures:
