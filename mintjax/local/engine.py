@@ -358,6 +358,13 @@ class Engine:
         """Does what :meth:`sample` does, a token of some samples at a time.
 
         The weights are those that the checkpoint has when this begins.
+
+        Args:
+            source: as :meth:`sample` has it, like those that follow.
+            prompt: token ids.
+            params: how to sample.
+            num_samples: how many continuations.
+            prompt_logprobs: also give the logprob of each token of the prompt.
         """
         config, weights = self._sampler_weights(source)
         return (
