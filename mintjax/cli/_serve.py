@@ -32,6 +32,9 @@ def serve(
     refuse_json: Annotated[
         bool, typer.Option("--refuse-json", help="Take passes as protocol buffers only, as TuFT.")
     ] = False,
+    open_to_all: Annotated[
+        bool, typer.Option("--open-to-all", help="Let other machines use it without a key.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Run the embedded trainer until Ctrl-C.
@@ -61,4 +64,5 @@ def serve(
             config=config,
             json_passes=not refuse_json,
             announce=announce,
+            open_to_all=open_to_all,
         )

@@ -12,6 +12,7 @@ import httpx
 import uvicorn
 
 from mintjax.client import ServiceClient
+from mintjax.local.access import check_exposure
 from mintjax.local.app import application
 from mintjax.local.engine import Engine
 from mintjax.protocol.messages import ClientConfigResponse
@@ -103,6 +104,7 @@ def serve(
     config: ClientConfigResponse | None = None,
     json_passes: bool = True,
     announce: Callable[[str], None] = print,
+    open_to_all: bool = False,
 ) -> None:
     """Run the embedded trainer on a socket until it is interrupted (Ctrl-C) or terminated.
 
@@ -115,10 +117,14 @@ def serve(
             (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
         json_passes: serve passes in JSON, too; if False they are refused.
         announce: called with the base URL once connections are taken.
+        open_to_all: let other machines use it although it asks for no key.
 
     Raises:
+        ConfigError: other machines can reach the address, no key is asked for, and that is not
+            meant.
         OSError: the address cannot be listened on.
     """
+    check_exposure(host, api_key, open_to_all)
     with (
         _listening(host, port) as listener,
         _engine(engine) as engine,

@@ -18,8 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mintjax import local
 from mintjax.client import ServiceClient
-from mintjax.errors import AuthenticationError
+from mintjax.errors import AuthenticationError, ConfigError
 from mintjax.local import app
+from mintjax.local.access import check_exposure
 from mintjax.types import AdamParams, ModelInput, SamplingParams
 
 from .data import batch
@@ -174,3 +175,13 @@ def test_serving_until_it_is_told_to_stop(sent):
         output, errors = process.communicate(timeout=20)
     assert (process.returncode, output, errors) == (0, "ended\n", "")
     assert not Path(directory).exists()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "gpu-box"])
+def test_a_network_is_let_in_with_a_key_or_if_that_is_meant(engine, host):
+    with pytest.raises(ConfigError, match="MINTJAX_SERVE_API_KEY"):
+        local.serve(host, 0, engine=engine)
+    for api_key, open_to_all in (("sk-mine", False), (None, True)):
+        check_exposure(host, api_key, open_to_all)
+    for loopback in ("127.0.0.1", "localhost", "::1"):
+        check_exposure(loopback, None, False)
