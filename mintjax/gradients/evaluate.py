@@ -130,13 +130,15 @@ def _evaluate(
     """Computes the result, and whether its gradients are known to be finite."""
     if isinstance(objective, torch_objective):
         return LogprobGradients(*objective.evaluate(batch, rows)), False
-    outcome = _in_columns_or_rows(
-        objective,
-        lambda program, identity: program.run(identity, batch, rows),
-        lambda: _row_by_row(objective, batch, rows),
-    )
-    loss = np.asarray(outcome.loss).item()
-    metrics = {name: float(np.asarray(value)) for name, value in outcome.metrics.items()}
+    # Data come from NumPy and results go there: the guard is for transfers nobody asked for.
+    with jax.transfer_guard("allow"):
+        outcome = _in_columns_or_rows(
+            objective,
+            lambda program, identity: program.run(identity, batch, rows),
+            lambda: _row_by_row(objective, batch, rows),
+        )
+        loss = np.asarray(outcome.loss).item()
+        metrics = {name: float(np.asarray(value)) for name, value in outcome.metrics.items()}
     return LogprobGradients(loss, {"loss": loss, **metrics}, outcome.grads), bool(outcome.finite)
 
 
@@ -164,11 +166,12 @@ def constant_logprob_grads(
         return None
     batch = as_batch(data)
     rows = [np.zeros(targets.shape, np.float32) for targets in batch.rows("target_tokens")]
-    depends = _in_columns_or_rows(
-        objective,
-        lambda program, identity: program.needs_logprobs(identity, batch, rows),
-        lambda: _row_by_row_needs_logprobs(objective, batch, rows),
-    )
+    with jax.transfer_guard("allow"):
+        depends = _in_columns_or_rows(
+            objective,
+            lambda program, identity: program.needs_logprobs(identity, batch, rows),
+            lambda: _row_by_row_needs_logprobs(objective, batch, rows),
+        )
     return None if depends else value_and_logprob_grads(objective, batch, rows).grads
 
 

@@ -599,3 +599,14 @@ def test_ids_that_32_bits_do_not_hold_are_refused():
         value_and_logprob_grads(
             lambda data, logprobs: (logprobs.total(where=data["id"] == 7), {}), data, logprobs
         )
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "ppo", "bradley_terry"])
+def test_a_transfer_guard_of_the_users_does_not_stop_a_gradient(name):
+    data, logprobs = make([3, 5])
+    objective = getattr(objectives, name)()
+    expected = value_and_logprob_grads(objective, data, logprobs)
+    with jax.transfer_guard("disallow"):
+        result = value_and_logprob_grads(objective, data, logprobs)
+        constant_logprob_grads(objective, data)
+    assert_grads(result.grads, expected.grads, rtol=0)
