@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -34,8 +33,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-_TYPE_CODE = operator.attrgetter("dtype.char")
 
 
 class LogprobGradients(NamedTuple):
@@ -201,9 +198,18 @@ def _logprob_rows(
     check_shapes("logprobs", rows, batch.lengths)
     if not rows[0].ndim:
         raise DataError("a row of logprobs needs an axis of tokens", datum=0, field="logprobs")
-    if set(map(_TYPE_CODE, rows)) == {"f"}:
+    dtypes = {row.dtype for row in rows}
+    if len(dtypes) == 1 and rows[0].dtype.kind == "f" and rows[0].dtype.isnative:
         return rows
-    return [row if row.dtype.kind == "f" else row.astype(np.float32) for row in rows]
+    for i, row in enumerate(rows):
+        if row.dtype.kind not in "fiub" and row.dtype.name != "bfloat16":
+            raise DataError(
+                f"logprobs must be numbers, not {row.dtype.name}; is one of them None?",
+                datum=i,
+                field="logprobs",
+            )
+    wide = any(dtype.kind == "f" and dtype.itemsize > 4 for dtype in dtypes)
+    return [row.astype(np.float64 if wide else np.float32) for row in rows]
 
 
 def _row_by_row(objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]) -> Outcome:

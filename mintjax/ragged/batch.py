@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
+import jax
 import numpy as np
 
 from mintjax.errors import DataError
@@ -16,6 +17,7 @@ from mintjax.types import Datum, EncodedTextChunk, ModelInput
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
 
+_DTYPE = operator.attrgetter("dtype")
 _NDIM = operator.attrgetter("ndim")
 
 
@@ -167,13 +169,26 @@ class Batch(Sequence[Datum]):
         return Ragged(None, self.layout, tuple(row.view(np.ndarray) for row in rows))
 
     def rows(self, name: str) -> list[Any]:
-        """One column's arrays, one per datum, sharing the datums' memory.
+        """One column's arrays, one per datum, of one dtype, as JAX holds it.
+
+        A column that is an integer in one datum and a float in another is float32 in all.
+        What needs no conversion shares the datums' memory.
 
         Raises:
             DataError: no such column, a datum lacks it, its first axis is not as long as that
                 datum's model input, or its trailing axis differs from datum 0's.
+            DataError: an integer does not fit the 32 bits that JAX has without ``jax_enable_x64``.
             RowAccessError: the batch has columns only.
         """
+        rows = self.given_rows(name)
+        if len(set(map(_DTYPE, rows))) > 1:
+            rows = [np.asarray(row, np.float32) for row in rows]
+        if rows[0].dtype == np.int64 and not jax.config.read("jax_enable_x64"):
+            _check_fits_32_bits(name, rows)
+        return rows
+
+    def given_rows(self, name: str) -> list[Any]:
+        """One column's arrays, one per datum, as they are; errors as :meth:`rows`."""
         if self._datums is None:
             raise RowAccessError
         try:
@@ -186,6 +201,18 @@ class Batch(Sequence[Datum]):
             ) from None
         check_shapes(name, rows, self.lengths)
         return rows
+
+
+def _check_fits_32_bits(name: str, rows: Sequence[Any]) -> None:
+    flat = np.concatenate([row.ravel() for row in rows])
+    if flat.size and (flat.min() < -(2**31) or flat.max() >= 2**31):
+        i = next(i for i, row in enumerate(rows) if ((row < -(2**31)) | (row >= 2**31)).any())
+        raise DataError(
+            "it holds an integer beyond 32 bits, which JAX would wrap; number the ids anew from 0, "
+            'or call jax.config.update("jax_enable_x64", True)',
+            datum=i,
+            field=name,
+        )
 
 
 def _copy(datum: Datum) -> Datum:
@@ -255,9 +282,9 @@ def _check_vocabulary(i: int, datum: Datum, vocab_size: int) -> None:
 def _check_column(name: str, batch: Batch, *, optional: bool, vocab_size: int | None) -> None:
     present = [i for i, datum in enumerate(batch) if name in datum.loss_fn_inputs]
     if optional and len(present) < len(batch):
-        rows = Batch([batch[i] for i in present]).rows(name)
+        rows = Batch([batch[i] for i in present]).given_rows(name)
     else:
-        rows, present = batch.rows(name), range(len(batch))
+        rows, present = batch.given_rows(name), range(len(batch))
     for i, row in zip(present, rows, strict=True):
         if row.ndim == 0:
             raise DataError(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import MintjaxError
+from mintjax.losses._arrays import product
 from mintjax.ragged import tiling
 from mintjax.ragged.operators import Operators
 from mintjax.ragged.tiling import Layout
@@ -384,6 +385,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     def count(self, where: Ragged | None = None) -> Array:
         """How many numbers each row has, int32 ``[B]``; with ``where``, how many it marks."""
+        where = self._checked(where)
         if where is None:
             return jnp.asarray(self._layout.lengths) * int(np.prod(self.trailing_shape, dtype=int))
         ones = jnp.ones_like(self.tiles, jnp.int32)
@@ -418,8 +420,12 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return jnp.log(centred.map(jnp.exp).sum()) + shift
 
     def dot(self, other: Ragged, where: Ragged | None = None) -> Array:
-        """``sum(row * other's row)`` of each row, ``[B]``."""
-        return (self * other).sum(where)
+        """Sums ``row * other's row`` over each row, ``[B]``.
+
+        Where ``other`` is 0 it hides what it meets: an infinite logprob behind a weight of 0 adds 0
+        to the value, and has gradient 0.
+        """
+        return self._binary(other, _weigh).sum(where)
 
     def first(self) -> Array:
         """Takes what stands at the first token of each row, ``[B, ...]``.
@@ -464,8 +470,20 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """How many numbers there are in all rows, or how many ``where`` marks: an int32 scalar."""
         return jnp.sum(self.count(where))
 
+    def _checked(self, where: Any) -> Ragged | None:
+        """A mask; None where torch's ``.sum(-1)`` means what a reduction of rows does anyway."""
+        if where is None or isinstance(where, Ragged):
+            return where
+        if isinstance(where, int) and where == -1 and not self.trailing_shape:
+            return None
+        raise TypeError(
+            f"a reduction of a Ragged takes each row as a whole, and as its argument a Ragged that "
+            f"marks what counts, not {type(where).__name__}: x.sum(), x.sum(where=mask), or "
+            "x.map(lambda t: t.sum(-1)) over the candidates of each token"
+        )
+
     def _masked(self, where: Ragged | None, fill: Any) -> Array:
-        tiles = self.tiles
+        where, tiles = self._checked(where), self.tiles
         keep = tiling.widen(tiling.mask(self._layout), tiles)
         if where is not None:
             keep = keep & tiling.widen(jnp.asarray(self._align(where)).astype(bool), tiles)
@@ -491,6 +509,11 @@ def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
     size = layout.tile_row.shape[0] * tiling.TILE
     flat = jnp.concatenate(tiling.pieces(rows, [row.shape[0] for row in rows], size, repeated))
     return flat.reshape(-1, tiling.TILE, *rows[0].shape[1:])
+
+
+def _weigh(values: Array, weights: Array) -> Array:
+    dtype = jnp.promote_types(values.dtype, jnp.result_type(weights))
+    return product(jnp.asarray(weights).astype(dtype), jnp.asarray(values).astype(dtype))
 
 
 def _wide(values: Array) -> Array:

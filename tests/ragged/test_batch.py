@@ -1,6 +1,8 @@
+import jax
 import numpy as np
 import pytest
 
+import mintjax
 from mintjax import Batch, Datum, ModelInput, Ragged
 from mintjax.errors import DataError
 from mintjax.ragged import RowAccessError
@@ -120,3 +122,34 @@ def test_a_snapshot_keeps_what_the_caller_overwrites():
     with pytest.raises(ValueError, match="read-only"):
         kept[0].loss_fn_inputs["weights"][0] = 1
     assert kept.snapshot() is kept
+
+
+def test_a_column_of_mixed_kinds_is_float_in_all_datums():
+    def summed(data, logprobs):
+        return (logprobs * 0 + data["reward"]).total(), {}
+
+    data = [datum(2, reward=1), datum(3, reward=0.5)]
+    assert Batch(data)["reward"].tolist() == [1, 0.5]
+    rows = [np.zeros(2, np.float32), np.zeros(3, np.float32)]
+    assert mintjax.value_and_logprob_grads(summed, data, rows).loss == 3.5
+    tokens = [datum(2, x=[1, 2]), datum(2, x=[0.5, 0.25])]
+    assert Batch(tokens)["x"].sum().tolist() == [3, 0.75]
+
+
+def test_ids_beyond_32_bits_are_refused_or_exact():
+    data = [datum(1, group=7), datum(1, group=7 + 2**32)]
+    with pytest.raises(DataError, match="datum 1, field 'group': it holds an integer beyond 32"):
+        Batch(data)["group"]
+    with jax.enable_x64(True):
+        assert Batch(data)["group"].tolist() == [7, 7 + 2**32]
+
+
+def test_logprobs_that_are_none_are_refused_and_dtypes_may_mix():
+    def total(data, logprobs):
+        return logprobs.total(), {}
+
+    data = [datum(2), datum(1)]
+    with pytest.raises(DataError, match="is one of them None"):
+        mintjax.value_and_logprob_grads(total, data, [[None, -1.0], [-2.0]])
+    rows = [np.array([-1, -0.5], np.float16), np.array([-2.25], ">f4")]
+    assert mintjax.value_and_logprob_grads(total, data, rows).loss == -3.75

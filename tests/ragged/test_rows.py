@@ -378,3 +378,21 @@ def test_sums_of_16_bits_are_taken_in_32(dtype):
     assert x.mean().tolist() == [-30, 1]
     assert x.cumsum().last().tolist() == [-90000, 1]
     assert ragged([1] * 300, dtype=np.uint8).sum().tolist() == [300]
+
+
+def test_a_weight_of_0_hides_an_infinite_logprob_from_value_and_gradient():
+    x, weights = ragged([-np.inf, -2], [np.nan, -3]), ragged([0, 2], [0, 1], dtype=np.int32)
+    assert x.dot(weights).tolist() == [-4, -3]
+    grads = jax.grad(lambda t: Ragged(t, x.layout).dot(weights).sum())(x.tiles)
+    assert [row.tolist() for row in Ragged(grads, x.layout)] == [[0, 2], [0, 1]]
+
+
+def test_the_last_axis_is_the_row_and_other_axes_are_refused():
+    x = ragged([1, 2], [3])
+    assert x.sum(-1).tolist() == [3, 3]
+    assert x.mean(-1).tolist() == [1.5, 3]
+    for wrong in (0, 1, [1.0], np.ones(2)):
+        with pytest.raises(TypeError, match=r"x\.sum\(where=mask\)"):
+            x.sum(wrong)
+    with pytest.raises(TypeError, match="over the candidates of each token"):
+        Ragged.from_rows(rows_of([2], trailing=(3,))).sum(-1)
