@@ -135,11 +135,17 @@ class PolicyObjective(TokenObjective):
                 target, sampling, advantages, **ratio_bounds, clipped=clipped, where=where
             )
 
-        sums = {
-            name: tokenwise(_item(terms, name), logprobs, inputs, where).total(where)
+        parts = {
+            name: tokenwise(_item(terms, name), logprobs, inputs, where)
             for name in losses.POLICY_TERMS
         }
-        return losses.policy_summary(sums) | {"tokens": sums["tokens"]}
+        sums = {name: part.total(where) for name, part in parts.items()}
+        # Around their own mean, because a difference of two sums of squares has fewer digits.
+        tokens = jnp.maximum(sums["tokens"], 1)
+        off_mean = parts["excess"] - sums["excess"] / tokens
+        variance = (off_mean * off_mean).total(where) / tokens
+        spread = {"ratio_std": jnp.sqrt(variance), "tokens": sums["tokens"]}
+        return losses.policy_summary(sums) | spread
 
 
 def _item(terms: Any, name: str) -> Any:
