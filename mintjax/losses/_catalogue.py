@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -169,10 +170,9 @@ def catalogue() -> tuple[Entry, ...]:
     Reference:
         The docstrings of this module.
     """
-    from mintjax import losses
-
+    losses = vars(sys.modules["mintjax.losses"])  # complete by the time that this is called
     return tuple(
-        _entry(name, family, getattr(losses, name))
+        _entry(name, family, losses[name])
         for family, names in FAMILIES.items()
         for name in names
     )

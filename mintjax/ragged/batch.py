@@ -188,7 +188,12 @@ class Batch(Sequence[Datum]):
         return rows
 
     def given_rows(self, name: str) -> list[Any]:
-        """One column's arrays, one per datum, as they are; errors as :meth:`rows`."""
+        """Returns one column's arrays as they are given, each in its own dtype.
+
+        Raises:
+            DataError: no such column, a datum lacks it, or a shape does not fit.
+            RowAccessError: the batch has columns only.
+        """
         if self._datums is None:
             raise RowAccessError
         try:
