@@ -141,7 +141,7 @@ class Connection:
     def takes_protobuf(self, request: Request, refusal: APIError) -> bool:
         """Whether a pass was refused for its encoding; from then on they are protocol buffers."""
         is_pass = request.path in ("forward", "forward_backward")
-        if not is_pass or request.headers or getattr(refusal, "status_code", 0) != 415:
+        if not is_pass or request.headers or not _refuses_json(request.path, refusal):
             return False
         logger.info("passes are sent as protocol buffers from now on: %s", refusal)
         self.limits = msgspec.structs.replace(self.limits, proto_write_fwdbwd=True)
@@ -176,6 +176,18 @@ class Connection:
         except (APIResponseError, APIStatusError) as error:
             logger.info("no use of client/config: %s", error)
         return messages.ClientConfigResponse()  # small trainers have no such endpoint
+
+
+def _refuses_json(path: str, refusal: APIError) -> bool:
+    """Whether a trainer says that it reads no JSON, or has no endpoint for a forward pass.
+
+    A trainer whose passes are protocol buffers only has no ``forward``. The words are compared
+    because a model that is not there is a 404, too; these are the words of Starlette and FastAPI.
+    """
+    if not isinstance(refusal, APIStatusError):
+        return False
+    no_endpoint = refusal.status_code == 404 and refusal.message == "Not Found"
+    return refusal.status_code == 415 or (path == "forward" and no_endpoint)
 
 
 async def _heartbeat(transport: Transport, session_id: str) -> None:

@@ -67,7 +67,7 @@ def application(
         config: what ``client/config`` asks of clients: protocol buffers, compression, sizes of
             chunks. The default asks for JSON; what is served does not depend on it.
         json_passes: serve passes in JSON, too. If False they are refused (415), and have to come
-            as protocol buffers.
+            as protocol buffers; ``forward`` is not found (404), as on SkyRL 0.4 and TuFT 0.2.
 
     Raises:
         ConfigError: it would ask for what takes the extra ``protobuf`` to read.
@@ -123,7 +123,9 @@ class _Http:
             ),
             self._queued("create_model", messages.CreateModelRequest, do.create_model),
             self._queued("unload_model", messages.ModelRequest, do.unload_model),
-            self._queued("forward", messages.ForwardRequest, do.forward, is_pass=True),
+            self._queued("forward", messages.ForwardRequest, do.forward)
+            if self._json_passes
+            else self._route("forward", "POST", _not_found),
             self._queued(
                 "forward_backward",
                 messages.ForwardBackwardRequest,
@@ -350,6 +352,10 @@ def _refusal(status: int, detail: str) -> Response:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+async def _not_found(request: Request) -> Response:
+    return _refusal(404, "Not Found")
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

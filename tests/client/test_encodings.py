@@ -12,7 +12,14 @@ import pytest
 pytest.importorskip("safetensors")
 
 from mintjax.client import ServiceClient
-from mintjax.errors import APIResponseError, BadRequestError, ConfigError, DataError
+from mintjax.client.transport import Request
+from mintjax.errors import (
+    APIResponseError,
+    APIStatusError,
+    BadRequestError,
+    ConfigError,
+    DataError,
+)
 from mintjax.local import Engine
 from mintjax.local.app import application
 from mintjax.objectives import bradley_terry
@@ -121,6 +128,40 @@ def test_a_bad_connection_changes_not_one_bit(engine):
                 met += len(bad.met)
     assert met > 10
     assert all(same(one, states[0]) for one in states)
+
+
+def test_a_forward_pass_may_come_first_where_there_is_no_endpoint_for_it(engine, caplog):
+    caplog.set_level("INFO", "mintjax.client")
+    logprobs = []
+    for options in (TRAINERS["json"], TRAINERS["insists"]):
+        with application(engine, **options) as app:
+            transport = httpx.ASGITransport(app)
+            with ServiceClient(ADDRESS, KEY, transport=transport) as service:
+                client = service.create_lora_training_client(MODEL, rank=4, seed=1)
+                logprobs.append(client.forward(batch()).result(60).logprobs)
+                client.forward(batch()).result(60)
+    for one, other in zip(*logprobs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    told = [record for record in caplog.records if "protocol buffers" in record.getMessage()]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words", "refused"),
+    [
+        ("forward", 404, "Not Found", True),
+        ("forward", 404, "model_id: there is no model 'm'", False),
+        ("forward_backward", 404, "Not Found", False),
+        ("forward_backward", 415, "content-type", True),
+        ("forward", 500, "Not Found", False),
+    ],
+)
+def test_only_a_refusal_of_json_changes_the_encoding(path, status, words, refused):
+    with ServiceClient(ADDRESS, KEY) as service:
+        request = Request(path, b"{}", "m", mutates=False)
+        refusal = APIStatusError(status, words)
+        assert service._connection.takes_protobuf(request, refusal) is refused
+        assert service._connection.limits.proto_write_fwdbwd is refused
 
 
 def test_which_encoding_is_used_is_told(engine):
