@@ -30,8 +30,6 @@ from mintjax.losses._conventions import (
     Convention,
     Difference,
     Formula,
-    conventions,
-    describe,
 )
 from mintjax.losses._diagnostics import (
     POLICY_TERMS,
@@ -62,6 +60,7 @@ from mintjax.losses._distillation import (
     entropy_bounds,
     generalised_jsd,
 )
+from mintjax.losses._pages import conventions, describe
 from mintjax.losses._penalties import (
     kl_abs,
     kl_k1,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mintjax.losses._conventions import CONVENTIONS
+
 FAMILIES: dict[str, tuple[str, ...]] = {
     "served by name": ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"),
     "policy, per token": (
@@ -172,15 +174,11 @@ def catalogue() -> tuple[Entry, ...]:
     """
     losses = vars(sys.modules["mintjax.losses"])  # complete by the time that this is called
     return tuple(
-        _entry(name, family, losses[name])
-        for family, names in FAMILIES.items()
-        for name in names
+        _entry(name, family, losses[name]) for family, names in FAMILIES.items() for name in names
     )
 
 
 def _entry(name: str, family: str, function: Callable[..., Any]) -> Entry:
-    from mintjax.losses._conventions import CONVENTIONS
-
     text = inspect.getdoc(function) or ""
     body, *sections = re.split(r"^(?:Args|Returns|Raises|Example|Reference):\n", text, flags=re.M)
     source = sections[-1] if "\nReference:\n" in text else ""
