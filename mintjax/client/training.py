@@ -420,7 +420,8 @@ async def make_model(
 ) -> TrainingClient:
     """Have the trainer make a model, within the client's loop."""
     session, number = await connection.session(), next(connection.model_numbers)
-    request = messages.CreateModelRequest(session, number, base_model, config, user_metadata)
+    metadata = msgspec.UNSET if user_metadata is None else user_metadata  # some refuse a null
+    request = messages.CreateModelRequest(session, number, base_model, config, metadata)
     made = await connection.run("create_model", request, messages.CreateModelResponse)
     return TrainingClient(connection, made.model_id)
 

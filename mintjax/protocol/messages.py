@@ -98,7 +98,7 @@ class CreateModelRequest(msgspec.Struct):
     model_seq_id: int
     base_model: str
     lora_config: LoraConfig | None = None
-    user_metadata: dict[str, str] | None = None
+    user_metadata: dict[str, str] | msgspec.UnsetType | None = msgspec.UNSET
     type: Literal["create_model"] = "create_model"
 
 

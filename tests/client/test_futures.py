@@ -368,6 +368,14 @@ def test_a_training_client_from_a_checkpoint(service, trainer, optimizer):
     assert (load["model_id"], load["optimizer"]) == (client.model_id, optimizer)
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"run": "a"}])
+def test_metadata_that_are_not_given_are_left_out(service, trainer, metadata):
+    service.create_lora_training_client("tiny", user_metadata=metadata)
+    (body,) = trainer.bodies("create_model")
+    given = {"user_metadata": body["user_metadata"]} if "user_metadata" in body else {}
+    assert given == ({} if metadata is None else {"user_metadata": metadata})
+
+
 def test_a_trainer_without_weights_info(service, trainer):
     trainer.refuse = lambda path, body: Answer(404) if path == "weights_info" else None
     service.create_training_client_from_state("tinker://model-7/weights/a")
