@@ -1,4 +1,4 @@
-"""The numbers of README as Markdown, from what was measured."""
+"""Writes the measured numbers of README as Markdown tables."""
 
 from __future__ import annotations
 
@@ -8,58 +8,76 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 
+NAMES = {
+    "mintjax": "mintjax",
+    "sdk": "torch, as the official SDK uses it",
+    "torch": "torch, from NumPy",
+    "numpy": "NumPy, by hand",
+}
+
+
 def gradient_cost(rows: Rows) -> str:
-    """mintjax's milliseconds, then how many times as long the others take."""
+    """Writes one row per batch and implementation, with a column per loss."""
     found = {(r["loss"], r["datums"], r["case"], r["implementation"]): r["median_ms"] for r in rows}
-    batches = list(
-        dict.fromkeys((r["datums"], r["case"]) for r in rows if r["implementation"] == "sdk")
+    timed = [r for r in rows if r["implementation"] == "sdk"]
+    batches = sorted(
+        {(r["datums"], r["case"]) for r in timed}, key=lambda b: (b[1] != "uniform", b[0])
     )
-    losses = list(dict.fromkeys(r["loss"] for r in rows if r["implementation"] == "sdk"))
+    losses = list(dict.fromkeys(r["loss"] for r in timed))
 
-    def cell(loss: str, datums: int, case: str) -> str:
-        ours = found[loss, datums, case, "mintjax"]
-        others = [found[loss, datums, case, name] / ours for name in ("sdk", "torch", "numpy")]
-        return f"{ours:.2f} ms: " + " / ".join(f"{ratio:.1f}" for ratio in others)
-
-    def name(datums: int, case: str) -> str:
-        return f"{datums}" if case == "uniform" else f"{datums}, one of 32,768 tokens"
+    def cell(loss: str, datums: int, case: str, name: str) -> str:
+        median, ours = (found[loss, datums, case, one] for one in (name, "mintjax"))
+        return (
+            f"{median:.2f} ms" if name == "mintjax" else f"{median:.2f} ms ({median / ours:.1f}x)"
+        )
 
     lines = [
-        [name(datums, case), *(cell(loss, datums, case) for loss in losses)]
-        for datums, case in sorted(batches, key=lambda batch: (batch[1] != "uniform", batch[0]))
+        [
+            f"{datums}" if case == "uniform" else f"{datums}, one of 32,768 tokens",
+            words,
+            *(cell(loss, datums, case, name) for loss in losses),
+        ]
+        for datums, case in batches
+        for name, words in NAMES.items()
     ]
     compiled = [r for r in rows if "200 steps" in r["case"]]
     counts = "".join(
         f"\n\n{row['case'].capitalize()}: {row['compilations']} compilations." for row in compiled
     )
-    return table(["datums", *losses], lines) + counts
+    return table(["datums", "implementation", *losses], lines) + counts
 
 
 def transport(rows: Rows) -> str:
-    """Milliseconds and size of what each implementation does."""
+    """Writes one row per operation and implementation."""
     found = {(row["operation"], row["implementation"]): row["median_ms"] for row in rows}
-    lines = []
-    for row in rows:
-        operation, name = row["operation"], row["implementation"]
-        ratios = [
-            f"{median / row['median_ms']:.1f} times as fast as {other}"
-            for (of, other), median in found.items()
-            if of == operation and other.startswith("sdk") and name.startswith("mintjax")
+    others = sorted({name for _, name in found if name.startswith("sdk")})
+    lines = [
+        [
+            row["operation"].replace("_", " "),
+            row["implementation"],
+            f"{row['median_ms']:.1f} ms",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            *(
+                _compared(row["median_ms"], found[row["operation"], other])
+                if row["implementation"].startswith("mintjax")
+                else ""
+                for other in others
+            ),
         ]
-        lines.append(
-            [
-                operation.replace("_", " "),
-                name,
-                f"{row['median_ms']:.1f} ms",
-                f"{row['bytes'] / 1e6:.1f} MB",
-                ", ".join(ratios),
-            ]
-        )
-    return table(["", "by", "median", "body", ""], lines)
+        for row in rows
+    ]
+    heads = [f"beside {other}" for other in others]
+    return table(["operation", "implementation", "median", "body", *heads], lines)
+
+
+def _compared(ours: float, theirs: float) -> str:
+    faster = theirs >= ours
+    ratio = theirs / ours if faster else ours / theirs
+    return f"{ratio:.1f} times {'faster' if faster else 'slower'}"
 
 
 def custom_step(rows: Rows) -> str:
-    """Where the time of a step goes."""
+    """Writes where the time of a step goes."""
     parts = ("forward", "client", "backward", "optimizer", "step")
     lines = [
         [
@@ -75,7 +93,7 @@ def custom_step(rows: Rows) -> str:
 
 
 def demo(rows: Rows) -> str:
-    """Before and after."""
+    """Writes the numbers before and after training."""
     end = rows[-1]
     lines = [
         [
@@ -93,7 +111,7 @@ def demo(rows: Rows) -> str:
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:
-    """Markdown."""
+    """Writes a table in Markdown."""
     ruled = [heads, ["---"] * len(heads), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
 
