@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mintjax import errors, gradients
 from mintjax.client import APIFuture, RetryPolicy, SamplingClient, ServiceClient, TrainingClient
+from mintjax.client.connection import installed_version
 from mintjax.gradients import LogprobGradients, value_and_logprob_grads
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
@@ -25,6 +26,7 @@ from mintjax.types import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from mintjax import losses, objectives
 
 __all__ = [
@@ -62,6 +64,8 @@ _ON_FIRST_USE = ("bench", "local", "losses", "objectives", "testing")
 
 def __getattr__(name: str) -> Any:
     """Import a module on its first use, because these are large or need an extra."""
+    if name == "__version__":
+        return installed_version()
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"mintjax.{name}")
     raise AttributeError(f"module 'mintjax' has no attribute {name!r}")

@@ -44,3 +44,15 @@ def test_modules_can_be_reached_after_a_bare_import(name):
     used = f"import mintjax; assert {name!r} in dir(mintjax); print(mintjax.{name}.__name__)"
     done = subprocess.run([sys.executable, "-c", used], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"mintjax.{name}"
+
+
+def test_the_version_is_that_of_the_package():
+    import importlib.metadata
+
+    import mintjax
+
+    try:
+        expected = importlib.metadata.version("mintjax")
+    except importlib.metadata.PackageNotFoundError:
+        expected = "0.0.0"
+    assert mintjax.__version__ == expected

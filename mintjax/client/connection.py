@@ -49,7 +49,7 @@ class Connection:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._version = _version()
+        self._version = installed_version()
         self.transport = Transport(settings, self._version)
         self.limits = messages.ClientConfigResponse()
         self.facts = TrainerFacts()
@@ -209,7 +209,8 @@ async def _heartbeat(transport: Transport, session_id: str) -> None:
             )
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """Reads the version of mintjax that is installed; 0.0.0 where it runs from its sources."""
     try:
         return importlib.metadata.version("mintjax")
     except importlib.metadata.PackageNotFoundError:
