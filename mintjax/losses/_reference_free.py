@@ -209,8 +209,8 @@ def plackett_luce(scores: ArrayLike, *, where: ArrayLike | None = None) -> jax.A
 
     Example:
         >>> from mintjax import losses
-        >>> losses.plackett_luce([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-        Array([0.721, 3.721], dtype=float32)
+        >>> losses.plackett_luce([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]).tolist()
+        [0.721, 3.721]
 
     Reference:
         Plackett 1975, "The Analysis of Permutations"; for language models Rafailov et al. 2023,

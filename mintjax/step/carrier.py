@@ -71,7 +71,7 @@ def carrier(
     factors = _factors(reduction, targets, datums_in_step)
     result: list[Datum] = []
     for i, (datum, grad) in enumerate(zip(data, grads, strict=True)):
-        carried = TensorData.from_numpy(grad * np.float32(-factors[i]))
+        carried = TensorData.from_numpy(np.asarray(grad, np.float32) * np.float32(-factors[i]))
         inputs = {"target_tokens": targets[i]}
         if reduction.loss_fn == "cross_entropy":
             inputs["weights"] = carried

@@ -71,7 +71,12 @@ step = client.forward_backward_custom(DATA, objective)
 assert entered.wait(30)
 print("end")
 """)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert (done.returncode, done.stdout) == (0, "end\n")
+    # Python reports the order to end where it reaches the thread within JAX's callback of the
+    # garbage collector, which cannot raise.
+    assert not done.stderr or done.stderr.startswith(
+        "Exception ignored in: <function _xla_gc_callback"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
