@@ -29,7 +29,8 @@ class TensorData(np.ndarray):
     """A NumPy array that knows its wire form, ``{"data", "dtype", "shape"}``.
 
     It *is* an array: ``jnp.dot(logprobs, datum.loss_fn_inputs["weights"])`` needs no conversion.
-    Floating types become float32 and integers (and booleans) int64, the two types of the protocol.
+    Floating types become float32 and integers int64, the two types of the protocol. Booleans stay
+    what they are here, so that ``~`` negates them, and travel as int64.
 
     Args:
         data: numbers, flat or already in shape; a NumPy or JAX array, or nested lists.
@@ -103,7 +104,7 @@ def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
         kind = array.dtype.kind
         if kind == "f" or array.dtype.name == "bfloat16":
             dtype = "float32"
-        elif kind in "iub":
+        elif kind in "iu":
             dtype = "int64"
         else:
             raise DataError(f"a column must hold numbers, not {array.dtype.name}")
@@ -152,6 +153,11 @@ def _dense(
     dense = np.zeros((rows, width), values.dtype)
     dense.ravel()[places] = values
     return dense
+
+
+def as_travels(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Gives a column the dtype it has in the protocol, which knows no booleans."""
+    return values.astype(np.int64) if values.dtype == np.bool_ else values.view(np.ndarray)
 
 
 def first_not_finite(values: npt.NDArray[Any]) -> int | None:
@@ -207,7 +213,7 @@ def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
 
 
 _WIRE_DTYPES = ("float32", "int64")
-_AS_THEY_ARE = {np.dtype(name): name for name in _WIRE_DTYPES}
+_AS_THEY_ARE = {np.dtype(name): name for name in (*_WIRE_DTYPES, "bool")}
 _BASE, _SIZE = operator.attrgetter("base"), operator.attrgetter("size")
 _LARGEST_DENSE = 2**28  # numbers; what a peer may make us allocate by a few of its own
 _INTEGER_COLUMNS = frozenset({"target_tokens"})
@@ -233,7 +239,7 @@ def to_tensor(name: str, value: Any) -> TensorData:
         if name in _FLOAT_COLUMNS:
             dtype = "float32"
         if isinstance(value, TensorData) and value.dtype.name in (
-            _WIRE_DTYPES if dtype is None else (dtype,)
+            (*_WIRE_DTYPES, "bool") if dtype is None else (dtype,)
         ):
             return value
         return TensorData(value, dtype)

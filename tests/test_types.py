@@ -17,7 +17,7 @@ from mintjax.types import EncodedTextChunk
     [
         ([0.5, 1.0], "float32"),
         ([1, 2], "int64"),
-        ([True, False], "int64"),
+        ([True, False], "bool"),
         (np.ones(2), "float32"),
         (np.ones(2, np.int32), "int64"),
         (jnp.ones(2, jnp.bfloat16), "float32"),
@@ -141,7 +141,7 @@ def test_what_was_computed_from_a_column_is_a_column_of_the_protocol():
     column = TensorData([1.0, -1.0])
     computed = {"mask": column > 0, "wide": column * np.ones(2)}
     datum = Datum(ModelInput.from_ints([1, 2]), computed)
-    assert datum.loss_fn_inputs["mask"].dtype == "int64"
+    assert datum.loss_fn_inputs["mask"].dtype == "bool"  # travels as int64
     assert datum.loss_fn_inputs["wide"].dtype == "float32"
 
 

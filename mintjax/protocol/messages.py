@@ -11,7 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from mintjax.errors import DataError, NonFiniteError
-from mintjax.tensors import TensorData, first_not_finite
+from mintjax.tensors import TensorData, as_travels, first_not_finite
 from mintjax.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 T = TypeVar("T")
@@ -245,7 +245,7 @@ def _encode_hook(value: Any) -> Any:
         return value.item()  # a scalar of NumPy's or JAX's
     if not isinstance(value, TensorData):
         raise TypeError(f"cannot encode {type(value).__name__}")
-    flat = np.ascontiguousarray(value.to_numpy()).ravel()
+    flat = np.ascontiguousarray(as_travels(value)).ravel()
     position = first_not_finite(flat)
     if position is not None:  # orjson would write null
         raise NonFiniteError(

@@ -17,7 +17,7 @@ from mintjax.errors import MintjaxError
 from mintjax.losses._arrays import product
 from mintjax.ragged import tiling
 from mintjax.ragged.operators import Operators
-from mintjax.ragged.tiling import Layout
+from mintjax.ragged.tiling import Layout, Sealed
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 Operand: TypeAlias = "Ragged | Array | float"
@@ -72,14 +72,26 @@ class Ragged(Operators, metaclass=_NotAnArray):
         [[0.5, -0.5], [0.0]]
     """
 
-    __slots__ = ("_layout", "_rows", "_tiles")
+    __slots__ = ("_place", "_rows", "_tiles")
 
     def __init__(
-        self, tiles: Array | None, layout: Layout, rows: tuple[Array, ...] | None = None
+        self, tiles: Array | None, layout: Layout | Sealed, rows: tuple[Array, ...] | None = None
     ) -> None:
         self._tiles = tiles
-        self._layout = layout
+        self._place = layout
         self._rows = rows
+
+    @property
+    def _layout(self) -> Layout:
+        if isinstance(self._place, Sealed):
+            layout, tiles = self._place.open(), self._tiles
+            if getattr(tiles, "shape", (0,))[0] != self._place.tiles:
+                raise ValueError(
+                    "the tiles of this Ragged were split, so its rows are not known; split batches "
+                    "before they are made"
+                )
+            self._place = layout
+        return self._place
 
     # Construction and conversion
 
@@ -152,14 +164,22 @@ class Ragged(Operators, metaclass=_NotAnArray):
         offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
         return np.concatenate(rows), offsets
 
-    def tree_flatten(self) -> tuple[tuple[Array, Layout], None]:
-        """The leaves, for JAX: the tiled values and where rows lie in them."""
-        return (self.tiles, self._layout), None
+    def tree_flatten(self) -> tuple[tuple[Array, Array], tuple[int, int, bool]]:
+        """Gives the leaves, for JAX: the tiled values, and the lengths of rows.
+
+        The lengths are an array of JAX's key type, so that a function mapped over all leaves, such
+        as a norm, is a TypeError instead of a number that counts lengths.
+        """
+        tiles = self.tiles
+        place = self._place
+        sealed = place if isinstance(place, Sealed) else tiling.seal(place)
+        return (tiles, sealed.keys), sealed[1:]
 
     @classmethod
-    def tree_unflatten(cls, aux: None, children: tuple[Array, Layout]) -> Ragged:
-        """The inverse of :meth:`tree_flatten`."""
-        return cls(*children)
+    def tree_unflatten(cls, aux: tuple[int, int, bool], children: tuple[Array, Array]) -> Ragged:
+        """Undoes :meth:`tree_flatten`."""
+        tiles, keys = children
+        return cls(tiles, Sealed(keys, *aux))
 
     # What it is
 
@@ -213,7 +233,10 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return tuple(self.tiles.shape[2:])
 
     def __repr__(self) -> str:
-        lengths = self._layout.lengths
+        try:
+            lengths = self._layout.lengths
+        except ValueError:
+            return "Ragged(of unknown rows)"
         traced = isinstance(lengths, jax.core.Tracer)
         shown = "traced" if traced else np.array2string(np.asarray(lengths), threshold=8)
         return f"Ragged(rows={self.num_rows}, lengths={shown}, dtype={self.dtype})"

@@ -15,9 +15,10 @@ import operator
 import sys
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -197,6 +198,70 @@ def pieces(
     if spare:
         parts += [repeated(rows[longest_row(lengths)], TILE)] * (spare >> _SHIFT)
     return parts
+
+
+_SEAL = 0x52414747  # the last number of a sealed layout; a leaf that was replaced lacks it
+
+
+class Sealed(NamedTuple):
+    """A layout as one leaf of a pytree, which no arithmetic can reach.
+
+    A function that is mapped over all leaves, such as a norm or a scaling, would change the lengths
+    of rows without a word. The leaf is an array of JAX's key type, for which arithmetic and
+    derivatives are a TypeError.
+
+    Args:
+        keys: the numbers of the layout.
+        rows: how many rows there are.
+        tiles: how many tiles there are.
+        padded: whether some rows may not be real.
+    """
+
+    keys: Array
+    rows: int
+    tiles: int
+    padded: bool
+
+    def open(self) -> Layout:
+        """Gives the layout back.
+
+        Raises:
+            ValueError: the leaf was split, stacked or replaced.
+        """
+        sizes = (self.rows, self.rows, self.rows, self.tiles, self.tiles)
+        whole = (
+            isinstance(self.keys, jax.Array)
+            and jnp.issubdtype(self.keys.dtype, jax.dtypes.prng_key)
+            and self.keys.shape == (sum(sizes) // 2 + 1,)
+        )
+        table: Array = np.zeros(1, np.int32)
+        if whole:
+            data = jax.random.key_data(self.keys).reshape(-1)
+            table = jax.lax.bitcast_convert_type(data, jnp.int32)
+            if not isinstance(table, jax.core.Tracer):
+                table = np.asarray(table)
+                whole = bool(table[-1] == _SEAL)
+        if not whole:
+            raise ValueError(
+                "this Ragged was made by a function that split, stacked or replaced its leaves, so "
+                "its rows are not known. Map over x.tiles, split batches before they are made, or "
+                "use a Ragged for each part"
+            )
+        cuts = [0, *itertools.accumulate(sizes)]
+        length, start, real, row, count = (table[a:b] for a, b in itertools.pairwise(cuts))
+        return Layout(length, start, row, count, real != 0 if self.padded else None)
+
+
+def seal(layout: Layout) -> Sealed:
+    """Makes the leaf of a layout."""
+    rows, tiles = int(layout.lengths.shape[0]), int(layout.tile_row.shape[0])
+    real = np.ones(rows, np.int32) if layout.row_mask is None else layout.row_mask
+    parts = (layout.lengths, layout.row_start, real, layout.tile_row, layout.tile_count)
+    table = jnp.concatenate([jnp.asarray(part).astype(jnp.int32) for part in parts])
+    table = jnp.pad(table, (0, 2 - table.size % 2), constant_values=_SEAL).reshape(-1, 2)
+    data = jax.lax.bitcast_convert_type(table, jnp.uint32)
+    keys = cast("jax.Array", jax.random.wrap_key_data(data, impl="threefry2x32"))
+    return Sealed(keys, rows, tiles, layout.row_mask is not None)
 
 
 def longest_row(lengths: Sequence[int]) -> int:

@@ -1,12 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mintjax
-from mintjax import Datum, ModelInput, Ragged
+from mintjax import Batch, Datum, ModelInput, Ragged, value_and_logprob_grads
 from mintjax.ragged import RowAccessError
 
 # Few numbers of rows and tiles, so that few programs are compiled for many examples.
@@ -396,3 +397,77 @@ def test_the_last_axis_is_the_row_and_other_axes_are_refused():
             x.sum(wrong)
     with pytest.raises(TypeError, match="over the candidates of each token"):
         Ragged.from_rows(rows_of([2], trailing=(3,))).sum(-1)
+
+
+class TestAsAPytree:
+    """What JAX does to all leaves is right, or is refused: lengths are no numbers of the loss."""
+
+    x = Ragged.from_rows([np.array([1.0, 2.0], np.float32), np.array([3.0], np.float32)])
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: jax.tree.map(lambda leaf: leaf * 2, x),
+            lambda x: jax.jit(lambda y: jax.tree.map(lambda leaf: leaf + 1, y))(x),
+            lambda x: jax.grad(lambda y: y.total())(x),
+            optax.tree.norm,
+            lambda x: optax.tree.add(x, x),
+        ],
+    )
+    def test_arithmetic_on_all_leaves_is_refused(self, function):
+        with pytest.raises((TypeError, NotImplementedError)):
+            function(self.x)
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: jax.tree.map(jnp.zeros_like, x),
+            lambda x: jax.grad(lambda y: y.total(), allow_int=True)(x),
+            lambda x: jax.vmap(lambda scale: x * scale)(jnp.arange(3.0)),
+            lambda x: jax.tree.map(lambda leaf: leaf[:1], x),
+        ],
+    )
+    def test_leaves_that_were_replaced_are_no_rows(self, function):
+        made = function(self.x)
+        assert "unknown rows" in repr(made)
+        with pytest.raises(ValueError, match="its rows are not known"):
+            made.sum()
+
+    def test_through_transformations_rows_stay_what_they_are(self):
+        doubled = jax.jit(lambda x: x * 2)(self.x)
+        assert [row.tolist() for row in doubled] == [[2.0, 4.0], [6.0]]
+        sums = jax.vmap(lambda scale: (self.x * scale).sum())(jnp.arange(2.0))
+        assert sums.tolist() == [[0.0, 0.0], [3.0, 3.0]]
+        _, seen = jax.lax.scan(lambda x, _: (x * 2, x.sum()), self.x * 1.0, None, length=2)
+        assert seen.tolist() == [[3.0, 3.0], [6.0, 6.0]]
+        assert jax.jit(lambda x: x[0::2])(self.x).sum().tolist() == [3.0]
+        assert jax.tree.map(lambda leaf: leaf, self.x).lengths.tolist() == [2, 1]
+
+    def test_lengths_stay_traced(self):
+        seen = []
+
+        @jax.jit
+        def total(x):
+            seen.append(x)
+            return x.total()
+
+        for rows in ([[1.0], [2.0, 3.0]], [[1.0, 2.0, 3.0], [4.0]]):
+            assert total(Ragged.from_rows([np.array(row, np.float32) for row in rows])) == np.sum(
+                [sum(row) for row in rows]
+            )
+        assert len(seen) == 1
+
+
+def test_not_of_a_boolean_column_is_logical():
+    data = [
+        Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [1, 2], "mask": [True, False]}),
+        Datum(ModelInput.from_ints([3]), {"target_tokens": [3], "mask": [True]}),
+    ]
+    assert [row.tolist() for row in ~Batch(data)["mask"]] == [[False, True], [False]]
+
+    def masked(data, logprobs):
+        return logprobs.total(where=~data["mask"]), {}
+
+    result = value_and_logprob_grads(masked, data, [[-1.0, -2.0], [-4.0]])
+    assert result.loss == -2.0
+    assert [grad.tolist() for grad in result.grads] == [[0.0, 1.0], [0.0]]

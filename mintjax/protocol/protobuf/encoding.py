@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mintjax.errors import DataError
 from mintjax.protocol import messages
-from mintjax.tensors import check_finite, first_not_finite
+from mintjax.tensors import as_travels, check_finite, first_not_finite
 from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput, SampleResponse
 
 Part: TypeAlias = bytes | memoryview
@@ -155,7 +155,7 @@ def _datum(datum: Datum, position: int) -> list[Part]:
         size += len(head) + len(tokens)
         parts += (head, tokens)
     for name, column in datum.loss_fn_inputs.items():
-        values = np.ascontiguousarray(column)
+        values = np.ascontiguousarray(as_travels(column))
         if first_not_finite(values) is not None:
             check_finite(values, position, f"input {name!r}")
         head = _head_of_column(name, values.dtype, column.shape, values.nbytes)
