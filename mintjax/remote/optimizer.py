@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # pyright: ignore[reportMissingTypeStubs]
 
+from mintjax.errors import TransformationError
 from mintjax.remote import callback
 from mintjax.remote.trainer import Optimizer
 from mintjax.remote.versions import versions_of
@@ -74,6 +76,11 @@ def remote_optimizer(
 
     Returns:
         optax's ``init`` and ``update``.
+
+    Raises:
+        TransformationError: from ``init``, inside ``optax.chain``, ``optax.MultiSteps`` and their
+            like, which would change the receipt in place of the gradient. ``multi_transform`` and
+            ``masked`` work.
     """
     given = {
         "learning_rate": learning_rate,
@@ -93,6 +100,7 @@ def remote_optimizer(
         return np.int32(0)
 
     def init(params: Any) -> RemoteOptimizerState:
+        _refuse_wrappers()
         count = jax.ShapeDtypeStruct((), np.int32)
         return RemoteOptimizerState(callback.call(start, count, _token(params)))
 
@@ -115,6 +123,32 @@ def remote_optimizer(
         return tree.unflatten([one]), RemoteOptimizerState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
+
+
+_PASS_GRADIENTS_ON = ("multi_transform.", "partition.", "masked.", "GradientTransformation")
+
+
+def _refuse_wrappers() -> None:
+    """Refuses transformations of optax that would work on the receipt in place of the gradient.
+
+    The gradient itself stays on the trainer, so what clips, scales, averages or skips it here would
+    do nothing, or would make the trainer step at the wrong time. They cannot be seen from
+    ``update``, where a receipt that was not changed looks right. They call ``init``, so its callers
+    are looked at.
+    """
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        name = frame.f_code.co_qualname
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith("optax.") and not name.startswith(_PASS_GRADIENTS_ON):
+            raise TransformationError(
+                f"remote_optimizer cannot be used inside optax's {name.partition('.')[0]}, because "
+                "the gradient is on the trainer and only a receipt of it is here; nothing was "
+                "sent. To clip, pass grad_clip_norm=; for schedules, pass them as "
+                "learning_rate= and the like; to accumulate, run several backward passes, add "
+                "their gradients, and call update once"
+            )
+        frame = frame.f_back
 
 
 def _token(tree: Any) -> Array:

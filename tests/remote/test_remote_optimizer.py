@@ -248,3 +248,25 @@ def test_an_update_has_no_derivative(started, remote, double, loss):
     with pytest.raises(TransformationError, match="remote model"):
         jax.grad(lambda g: optimizer.update(g, state, remote.params)[0])(grads)
     assert double.taken() == []
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda optimizer: optax.chain(optax.clip_by_global_norm(2.0), optimizer),
+        lambda optimizer: optax.chain(optimizer, optax.scale(2.0)),
+        lambda optimizer: optax.chain(optax.add_decayed_weights(0.1), optimizer),
+        lambda optimizer: optax.MultiSteps(optimizer, every_k_schedule=2),
+        lambda optimizer: optax.apply_if_finite(optimizer, 3),
+        lambda optimizer: optax.named_chain(("clip", optax.clip(1.0)), ("remote", optimizer)),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_would_change_the_receipt_is_refused_before_anything_is_sent(
+    remote, double, wrap, compiled
+):
+    optimizer = wrap(remote_optimizer(double))
+    init = jax.jit(optimizer.init) if compiled else optimizer.init
+    with pytest.raises(TransformationError, match=r"inside optax's .*grad_clip_norm="):
+        init(remote.params)
+    assert not double.steps
