@@ -138,7 +138,14 @@ def squared(data, logprobs):
     return (logprobs.sum() ** 2).mean(), {}
 
 
-@pytest.mark.parametrize(("ending", "fault"), FAULTS)
+def says_no_endpoint(fault):
+    """After which passes are protocol buffers, which this trainer does not read."""
+    return isinstance(fault, Answer) and fault.body == {"detail": "Not Found"}
+
+
+@pytest.mark.parametrize(
+    ("ending", "fault"), [(e, fault) for e, fault in FAULTS if not says_no_endpoint(fault)]
+)
 def test_a_forward_pass_in_doubt_is_asked_again_before_the_next_request(
     client, trainer, ending, fault
 ):
