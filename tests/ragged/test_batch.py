@@ -153,3 +153,8 @@ def test_logprobs_that_are_none_are_refused_and_dtypes_may_mix():
         mintjax.value_and_logprob_grads(total, data, [[None, -1.0], [-2.0]])
     rows = [np.array([-1, -0.5], np.float16), np.array([-2.25], ">f4")]
     assert mintjax.value_and_logprob_grads(total, data, rows).loss == -3.75
+
+
+def test_batch_and_ragged_come_from_one_package():
+    assert mintjax.ragged.Batch is mintjax.Batch
+    assert mintjax.ragged.Ragged is mintjax.Ragged
