@@ -16,8 +16,9 @@ import optax  # pyright: ignore[reportMissingTypeStubs]
 from mintjax.errors import DataError, NonFiniteError, NotFoundError
 from mintjax.local import checkpoints, compute, loss_fns, model, optimizer, sampling
 from mintjax.local.checkpoints import CheckpointPath, Description
+from mintjax.local.jax_settings import own_settings
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
-from mintjax.local.slices import Slices, finish
+from mintjax.local.slices import Slices, each_under, finish
 from mintjax.local.tokenizer import VOCAB_SIZE
 from mintjax.tensors import TensorData
 from mintjax.types import (
@@ -107,6 +108,7 @@ class Engine:
         except KeyError:
             raise NotFoundError(404, f"model_id: there is no model {model_id!r}") from None
 
+    @own_settings()
     def gradient(self, model_id: str) -> Weights:
         """The gradient that the next optimizer step of ``model_id`` would use, before clipping.
 
@@ -116,6 +118,7 @@ class Engine:
         state = self.model(model_id)
         return optimizer.divided(state.gradient, self._divisor(state))
 
+    @own_settings()
     def create_model(self, base_model: str, lora_config: LoraConfig) -> str:
         """Make a model with fresh adapters, from what :func:`check_create` let pass.
 
@@ -165,6 +168,7 @@ class Engine:
             data, loss_fn, loss_fn_config, vocab_size=VOCAB_SIZE, max_context_length=context
         )
 
+    @own_settings()
     def forward(
         self,
         model_id: str,
@@ -182,6 +186,7 @@ class Engine:
         """
         return self._pass(model_id, data, loss_fn, loss_fn_config, backward=False)
 
+    @own_settings()
     def forward_backward(
         self,
         model_id: str,
@@ -197,6 +202,7 @@ class Engine:
         """
         return self._pass(model_id, data, loss_fn, loss_fn_config, backward=True)
 
+    @own_settings()
     def optim_step(self, model_id: str, params: AdamParams) -> OptimStepResponse:
         """One AdamW step on the accumulated gradient, which is then zero again.
 
@@ -226,6 +232,7 @@ class Engine:
         self._models[model_id] = _fresh(state.config, state.lora_config, lora, moments)
         return OptimStepResponse(metrics={"grad_norm": norm})
 
+    @own_settings()
     def save_weights(self, model_id: str, name: str | None = None) -> str:
         """Write adapters and optimizer state; replaces a checkpoint of the same name.
 
@@ -246,6 +253,7 @@ class Engine:
         checkpoints.save(self.directory, path, _describe(state), whole)
         return str(path)
 
+    @own_settings()
     def save_weights_for_sampler(self, model_id: str, name: str | None = None) -> str:
         """Write the adapters, to sample from; replaces a checkpoint of the same name.
 
@@ -266,6 +274,7 @@ class Engine:
         self._sampler = None  # it may hold the checkpoint that was replaced
         return str(path)
 
+    @own_settings()
     def load_weights(self, model_id: str, path: str, *, with_optimizer: bool = False) -> None:
         """Go on from a checkpoint; the accumulated gradient, of other weights, is dropped.
 
@@ -366,17 +375,17 @@ class Engine:
             num_samples: how many continuations.
             prompt_logprobs: also give the logprob of each token of the prompt.
         """
-        config, weights = self._sampler_weights(source)
-        return (
-            yield from sampling.sample_in_slices(
-                config,
-                weights,
-                prompt,
-                params,
-                num_samples=num_samples,
-                prompt_logprobs=prompt_logprobs,
-            )
+        with own_settings():
+            config, weights = self._sampler_weights(source)
+        slices = sampling.sample_in_slices(
+            config,
+            weights,
+            prompt,
+            params,
+            num_samples=num_samples,
+            prompt_logprobs=prompt_logprobs,
         )
+        return (yield from each_under(own_settings, slices))
 
     def _pass(
         self,

@@ -115,7 +115,8 @@ class LossObjective:
         me = type(self).__name__
         if name not in data:
             raise DataError(
-                f"the objective {me} reads it; add it to loss_fn_inputs of every datum",
+                f"the objective {me} reads it; add it to loss_fn_inputs of every datum: one number "
+                "per token, or a single number per datum",
                 datum=0,
                 field=name,
             )

@@ -202,7 +202,10 @@ class Batch(Sequence[Datum]):
             i, datum = next((i, d) for i, d in enumerate(self) if name not in d.loss_fn_inputs)
             have = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"
             raise DataError(
-                f"it is needed, but this datum has only: {have}", datum=i, field=name
+                f"it is needed, but this datum has only: {have}. Add it to loss_fn_inputs of every "
+                "datum: one number per token, or a single number per datum",
+                datum=i,
+                field=name,
             ) from None
         check_shapes(name, rows, self.lengths)
         return rows

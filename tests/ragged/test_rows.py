@@ -44,7 +44,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(sizes=lengths)
 def test_a_reduction_gives_each_row_what_numpy_gives_it(name, wrap, sizes):
     reduce, oracle = REDUCTIONS[name]
@@ -77,7 +77,7 @@ def test_where_is_the_same_as_leaving_numbers_out(sizes, seed):
     np.testing.assert_allclose(x.total(where), total, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(sizes=lengths)
 def test_arithmetic_is_numpys_row_by_row(sizes):
     rows = rows_of(sizes)
@@ -98,7 +98,7 @@ def test_arithmetic_is_numpys_row_by_row(sizes):
     assert_rows(x.map(jnp.exp), [np.exp(r) for r in rows])
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(sizes=lengths, start=st.integers(-5, 5), step=st.sampled_from([-2, -1, 1, 2, 3]))
 def test_a_slice_takes_those_rows(sizes, start, step):
     rows = rows_of(sizes)
