@@ -37,8 +37,9 @@ def test_columns_and_rows():
         ([datum(0)], "datum 0, field 'model_input': it has no token"),
         (
             [datum(2), Datum(ModelInput.from_ints([1]), {})],
-            "datum 1, field 'target_tokens': it is needed, but this datum has only: nothing. Add it "
-            "to loss_fn_inputs of every datum: one number per token, or a single number per datum",
+            "datum 1, field 'target_tokens': it is needed, but this datum has only: nothing. "
+            "Add it to loss_fn_inputs of every datum: one number per token, "
+            "or a single number per datum",
         ),
         (
             [datum(2), datum(3, weights=np.ones(4))],
