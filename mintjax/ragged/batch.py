@@ -177,11 +177,13 @@ class Batch(Sequence[Datum]):
         Raises:
             DataError: no such column, a datum lacks it, its first axis is not as long as that
                 datum's model input, or its trailing axis differs from datum 0's.
+            DataError: an integer of such a column is beyond 2**24, where float32 rounds.
             DataError: an integer does not fit the 32 bits that JAX has without ``jax_enable_x64``.
             RowAccessError: the batch has columns only.
         """
         rows = self.given_rows(name)
         if len(set(map(_DTYPE, rows))) > 1:
+            _check_exact_as_float(name, rows)
             rows = [np.asarray(row, np.float32) for row in rows]
         if rows[0].dtype == np.int64 and not jax.config.read("jax_enable_x64"):
             _check_fits_32_bits(name, rows)
@@ -209,6 +211,17 @@ class Batch(Sequence[Datum]):
             ) from None
         check_shapes(name, rows, self.lengths)
         return rows
+
+
+def _check_exact_as_float(name: str, rows: Sequence[Any]) -> None:
+    for i, row in enumerate(rows):
+        if row.dtype.kind == "i" and ((row < -(2**24)) | (row > 2**24)).any():
+            raise DataError(
+                "it holds an integer beyond 2**24, which float32 would round, because "
+                "another datum's column is of another kind; give all datums one dtype",
+                datum=i,
+                field=name,
+            )
 
 
 def _check_fits_32_bits(name: str, rows: Sequence[Any]) -> None:

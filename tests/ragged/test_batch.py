@@ -160,3 +160,13 @@ def test_logprobs_that_are_none_are_refused_and_dtypes_may_mix():
 def test_batch_and_ragged_come_from_one_package():
     assert mintjax.ragged.Batch is mintjax.Batch
     assert mintjax.ragged.Ragged is mintjax.Ragged
+
+
+def test_integers_that_a_float_column_would_round_are_refused():
+    def column(first):
+        rows = [np.array([first]), np.array([0.5], np.float32)]
+        return Batch([Datum(ModelInput.from_ints([1]), {"ids": row}) for row in rows])["ids"]
+
+    np.testing.assert_array_equal(column(2**24).sum(), [2**24, 0.5])
+    with pytest.raises(DataError, match=r"datum 0, field 'ids': .*float32 would round"):
+        column(2**24 + 1)
