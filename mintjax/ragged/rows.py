@@ -535,7 +535,8 @@ def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
 
 
 def _weigh(values: Array, weights: Array) -> Array:
-    dtype = jnp.promote_types(values.dtype, jnp.result_type(weights))
+    with jax.numpy_dtype_promotion("standard"):  # a mask is a weight, under a strict promotion too
+        dtype = jnp.promote_types(values.dtype, jnp.result_type(weights))
     return product(jnp.asarray(weights).astype(dtype), jnp.asarray(values).astype(dtype))
 
 

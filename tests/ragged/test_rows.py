@@ -471,3 +471,10 @@ def test_not_of_a_boolean_column_is_logical():
     result = value_and_logprob_grads(masked, data, [[-1.0, -2.0], [-4.0]])
     assert result.loss == -2.0
     assert [grad.tolist() for grad in result.grads] == [[0.0, 1.0], [0.0]]
+
+
+def test_a_mask_is_a_weight_under_strict_promotion_too():
+    x = Ragged.from_rows([np.array([1.0, 2.0], np.float32), np.array([3.0], np.float32)])
+    with jax.numpy_dtype_promotion("strict"):
+        assert x.dot(x > 1).tolist() == [2.0, 3.0]
+        assert jax.jit(lambda x: x.dot(x > 1))(x).tolist() == [2.0, 3.0]
