@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import threading
 import types
 import warnings
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.errors import DataError, ObjectiveError
+from mintjax.errors import ObjectiveError
 from mintjax.gradients.contract import Metrics, Objective, evaluate, name_of
 from mintjax.gradients.dependence import inputs_used
 from mintjax.gradients.identity import Identity, identify
@@ -27,7 +26,6 @@ Array: TypeAlias = Any
 T = TypeVar("T")
 
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
-_DTYPE = operator.attrgetter("dtype")
 _KEPT = 64  # programs held at a time, the oldest dropped first
 
 
@@ -147,7 +145,15 @@ class Program:
         spare = _spare(len(batch), multiple) if multiple and padded else 0
         place = tiling.place(batch.lengths, spare)
         size = len(batch) + spare
-        key = (batch.names, padded, size, place.tiles, rows[0].shape[1:], rows[0].dtype)
+        key = (
+            batch.names,
+            padded,
+            size,
+            place.tiles,
+            rows[0].shape[1:],
+            rows[0].dtype,
+            tuple(map(_parameter_kind, identity.parameters)),
+        )
         plans = self._plans.setdefault(key, [])
         for plan in plans:
             if all(_kind(batch, name) == kind for name, kind in plan.kinds.items()):
@@ -192,43 +198,22 @@ class Program:
         shape = (place.tiles, tiling.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
         _tracing.rebuild = identity.rebuild
+        identity.drop_traces()
         logprobs = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
         closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
         return Plan(kinds, needs_logprobs, jax.jit(run))
 
 
+def _parameter_kind(value: Any) -> Any:
+    """The type of a parameter, because a trace sees whether it is a float, or an array of which."""
+    return (type(value), getattr(value, "shape", None), getattr(value, "dtype", None))
+
+
 def _kind(batch: Batch, name: str) -> Any:
     """The trailing shape of a column, None if it holds one number per datum, and its dtype."""
     rows = batch.rows(name)
-    return (rows[0].shape[1:] if rows[0].ndim else None, _common_dtype(rows))
-
-
-def _common_dtype(rows: Sequence[npt.NDArray[Any]]) -> Any:
-    """The dtype that holds the values of all rows: a float if one row holds floats."""
-    dtypes = set(map(_DTYPE, rows))
-    return dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
-
-
-def _check_32_bits(name: str, rows: Sequence[npt.NDArray[Any]]) -> None:
-    """Refuses integers that JAX would wrap around.
-
-    Raises:
-        DataError: one needs 64 bits, and ``jax_enable_x64`` is off.
-    """
-    kept = np.iinfo(jax.dtypes.canonicalize_dtype(rows[0].dtype))
-    flat = np.concatenate([row.ravel() for row in rows])
-    if flat.size and (flat.min() < kept.min or flat.max() > kept.max):
-        i, row = next(
-            (i, row) for i, row in enumerate(rows) if row.min() < kept.min or row.max() > kept.max
-        )
-        value = row.max() if row.max() > kept.max else row.min()
-        raise DataError(
-            f"{value} needs 64 bits, and JAX would keep 32 of them; number such ids anew from 0, "
-            "or set jax_enable_x64",
-            datum=i,
-            field=name,
-        )
+    return (rows[0].shape[1:] if rows[0].ndim else None, rows[0].dtype)
 
 
 def _gradient(
@@ -284,9 +269,7 @@ def _blocks(
     """
     kinds: dict[tuple[Any, Any], list[str]] = {}
     for name, rows in columns.items():
-        shape, own = rows[0].shape, _common_dtype(rows)
-        if own.kind in "iu" and own.itemsize > jax.dtypes.canonicalize_dtype(own).itemsize:
-            _check_32_bits(name, rows)
+        shape, own = rows[0].shape, rows[0].dtype
         kind = (shape[1:] if shape else None, dtype if own.kind == "f" else own)
         kinds.setdefault(kind, []).append(name)
     blocks: dict[tuple[str, ...], npt.NDArray[Any]] = {}

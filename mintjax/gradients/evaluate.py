@@ -132,7 +132,7 @@ def _evaluate(
         outcome = _in_columns_or_rows(
             objective,
             lambda program, identity: program.run(identity, batch, rows),
-            lambda: _row_by_row(objective, batch, rows),
+            lambda identity: _row_by_row(objective, identity, batch, rows),
         )
         loss = np.asarray(outcome.loss).item()
         metrics = {name: float(np.asarray(value)) for name, value in outcome.metrics.items()}
@@ -167,13 +167,13 @@ def constant_logprob_grads(
         depends = _in_columns_or_rows(
             objective,
             lambda program, identity: program.needs_logprobs(identity, batch, rows),
-            lambda: _row_by_row_needs_logprobs(objective, batch, rows),
+            lambda identity: _row_by_row_needs_logprobs(objective, identity, batch, rows),
         )
     return None if depends else value_and_logprob_grads(objective, batch, rows).grads
 
 
 def _in_columns_or_rows(
-    objective: Objective, columns: Callable[[Program, Identity], T], rows: Callable[[], T]
+    objective: Objective, columns: Callable[[Program, Identity], T], rows: Callable[[Identity], T]
 ) -> T:
     def work(program: Program, identity: Identity) -> T:
         if not program.takes_rows:
@@ -182,7 +182,7 @@ def _in_columns_or_rows(
             except RowAccessError as error:
                 program.takes_rows = True
                 _warn_row_by_row(objective, error)
-        return rows()
+        return rows(identity)
 
     return with_program(objective, work)
 
@@ -212,22 +212,24 @@ def _logprob_rows(
     return [row.astype(np.float64 if wide else np.float32) for row in rows]
 
 
-def _row_by_row(objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]) -> Outcome:
+def _row_by_row(
+    objective: Objective, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+) -> Outcome:
     count("row_by_row_steps")
-    closed, tree, rows = _trace_rows(objective, batch, rows)
+    closed, tree, rows = _trace_rows(objective, identity, batch, rows)
     (loss, metrics), grads = tree.unflatten(interpreted.evaluate(closed, rows))
     return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
 
 
 def _row_by_row_needs_logprobs(
-    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+    objective: Objective, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
 ) -> bool:
-    closed, tree, _ = _trace_rows(objective, batch, rows)
+    closed, tree, _ = _trace_rows(objective, identity, batch, rows)
     return bool(inputs_used(closed.jaxpr, range(tree.num_leaves - len(rows), tree.num_leaves)))
 
 
 def _trace_rows(
-    objective: Objective, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+    objective: Objective, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
 ) -> tuple[Any, Any, list[npt.NDArray[Any]]]:
     """The jaxpr of value and gradient, the structure of its outputs, and the rows it takes."""
 
@@ -235,6 +237,7 @@ def _trace_rows(
         return evaluate(objective, batch, Ragged.from_rows(rows))
 
     rows = [row.astype(jax.dtypes.canonicalize_dtype(row.dtype), copy=False) for row in rows]
+    identity.drop_traces()
     trace: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
     closed, shape = trace(rows)
     return closed, cast("Any", jax.tree_util.tree_structure(shape)), rows

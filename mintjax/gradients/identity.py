@@ -12,7 +12,8 @@ an argument of the program or be compared before each use. The rule has three pa
 3. What cannot be compared is said: an object that shows neither a value nor attributes is known by
    its identity, and a warning names it once.
 
-Functions of installed packages are taken to be constant.
+Functions of installed packages are taken to be constant. A user's function under ``jax.jit`` keeps
+traces of its own, so these are dropped before each trace that may call it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import random
 import sys
 import sysconfig
 import types
@@ -43,6 +45,13 @@ _INSTALLED = tuple(
     if (path := sysconfig.get_paths().get(name))
 )
 _LIBRARIES = frozenset({"mintjax", "jax", "jaxlib", "numpy", "optax"})
+
+
+class _Number:
+    """Stands for a number of a pytree that is traced."""
+
+
+_NUMBER = _Number()
 
 
 class Same:
@@ -68,13 +77,20 @@ class Identity:
         key: equal for two objectives exactly if one program serves both.
         parameters: the values that the program takes as arguments.
         rebuild: makes the objective again around other parameters, such as tracers.
+        jitted: the user's functions under ``jax.jit`` that it can reach.
         attributes: whether the parameters are attributes of an object.
     """
 
     key: Fingerprint
     parameters: list[Any]
     rebuild: Callable[[Sequence[Any]], Any]
+    jitted: tuple[Any, ...] = ()
     attributes: bool = False
+
+    def drop_traces(self) -> None:
+        """Makes the user's own jitted functions read their globals and closures anew."""
+        for function in self.jitted:
+            function.clear_cache()
 
 
 def identify(objective: Any, *, trace_attributes: bool = True) -> Identity:
@@ -94,7 +110,7 @@ def identify(objective: Any, *, trace_attributes: bool = True) -> Identity:
     traced = _traceable(objective) if trace_attributes else {}
     walk = _Walk()
     if not traced:
-        return Identity(walk.of(objective), [], lambda _: objective)
+        return Identity(walk.of(objective), [], lambda _: objective, tuple(walk.jitted))
     kind = cast("type[Any]", type(objective))
     attributes = cast("dict[str, Any]", vars(objective))
     rest = {name: value for name, value in attributes.items() if name not in traced}
@@ -106,45 +122,39 @@ def identify(objective: Any, *, trace_attributes: bool = True) -> Identity:
             object.__setattr__(made, name, value)
         return made
 
-    return Identity(key, list(traced.values()), rebuild, attributes=True)
+    parameters = list(traced.values())
+    return Identity(key, parameters, rebuild, tuple(walk.jitted), attributes=True)
 
 
 def _of_pytree(objective: Any, leaves: list[Any], tree: Any) -> Identity:
+    """Takes a pytree apart: numbers are parameters, all else that it holds is compared.
+
+    The structure alone is not enough, because JAX compares an object in it by the object's own
+    ``==``, which an attribute that changes need not change. So the pytree is walked, too, with
+    placeholders in the place of its numbers.
+    """
     walk = _Walk()
-    dynamic = [_is_number(leaf) for leaf in leaves]
-    constants = tuple(
-        None if traced else walk.of(leaf) for leaf, traced in zip(leaves, dynamic, strict=True)
-    )
-    functions = tuple(walk.of(function) for function in _functions_in(objective))
+    traced = [_is_number(leaf) for leaf in leaves]
+    shown = [_NUMBER if number else leaf for leaf, number in zip(leaves, traced, strict=True)]
     try:
         hash(tree)
         structure = tree
-    except TypeError:  # its static part is not hashable
-        structure = walk.of(vars(objective))
-    key = ("pytree", structure, constants, functions)
+    except TypeError:  # its static part is not hashable; it is walked
+        structure = None
+    try:
+        skeleton = tree.unflatten(shown)
+    except Exception:  # it takes nothing but numbers; then another number is another program
+        skeleton = objective
+    key = ("pytree", structure, walk.of(skeleton), tuple(map(walk.of, shown)))
 
     def rebuild(parameters: Sequence[Any]) -> Any:
         given = iter(parameters)
         return tree.unflatten(
-            next(given) if traced else leaf for leaf, traced in zip(leaves, dynamic, strict=True)
+            next(given) if number else leaf for leaf, number in zip(leaves, traced, strict=True)
         )
 
-    parameters = [leaf for leaf, traced in zip(leaves, dynamic, strict=True) if traced]
-    return Identity(key, parameters, rebuild)
-
-
-def _functions_in(value: Any) -> Iterator[Any]:
-    """Finds a user's functions in the static part of a pytree, such as the terms of a sum."""
-    if isinstance(value, types.FunctionType | functools.partial | types.MethodType):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in cast("Sequence[Any]", value):
-            yield from _functions_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _functions_in(getattr(value, field.name, None))
-    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _functions_in(list(vars(value).values()))
+    parameters = [leaf for leaf, number in zip(leaves, traced, strict=True) if number]
+    return Identity(key, parameters, rebuild, tuple(walk.jitted))
 
 
 def _is_number(value: Any) -> bool:
@@ -171,6 +181,7 @@ class _Walk:
     def __init__(self) -> None:
         self._met: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no address is used twice during the walk
+        self.jitted: list[Any] = []
 
     def of(self, value: Any) -> Fingerprint:
         """Gives a hashable value that is equal exactly where the given one means the same."""
@@ -206,17 +217,29 @@ class _Walk:
             return Same(value)
         if isinstance(value, type):
             return self.of_type(value)
+        if _is_record(value):  # before what can be called, as an objective of mintjax can
+            return self._of_object(value, kind)
         if isinstance(value, _CONSTANT) or (_is_installed(kind) and callable(value)):
-            inner = getattr(value, "__wrapped__", None)  # a function under jax.jit, say
-            return (Same(value), None if inner is None else self.of(inner))
+            return self._of_wrapper(value)
         if isinstance(value, Mapping):
             items = cast("Mapping[Any, Any]", value).items()
             return (kind, tuple((self.of(k), self.of(v)) for k, v in items))
-        if isinstance(value, list | tuple):
+        if isinstance(value, Sequence):
             return (kind, tuple(map(self.of, cast("Sequence[Any]", value))))
         if isinstance(value, Set):
             return (kind, frozenset(map(self.of, cast("Set[Any]", value))))
         return self._of_object(value, kind)
+
+    def _of_wrapper(self, value: Any) -> Fingerprint:
+        """Compares a function of C, or what wraps a function, such as ``jax.jit`` and its like."""
+        inner = getattr(value, "__wrapped__", None)
+        if inner is None or (isinstance(inner, types.FunctionType) and _is_library(inner)):
+            return Same(value)
+        if hasattr(value, "clear_cache"):
+            self.jitted.append(value)
+        attributes = getattr(value, "__dict__", {}).values()  # such as rules of derivatives
+        rules = [rule for rule in attributes if isinstance(rule, types.FunctionType)]
+        return (Same(value), self.of(inner), self.of(rules))
 
     def _of_object(self, value: Any, kind: type[Any]) -> Fingerprint:
         if _is_installed(kind) and not _is_record(value):
@@ -241,7 +264,8 @@ class _Walk:
                 for name, member in vars(base).items():
                     if name.startswith("__") and not isinstance(member, types.FunctionType):
                         continue
-                    member = getattr(member, "__func__", getattr(member, "fget", member))
+                    for name_of_function in ("__func__", "fget", "func"):
+                        member = getattr(member, name_of_function, member)
                     if not isinstance(member, types.MemberDescriptorType):
                         parts.append((name, self.of(member)))
         return tuple(parts)
@@ -249,32 +273,45 @@ class _Walk:
     def _of_function(self, function: types.FunctionType) -> Fingerprint:
         if _is_library(function):
             return Same(function)
-        cells = function.__closure__ or ()
-        inner = tuple(self.of(cell.cell_contents) for cell in cells if _is_filled(cell))
-        named: list[Any] = []
-        names = _names(function.__code__)
-        for name in names:
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                named.append((name, self.of(value)))
-                if isinstance(value, types.ModuleType) and not _is_library_module(value):
-                    members = vars(value)
-                    named += [(n, self.of(members[n])) for n in names if n in members]
+        names, free = _names(function.__code__), function.__code__.co_freevars
+        cells = zip(free, function.__closure__ or (), strict=True)
+        enclosed = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        named = self._named(enclosed, free, names, [])
+        named += self._named(function.__globals__, names, names, [])
         return (
             function.__code__,
             self.of(function.__defaults__),
             self.of(function.__kwdefaults__),
-            inner,
             tuple(named),
             self.of(function.__dict__),
         )
+
+    def _named(
+        self,
+        space: Mapping[str, Any],
+        names: Sequence[str],
+        attributes: Sequence[str],
+        within: Sequence[types.ModuleType],
+    ) -> list[Any]:
+        """Compares the values of names, and of attributes in the user's modules among these."""
+        found: list[Any] = []
+        for name in names:
+            if name in space:
+                value = space[name]
+                found.append((name, self.of(value)))
+                entered = any(value is module for module in within)
+                if isinstance(value, types.ModuleType) and not _is_library_module(value):
+                    inside = [*within, value]
+                    if not entered:
+                        found += self._named(vars(value), attributes, attributes, inside)
+        return found
 
 
 def _is_record(value: Any) -> bool:
     """Whether an object of an installed class is a bundle of values, such as a configuration."""
     kind = cast("type[Any]", type(value))
     return (
-        dataclasses.is_dataclass(value)
+        (dataclasses.is_dataclass(value) and not isinstance(value, type))
         or hasattr(kind, "__struct_fields__")
         or isinstance(value, types.SimpleNamespace | argparse.Namespace)
     )
@@ -329,7 +366,9 @@ _said: set[type] = set()
 
 def _say_incomparable(value: Any) -> None:
     kind = cast("type[Any]", type(value))
-    if kind.__module__.partition(".")[0] in {"mintjax", *sys.stdlib_module_names}:
+    module = kind.__module__.partition(".")[0]
+    draws = isinstance(value, Iterator | random.Random)
+    if not draws and (module == "mintjax" or module in sys.stdlib_module_names):
         return  # clients, loggers, locks, files: nothing that a loss is computed from
     if kind not in _said:
         _said.add(kind)

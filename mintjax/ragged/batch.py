@@ -185,7 +185,7 @@ class Batch(Sequence[Datum]):
         if len(set(map(_DTYPE, rows))) > 1:
             _check_exact_as_float(name, rows)
             rows = [np.asarray(row, np.float32) for row in rows]
-        if rows[0].dtype == np.int64 and not jax.config.read("jax_enable_x64"):
+        if rows[0].dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
             _check_fits_32_bits(name, rows)
         return rows
 

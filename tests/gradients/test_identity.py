@@ -1,5 +1,6 @@
 """A value that changes behind an objective is seen in the next step."""
 
+import collections
 import dataclasses
 import functools
 import types
@@ -178,6 +179,120 @@ def test_a_closure_inside_a_weighted_sum_that_changes_is_seen():
     assert slope(both)[0] == 1.0
     scale = 2.0
     assert slope(both)[0] == 2.0
+
+
+@pytest.mark.parametrize("kind", [Controller, Plain, Slotted])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_object_inside_a_weighted_sum_that_changes_is_seen(kind, depth):
+    term = kind(0.1)
+    objective = term
+    for _ in range(depth):
+        objective = objectives.weighted_sum({"term": objective})
+    for coef in (0.1, 0.4, 0.1):
+        term.coef = coef
+        found, metrics = slope(objective)
+        assert found == pytest.approx(coef)
+        assert metrics["term/" * depth + "coef"] == pytest.approx(coef)
+
+
+class Weight:
+    """A schedule that holds its value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, step):
+        return self.value
+
+
+def test_an_object_that_is_a_schedule_and_changes_is_seen():
+    weight = Weight(1.0)
+    both = objectives.weighted_sum({"ours": Plain(1.0)}, {"ours": weight}).at_step(0)
+    assert slope(both)[0] == 1.0
+    weight.value = 3.0
+    assert slope(both)[0] == 3.0
+
+
+@jax.tree_util.register_pytree_node_class
+class Structured:
+    """A user's pytree, whose structure holds an object that JAX compares by its identity."""
+
+    def __init__(self, scale, settings):
+        self.scale = scale
+        self.settings = settings
+
+    def tree_flatten(self):
+        return (self.scale,), self.settings
+
+    @classmethod
+    def tree_unflatten(cls, settings, children):
+        return cls(*children, settings)
+
+    def __call__(self, data, logprobs):
+        return self.scale * self.settings.coef * logprobs.total(), {}
+
+
+def test_an_object_in_the_structure_of_a_pytree_that_changes_is_seen():
+    settings = Controller(1.0)
+    objective = Structured(2.0, settings)
+    assert slope(objective)[0] == 2.0
+    settings.coef = 3.0
+    assert slope(objective)[0] == 6.0
+    before = gradients.stats()
+    assert slope(Structured(4.0, settings))[0] == 12.0
+    assert gradients.stats() == before  # its number is traced
+
+
+def test_a_module_within_a_package_that_changes_is_seen(monkeypatch):
+    package, settings = types.ModuleType("package"), types.ModuleType("package.settings")
+    package.__file__ = settings.__file__ = "/home/me/package.py"
+    package.settings, settings.parent, settings.scale = settings, package, 1.0
+
+    def objective(data, logprobs):
+        return package.settings.scale * logprobs.total(), {}
+
+    assert slope(objective)[0] == 1.0
+    settings.scale = 2.0
+    assert slope(objective)[0] == 2.0
+    monkeypatch.setitem(globals(), "PACKAGE", package)
+
+    def by_global(data, logprobs):
+        return PACKAGE.settings.scale * logprobs.total(), {}  # noqa: F821
+
+    assert slope(by_global)[0] == 2.0
+    settings.scale = 5.0
+    assert slope(by_global)[0] == 5.0
+
+
+@pytest.mark.parametrize("make", [list, collections.deque, bytearray])
+def test_a_container_that_changes_is_seen(make):
+    table = make([1])
+
+    def objective(data, logprobs):
+        return table[0] * logprobs.total(), {}
+
+    assert slope(objective)[0] == 1.0
+    table[0] = 2
+    assert slope(objective)[0] == 2.0
+
+
+@jax.jit
+def jitted_helper(value):
+    return SCALE * value
+
+
+def loop_with_helper(data, logprobs):
+    return sum(jitted_helper(row.sum()) for row in logprobs), {}
+
+
+@pytest.mark.filterwarnings("ignore:.*takes rows one by one")
+@pytest.mark.parametrize(
+    "objective", [lambda data, logprobs: (jitted_helper(logprobs.total()), {}), loop_with_helper]
+)
+def test_a_jitted_function_that_an_objective_calls_is_traced_anew(objective, monkeypatch):
+    for scale, sizes in ((1.0, (3, 2)), (3.0, (3, 2)), (1.0, (3, 2)), (3.0, (3,)), (1.0, (3,))):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert slope(objective, sizes)[0] == scale
 
 
 def test_functions_of_one_factory_are_told_apart_by_their_closures():
