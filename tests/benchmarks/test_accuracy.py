@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import accuracy
+accuracy = pytest.importorskip("benchmarks.accuracy")  # which the package on PyPI leaves out
 
 RESULTS = pathlib.Path(accuracy.__file__).parent / "results" / "accuracy.json"
 TORCH = {row["loss"]: row for row in json.loads(RESULTS.read_text())}
