@@ -1,4 +1,4 @@
-"""Where the time of a custom step goes, and what one request instead of two saves.
+"""Measures the parts of a custom step, and the time that one request instead of two saves.
 
     python -m benchmarks.custom_step [--quick] [--json FILE] [--base-model NAME]
 

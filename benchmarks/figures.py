@@ -18,7 +18,7 @@ matplotlib.rcParams["svg.hashsalt"] = "mintjax"  # the same numbers give the sam
 
 
 def gradient_cost(rows: Rows) -> Figure:
-    """How many times as long the others take, by batch and loss."""
+    """Draws the ratios of the others' times to mintjax's, by batch and loss."""
     uniform = [row for row in rows if row["case"] == "uniform"]
     found = {(r["loss"], r["datums"], r["implementation"]): r["median_ms"] for r in uniform}
     sizes = sorted({r["datums"] for r in uniform if r["implementation"] == "sdk"})
@@ -63,7 +63,7 @@ def transport(rows: Rows) -> Figure:
 
 
 def custom_step(rows: Rows) -> Figure:
-    """Where the time of a step goes."""
+    """Draws the parts of a step's time."""
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axis = figure.subplots()
     words = {"two_pass": "two passes", "one_pass": "one pass", "by_name": "by name"}

@@ -1,4 +1,4 @@
-"""What the client-side gradient costs, against torch and against NumPy by hand.
+"""Measures the client-side gradient against torch and against NumPy by hand.
 
     python -m benchmarks.gradient_cost [--quick] [--json FILE]
 

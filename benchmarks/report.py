@@ -34,7 +34,7 @@ NAMES = tuple(TABLES)
 
 
 class Kept(msgspec.Struct, kw_only=True):
-    """What is kept of a benchmark.
+    """The kept results of a benchmark.
 
     Args:
         command: that gives these rows.

@@ -1,4 +1,4 @@
-"""What the client's side of the wire costs, against the official client's own serialisers.
+"""Measures encoding and decoding against the official client's own serialisers.
 
     python -m benchmarks.transport [--quick] [--sdk-038 PYTHON] [--json FILE]
 

@@ -44,7 +44,7 @@ class Numbers:
 
 
 def mintjax_side(numbers: Numbers, encoding: str) -> dict[str, Operation]:
-    """What mintjax's client does with a pass, by the functions that it does it with."""
+    """The functions by which mintjax's client encodes and decodes a pass."""
     import mintjax
     from mintjax import Datum, ModelInput, objectives
     from mintjax.protocol import messages, protobuf
@@ -88,7 +88,7 @@ def mintjax_side(numbers: Numbers, encoding: str) -> dict[str, Operation]:
 
 
 def sdk_side(numbers: Numbers) -> dict[str, Operation]:
-    """What the official client does, by its own functions, from its ``training_client.py``."""
+    """The functions by which the official client does so, from its ``training_client.py``."""
     import torch
     from tinker import types
 
@@ -230,7 +230,7 @@ def memory_in_use(kind: str) -> int:
 
 
 def peak_of(operation: Operation) -> int:
-    """How much more memory than before is in use, at most, while it runs."""
+    """Measures how much more memory is in use, at most, while it runs."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else it would be served from what others have freed
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,1 +1,1 @@
-"""What README shows of the code, drawn from it."""
+"""Reads the structure of the code, which README's table describes."""

@@ -30,7 +30,7 @@ class Module:
         return self.entries[0]
 
     def has(self, path: str) -> bool:
-        """Whether a file, below ``mintjax/``, belongs to it."""
+        """Tells whether a file, below ``mintjax/``, belongs to it."""
         return any(path == e or (e.endswith("/") and path.startswith(e)) for e in self.entries)
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as a small hierarchy.
+"""The errors that mintjax raises, as a small hierarchy.
 
 Everything that mintjax raises on its own account is a :class:`MintjaxError`. An exception raised
 inside a user's objective is never wrapped: it arrives with its own type and traceback.

@@ -1,4 +1,4 @@
-"""What MinT offers beyond the common protocol."""
+"""The requests that MinT serves beyond the common protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ReverseKLLoss(msgspec.Struct, eq=False):
 
 
 class ReverseKLOutput(msgspec.Struct, eq=False):
-    """What :func:`forward_backward_reverse_kl` returns.
+    """The result of :func:`forward_backward_reverse_kl`.
 
     Args:
         outputs: one per datum, in order.
@@ -54,7 +54,7 @@ class ReverseKLOutput(msgspec.Struct, eq=False):
 
 
 class InterpolatedCheckpoint(msgspec.Struct):
-    """Where the mixture of checkpoints went.
+    """The path of a mixture of checkpoints.
 
     Args:
         path: a sampler checkpoint's.

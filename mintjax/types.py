@@ -1,4 +1,4 @@
-"""What travels between the client and a trainer, under the names of the Tinker SDK."""
+"""The values that travel between client and trainer, under the names of the Tinker SDK."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class AdamParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoraConfig(msgspec.Struct, frozen=True):
-    """Which low-rank adapters a model is trained with.
+    """The low-rank adapters that a model is trained with.
 
     Args:
         rank: inner dimension of the two factors, at least 1.
@@ -147,7 +147,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
 
 
 class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
-    """What a forward or forward-backward pass returns.
+    """The result of a forward or forward-backward pass.
 
     Args:
         loss_fn_outputs: one dict of arrays per datum, in the order of the data; ``"logprobs"`` has
@@ -183,7 +183,7 @@ a gradient that does not depend on the logprobs; or a loss of the trainer's own.
 
 
 class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):
-    """What a step with an objective returns, and how it went.
+    """The result of a step with an objective, with its route and times.
 
     Args:
         route: see :data:`Route`.
@@ -199,7 +199,7 @@ class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):
 
 
 class OptimStepResponse(msgspec.Struct, kw_only=True):
-    """What an optimizer step returns.
+    """The result of an optimizer step.
 
     Args:
         metrics: numbers by name, or None where the trainer reports none.
@@ -209,7 +209,7 @@ class OptimStepResponse(msgspec.Struct, kw_only=True):
 
 
 class SaveWeightsResponse(msgspec.Struct, kw_only=True):
-    """Where a checkpoint went.
+    """The path of a saved checkpoint.
 
     Args:
         path: ``tinker://<model>/weights/<name>``, or ``.../sampler_weights/<name>``.
@@ -219,7 +219,7 @@ class SaveWeightsResponse(msgspec.Struct, kw_only=True):
 
 
 class LoadWeightsResponse(msgspec.Struct, kw_only=True):
-    """Which checkpoint was loaded.
+    """The path of a loaded checkpoint.
 
     Args:
         path: the checkpoint's path, where the trainer repeats it.
@@ -229,7 +229,7 @@ class LoadWeightsResponse(msgspec.Struct, kw_only=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to sample.
+    """The parameters of sampling.
 
     Args:
         max_tokens: at most so many new tokens; as many as fit if None.
@@ -263,7 +263,7 @@ class SampledSequence(msgspec.Struct, kw_only=True):
 
 
 class SampleResponse(msgspec.Struct, kw_only=True):
-    """What a request to sample returns.
+    """The result of a request to sample.
 
     Args:
         sequences: one per sample asked for.
@@ -275,7 +275,7 @@ class SampleResponse(msgspec.Struct, kw_only=True):
 
 
 class ModelData(msgspec.Struct, kw_only=True):
-    """What a model is.
+    """The description of a model.
 
     Args:
         model_name: the base model.
@@ -289,7 +289,7 @@ class ModelData(msgspec.Struct, kw_only=True):
 
 
 class GetInfoResponse(msgspec.Struct, kw_only=True):
-    """What a trainer says of one model in training.
+    """The trainer's description of one model in training.
 
     Args:
         model_id: the trainer's name of it.
@@ -315,7 +315,7 @@ class SupportedModel(msgspec.Struct, kw_only=True):
 
 
 class ServerCapabilities(msgspec.Struct, kw_only=True):
-    """What a trainer offers.
+    """The base models that a trainer offers.
 
     Args:
         supported_models: its base models.

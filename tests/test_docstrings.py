@@ -9,7 +9,12 @@ import inspect
 import re
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
+
+import mintjax
+
+ROOT = Path(mintjax.__file__).parent
 
 MODULES = [
     "mintjax",
@@ -40,6 +45,21 @@ HEADING = re.compile(r"^(Args|Returns|Yields|Raises|Example|Reference):\n", re.M
 # "As :meth:`forward`, and ...": the arguments are that one's.
 AS_ANOTHER = re.compile(r"\b(?:[Aa]s|those of|those that) :(?:func|meth):")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|exc):`~?([\w.]+)`")
+
+
+QUESTION = re.compile(r"(What|How|Which|Whether|Where|Why|When|That|Who)\b")
+
+
+def test_no_docstring_begins_with_a_question():
+    """Its first line says what the thing does, or is; a reader has no riddle to solve."""
+    found: list[str] = []
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and QUESTION.match(text):
+                found.append(f"{path.name}: {text.splitlines()[0]}")
+    assert found == []
 
 
 def everything() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the client side of a training step costs, for any objective.
+"""Measures the cost of the client's side of a training step, for any objective.
 
 ``mintjax bench`` is its command; the scripts in ``benchmarks/`` take their clock from here.
 """

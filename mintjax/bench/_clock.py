@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Timing(msgspec.Struct, kw_only=True):
-    """What an implementation took, step by step.
+    """The times of an implementation, step by step.
 
     Args:
         seconds: of each step, those of the warm-up among them.

@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""Describes the machine and the versions that something was measured with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("mintjax", "jax", "jaxlib", "numpy", "msgspec", "httpx", "torch", "
 
 
 class Machine(msgspec.Struct, kw_only=True):
-    """What belongs beside a number, for others to judge it by.
+    """The machine, the versions and the date, by which others judge a number.
 
     Args:
         cpu: its model, as the system names it.

@@ -25,7 +25,7 @@ Implementations = dict[str, Callable[[Arrays], Any]]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure.
+    """The batches and the number of steps to measure.
 
     Args:
         objective: its name, for the report.
@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """What one implementation took for batches of one size.
+    """The times of one implementation for batches of one size.
 
     Args:
         implementation: ``"mintjax"``, ``"torch"``, or the name of what was given.
@@ -68,7 +68,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What was measured.
+    """The results, with the machine that they are of.
 
     Args:
         objective: its name.

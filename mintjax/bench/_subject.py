@@ -52,7 +52,7 @@ def load_objective(name: str) -> Objective:
 
 
 def load(name: str) -> Callable[..., Any]:
-    """What ``"module:attribute"`` names; the attribute may be dotted.
+    """Loads the object that ``"module:attribute"`` names; the attribute may be dotted.
 
     Raises:
         ConfigError: there is no such module or attribute, or it cannot be called.

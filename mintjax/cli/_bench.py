@@ -137,7 +137,7 @@ def _service(trainer: str) -> Generator[Any]:
 
 @contextmanager
 def _mistakes_in(objective: str) -> Generator[None]:
-    """What a user's own module raises, as a message that says where."""
+    """Turns an error of a user's own module into a message that says where it was raised."""
     try:
         yield
     except (MintjaxError, OSError):

@@ -1,4 +1,4 @@
-"""What the commands have in common: where they print."""
+"""The console that all commands print to."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How to train.
+    """The settings of the training.
 
     Args:
         loss: ``"bradley_terry"``, or ``"dpo"`` against the untrained model.
@@ -76,7 +76,7 @@ class Step(msgspec.Struct, kw_only=True):
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What the training came to.
+    """The results of the training.
 
     Args:
         loss_first: the first step's loss.

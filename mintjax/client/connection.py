@@ -138,8 +138,8 @@ class Connection:
         await self.transport.submit(request)
         return await retrieve(self.transport, request, as_type, check)
 
-    def takes_protobuf(self, request: Request, refusal: APIError) -> bool:
-        """Whether a pass was refused for its encoding; from then on they are protocol buffers."""
+    def switch_to_protobuf_if_refused(self, request: Request, refusal: APIError) -> bool:
+        """Sends passes as protocol buffers from now on, if one was refused as JSON; says if so."""
         is_pass = request.path in ("forward", "forward_backward")
         if not is_pass or request.headers or not _refuses_json(request.path, refusal):
             return False
@@ -179,7 +179,7 @@ class Connection:
 
 
 def _refuses_json(path: str, refusal: APIError) -> bool:
-    """Whether a trainer says that it reads no JSON, or has no endpoint for a forward pass.
+    """Tells whether a trainer reads no JSON, or has no endpoint for a forward pass.
 
     A trainer whose passes are protocol buffers only has no ``forward``. The words are compared
     because a model that is not there is a 404, too; these are the words of Starlette and FastAPI.

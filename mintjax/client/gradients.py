@@ -122,7 +122,7 @@ class AccumulatedGradients:
 
 
 def refuses_loss(error: APIError) -> bool:
-    """Whether an error says that the trainer does not serve a loss, and has applied nothing."""
+    """Tells whether a trainer does not serve a loss, and has applied nothing."""
     if error.may_have_been_applied:
         return False
     if isinstance(error, RequestFailedError):

@@ -112,7 +112,7 @@ class Lane:
         try:
             await self.connection.transport.submit(request)
         except APIError as error:
-            if self.connection.takes_protobuf(request, error):
+            if self.connection.switch_to_protobuf_if_refused(request, error):
                 return await self.post(path, message, mutates)
             if request.in_doubt and mutates:
                 self.in_doubt(f"{path} (number {number}) may or may not have been applied: {error}")

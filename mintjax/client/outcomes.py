@@ -1,4 +1,4 @@
-"""What the end of an attempt says about a request: whether the trainer may have it."""
+"""Decides from the end of an attempt whether the trainer may have the request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Repeats = Literal["until the deadline", "a few times", "never"]
 
 
 class Verdict(NamedTuple):
-    """What is known of a request after an attempt.
+    """The knowledge of a request after an attempt.
 
     Args:
         in_doubt: the trainer may have taken it in, in this attempt or in one before.

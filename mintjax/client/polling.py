@@ -42,7 +42,7 @@ _OTHERS = frozenset(_RESULTS.values()) - {"metrics", "model_id"}  # which may co
 
 
 class _NotYet(msgspec.Struct):
-    """What comes in place of a result."""
+    """An answer that comes in place of a result."""
 
     type: str | None = None
     status: str | None = None

@@ -43,12 +43,12 @@ class Reply(msgspec.Struct):
 
     @property
     def is_protobuf(self) -> bool:
-        """Whether it says that it is a protocol buffer."""
+        """Tells whether its content type is that of a protocol buffer."""
         return self.headers.get("content-type", "").lower().startswith(protobuf.MEDIA_TYPE)
 
     @property
     def has_an_end(self) -> bool:
-        """Whether HTTP says where it ends, so that one that was cut is seen to be."""
+        """Tells whether HTTP says where it ends, so that one that was cut is noticed."""
         return "content-length" in self.headers or "transfer-encoding" in self.headers
 
     @property

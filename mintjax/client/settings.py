@@ -1,4 +1,4 @@
-"""Where the trainer is, who asks, and how patiently."""
+"""The trainer's address, the key, and the limits of waiting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_BASE_URL = "https://mint.macaron.xin"
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How long to keep trying; all times in seconds.
+    """Limits how long requests are tried and waited for; all times are in seconds.
 
     Args:
         first_delay: before the first retry; doubled for each one after it, times a random factor
@@ -178,7 +178,7 @@ def from_environment(name: str) -> str | None:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a session is made with; see :class:`ServiceClient`."""
+    """The options of a session; :class:`ServiceClient` describes them."""
 
     url: httpx.URL
     key: ApiKey

@@ -309,7 +309,7 @@ class TrainingClient(NotCopyable):
     )
 
     def _get_info(self, *, timeout: float | None = None) -> Limited[GetInfoResponse]:
-        """What the trainer says of the model: base model, tokenizer, rank.
+        """Asks the trainer for the model's base model, tokenizer and rank.
 
         Args:
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.

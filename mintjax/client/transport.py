@@ -87,7 +87,7 @@ class Request(msgspec.Struct):
 
     @property
     def may_have_been_applied(self) -> bool:
-        """Whether something may be other than before, on the trainer, because of it."""
+        """Tells whether it may have changed something on the trainer."""
         return self.in_doubt and self.path not in _CHANGE_NOTHING
 
 

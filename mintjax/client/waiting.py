@@ -38,7 +38,7 @@ class Wait(msgspec.Struct, Generic[R]):
 
     @property
     def outlook(self) -> str:
-        """Why it waits, how long it will go on, and how to change that."""
+        """Says why it waits, how long it will go on, and how to change that."""
         left = self.started + self.limit - time.monotonic()
         end = "without end" if math.isinf(left) else f"for up to {max(left, 0.0):.0f} s more"
         return f"{self.why}; this goes on {end} ({self.setting} changes that)"

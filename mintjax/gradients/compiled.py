@@ -30,7 +30,7 @@ _KEPT = 64  # programs held at a time, the oldest dropped first
 
 
 class Stats(NamedTuple):
-    """How often the work that a cache should save was done, since the process began.
+    """Counts of the work that a cache should save, since the process began.
 
     Args:
         compilations: programs that XLA compiled.
@@ -128,7 +128,7 @@ class Program:
     def needs_logprobs(
         self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
     ) -> bool:
-        """Whether the gradient depends on the logprobs, whose shapes and dtype ``rows`` has.
+        """Tells whether the gradient depends on the logprobs, whose shapes ``rows`` has.
 
         Raises:
             RowAccessError: the objective takes rows one by one.
@@ -286,12 +286,12 @@ def _blocks(
 
 
 def _columns(blocks: Mapping[tuple[str, ...], Array]) -> dict[str, Array]:
-    """What :func:`_blocks` joined, by its name."""
+    """Splits the blocks of :func:`_blocks` into columns, by name."""
     return {name: block[i] for names, block in blocks.items() for i, name in enumerate(names)}
 
 
 def _spare(rows: int, multiple: int) -> int:
-    """How many rows to add to these to have one of few numbers of them."""
+    """Computes how many empty rows round this number up to one of a few."""
     return -(-tiling.bucket(rows) // multiple) * multiple - rows
 
 

@@ -1,4 +1,4 @@
-"""Which inputs of a jaxpr an output depends on."""
+"""Finds the inputs of a jaxpr that an output depends on."""
 
 from __future__ import annotations
 

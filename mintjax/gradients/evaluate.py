@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class LogprobGradients(NamedTuple):
-    """What :func:`value_and_logprob_grads` returns.
+    """The result of :func:`value_and_logprob_grads`.
 
     Args:
         loss: the objective's value.

@@ -308,7 +308,7 @@ class _Walk:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether an object of an installed class is a bundle of values, such as a configuration."""
+    """Tells whether an object is a bundle of values, such as a configuration."""
     kind = cast("type[Any]", type(value))
     return (
         (dataclasses.is_dataclass(value) and not isinstance(value, type))
@@ -351,7 +351,7 @@ def _is_library_module(module: types.ModuleType) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _is_installed(kind: type) -> bool:
-    """Whether a class is Python's own or of an installed package, whose code does not change."""
+    """Tells whether a class is Python's own or of an installed package."""
     if kind.__module__.partition(".")[0] in _LIBRARIES:
         return True
     module = sys.modules.get(kind.__module__)

@@ -1,4 +1,4 @@
-"""Who may use the trainer: holders of its API key, or of a token for it, and no web page."""
+"""Lets holders of the API key, or of a token for it, use the trainer, and no web page."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class ProtobufResult(bytes):
 
 
 class SampleResult(bytes):
-    """What was sampled, as JSON; nothing in its request says how it will be asked for."""
+    """The samples, as JSON; nothing in their request says how they will be asked for."""
 
 
 class _Numbered(msgspec.Struct):
@@ -47,7 +47,7 @@ class _Columns(msgspec.Struct):
 
 
 def is_protobuf(request: Request) -> bool:
-    """Whether the body says that it is a protocol buffer."""
+    """Tells whether the content type is that of a protocol buffer."""
     return _given(request, "content-type", JSON) == protobuf.MEDIA_TYPE
 
 

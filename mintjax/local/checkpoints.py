@@ -70,14 +70,14 @@ class CheckpointPath(NamedTuple):
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What a checkpoint was made from; kept in the file's header."""
+    """The origin of a checkpoint, kept in the file's header."""
 
     base_model: str
     lora_config: LoraConfig
 
 
 class Attributes(msgspec.Struct, frozen=True):
-    """What may be changed of a checkpoint; kept beside it.
+    """The changeable attributes of a checkpoint, kept beside it.
 
     Args:
         user_metadata: whatever its client said of it.

@@ -26,7 +26,7 @@ _MAX_SCORES = 1 << 22  # rows * length ** 2: what attention holds for one head
 
 
 class PassResult(NamedTuple):
-    """What a pass over some datums gives."""
+    """The result of a pass over some datums."""
 
     logprobs: list[npt.NDArray[np.float32]]
     """One array per datum, in order, the shape of its ``target_tokens``; in nats."""

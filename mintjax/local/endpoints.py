@@ -1,4 +1,4 @@
-"""What each request of the protocol does: check it, then answer, or say what to run in its turn."""
+"""Handles each request of the protocol: checks it, then answers, or queues its work."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ class Engine:
         self._models[model_id] = _fresh(state.config, state.lora_config, loaded["lora"], moments)
 
     def describe_checkpoint(self, path: str, *, field: str) -> Description:
-        """What a checkpoint was made from.
+        """Reads the origin of a checkpoint.
 
         Args:
             path: of the checkpoint.

@@ -163,7 +163,7 @@ _RL_NAMES = tuple(name for name, inputs in REQUIRED_INPUTS.items() if inputs == 
 
 
 def row_divisors(columns: Columns, normalise: bool) -> Array:
-    """What each datum's sum of token losses is divided by, ``[rows]``.
+    """Computes the divisor of each datum's sum of token losses, ``[rows]``.
 
     1, or ``max(sum(weights), 1e-9)`` as SkyRL's JAX backend has it.
     """

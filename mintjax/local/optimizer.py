@@ -84,7 +84,7 @@ def norm(tree: Weights) -> float:
 
 
 def all_finite(tree: Any) -> bool:
-    """Whether no leaf of the tree holds a NaN or an infinity."""
+    """Tells whether no leaf of the tree holds a NaN or an infinity."""
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(tree)))
 
 

@@ -1,4 +1,4 @@
-"""Where the embedded trainer runs: on a socket, or inside this process without one."""
+"""Runs the embedded trainer on a socket, or inside this process without one."""
 
 from __future__ import annotations
 

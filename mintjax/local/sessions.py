@@ -1,4 +1,4 @@
-"""Which clients are there, and what they sample from."""
+"""Keeps the sessions of clients, and the weights that they sample from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mintjax.errors import NotFoundError
 
 @dataclass
 class Session:
-    """What one client has made."""
+    """The models and samplers that one client has made."""
 
     model_ids: list[str] = field(default_factory=list[str])
     sampling_session_ids: list[str] = field(default_factory=list[str])
@@ -52,7 +52,7 @@ class Sessions:
         return sampling_session_id
 
     def source(self, sampling_session_id: str) -> str:
-        """What a sampling session samples from.
+        """Finds the weights that a sampling session samples from.
 
         Raises:
             NotFoundError: there is none of that id.

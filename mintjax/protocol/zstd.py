@@ -12,7 +12,7 @@ _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd
 
 
 class TooLargeError(DataError):
-    """What a body unfolds to is beyond the limit."""
+    """A compressed body unfolds to more than the limit."""
 
 
 def require() -> None:

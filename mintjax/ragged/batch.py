@@ -83,7 +83,7 @@ class Batch(Sequence[Datum]):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each datum has.
+        """The number of tokens of each datum.
 
         Raises:
             RowAccessError: the lengths are traced.
@@ -100,7 +100,7 @@ class Batch(Sequence[Datum]):
 
     @property
     def layout(self) -> tiling.Layout:
-        """Where the datums' tokens lie in a tiled buffer; for code that builds on this."""
+        """The places of the datums' tokens in a tiled buffer; for code that builds on this."""
         if self._layout is None:
             self._layout = tiling.layout_of(self.lengths)
         return self._layout

@@ -196,7 +196,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     @property
     def layout(self) -> Layout:
-        """Where the rows lie in :attr:`tiles`; for code that builds on this."""
+        """The places of the rows in :attr:`tiles`; for code that builds on this."""
         return self._layout
 
     @property
@@ -211,7 +211,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     @property
     def row_mask(self) -> Array:
-        """Which rows are real: bool ``[B]``.
+        """Marks the rows that are real: bool ``[B]``.
 
         All are, except inside mintjax's own objectives, for which the batch may be padded with
         empty rows.
@@ -407,7 +407,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return tiling.row_sums(_wide(self._masked(where, 0)), self._layout)
 
     def count(self, where: Ragged | None = None) -> Array:
-        """How many numbers each row has, int32 ``[B]``; with ``where``, how many it marks."""
+        """Counts the numbers of each row, or those that ``where`` marks: int32 ``[B]``."""
         where = self._checked(where)
         if where is None:
             return jnp.asarray(self._layout.lengths) * int(np.prod(self.trailing_shape, dtype=int))
@@ -490,7 +490,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return jnp.sum(self.sum(where))
 
     def total_count(self, where: Ragged | None = None) -> Array:
-        """How many numbers there are in all rows, or how many ``where`` marks: an int32 scalar."""
+        """Counts the numbers of all rows, or those that ``where`` marks: an int32 scalar."""
         return jnp.sum(self.count(where))
 
     def _checked(self, where: Any) -> Ragged | None:

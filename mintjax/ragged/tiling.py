@@ -1,4 +1,4 @@
-"""Where the numbers of ragged rows lie in memory: whole tiles of 128, so that shapes repeat.
+"""Lays ragged rows out in memory, in whole tiles of 128, so that shapes repeat.
 
 Every row starts on a tile of its own and the number of tiles is rounded up to one of a few sizes,
 so that ``jit`` meets the same shapes again although no two batches have the same lengths. The rest
@@ -39,7 +39,7 @@ class _Fields(NamedTuple):
 
 
 class Layout(_Fields):
-    """Which tokens of a tiled buffer belong to which row.
+    """The places of rows in a tiled buffer.
 
     Args:
         lengths: tokens of each row, int32 ``[B]``.
@@ -56,7 +56,7 @@ class Layout(_Fields):
     origin: tuple[Layout, bytes] | None = None
 
     def agrees_with(self, other: Layout) -> bool:
-        """Whether both are known to be the same layout, although lengths may be traced."""
+        """Tells whether both are known to be the same layout, although lengths may be traced."""
         if self is other or all(a is b for a, b in zip(self, other, strict=True)):
             return True
         if self.origin is None or other.origin is None:
@@ -65,7 +65,7 @@ class Layout(_Fields):
 
 
 class Place(NamedTuple):
-    """Where the rows of a batch are laid, as a compiled function takes it and as the packing does.
+    """The places of a batch's rows, for a compiled function and for the packing.
 
     Args:
         table: what :func:`read_table` makes a layout of, in one array, for each that a compiled
@@ -176,7 +176,7 @@ def pieces(
     size: int,
     repeated: Callable[[Array, int], Array],
 ) -> list[Array]:
-    """What to concatenate to have rows in tiles.
+    """Lists the arrays whose concatenation is the rows in tiles.
 
     The gap behind a row repeats its own tokens, and a spare tile is as the first one of the longest
     row, which it counts as: the same ones in every column, so that no function meets anything in
@@ -280,7 +280,7 @@ def pack_anew(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[
 
 
 def mask(layout: Layout) -> Array:
-    """Which positions hold a token: bool ``[tiles, TILE]``."""
+    """Marks the positions that hold a token: bool ``[tiles, TILE]``."""
     xp: Any = jnp if isinstance(layout.tile_count, jax.Array) else np
     return xp.arange(TILE, dtype=xp.int32)[None, :] < layout.tile_count[:, None]
 

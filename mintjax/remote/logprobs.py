@@ -69,7 +69,7 @@ class RemoteLogprobs:
 
     @property
     def output(self) -> ForwardBackwardOutput | None:
-        """What the trainer returned for the last backward pass; None before the first.
+        """The trainer's output of the last backward pass; None before the first.
 
         Its metrics are the trainer's own: those of the objective are what ``jax.value_and_grad``
         with ``has_aux=True`` returns.

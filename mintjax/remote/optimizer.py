@@ -23,7 +23,7 @@ Hyperparameter: TypeAlias = float | Callable[[Any], Any]
 
 
 class RemoteOptimizerState(NamedTuple):
-    """What the optimizer keeps here; the moments are on the trainer.
+    """The optimizer's state on this side; the moments are on the trainer.
 
     Args:
         count: how many steps it has taken, an int32 scalar.

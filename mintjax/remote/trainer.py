@@ -1,4 +1,4 @@
-"""What the bridge sees of a trainer."""
+"""The methods of a trainer that the bridge uses."""
 
 from __future__ import annotations
 

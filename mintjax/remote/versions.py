@@ -1,4 +1,4 @@
-"""How many optimizer steps a remote model has taken, and what has accumulated since the last."""
+"""Counts a remote model's optimizer steps, and the backward passes since the last one."""
 
 from __future__ import annotations
 

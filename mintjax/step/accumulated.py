@@ -1,4 +1,4 @@
-"""How many datums' gradients a trainer holds between two optimizer steps."""
+"""Counts the datums whose gradients a trainer holds between two optimizer steps."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Accumulated:
             )
 
     def _held(self) -> tuple[int, int | None]:
-        """How many datums are in the trainer, and how many were announced, if any were."""
+        """Counts the datums in the trainer, and those that were announced, if any were."""
         last = max((i for i, one in enumerate(self._sent) if one.clears), default=-1)
         current = self._sent[max(last, 0) :]
         if any(one.outcome == "unknown" for one in current):

@@ -1,4 +1,4 @@
-"""How a gradient with respect to logprobs travels: as the data of a loss that has that gradient."""
+"""Carries a gradient with respect to logprobs, as the data of a loss that has that gradient."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def carrier(
 def _factors(
     reduction: Reduction, targets: Sequence[npt.NDArray[Any]], datums_in_step: int
 ) -> list[float]:
-    """What the gradient of each datum is multiplied by."""
+    """Computes the factor of each datum's gradient."""
     units = {reduction.per_sequence, reduction.per_request, reduction.per_step}
     wide = next((i for i, row in enumerate(targets) if row.ndim > 1), None)
     if "tokens" in units and wide is not None:

@@ -1,4 +1,4 @@
-"""What the client has found out about a trainer."""
+"""Keeps the facts that the client has found out about a trainer."""
 
 from __future__ import annotations
 

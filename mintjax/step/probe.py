@@ -21,7 +21,7 @@ class _Future(Protocol):
 
 
 class Trains(Protocol):
-    """What of a training client the measurement uses."""
+    """The methods of a training client that the measurement uses."""
 
     def forward(self, data: Sequence[Datum], loss_fn: str) -> _Future: ...
     def forward_backward(self, data: Sequence[Datum], loss_fn: str) -> _Future: ...
@@ -29,7 +29,7 @@ class Trains(Protocol):
 
 
 def measure_reduction(model: Trains) -> Reduction:
-    """How a trainer reduces losses, told from how far a datum's logprobs move.
+    """Measures how a trainer reduces losses, by how far a datum's logprobs move.
 
     One step of Adam with ``eps`` far above any gradient, and without memory, moves the weights in
     proportion to the gradient, and so the datum's logprob in proportion too. Compared are the moves
@@ -74,7 +74,7 @@ def _datum(weight: float) -> Datum:
 
 
 def _move(model: Trains, data: list[Datum]) -> float:
-    """How far one step on these data moves the datum's logprob, in nats."""
+    """Measures how far one step on these data moves the datum's logprob, in nats."""
     before = _score(model)
     model.forward_backward(data, "cross_entropy")
     model.optim_step(

@@ -1,4 +1,4 @@
-"""What a trainer divides the losses of tokens by before it accumulates their gradient."""
+"""The divisors of token losses that a trainer applies before it accumulates a gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INDEPENDENT_OF_WEIGHTS = (None, "datums", "tokens")
 
 @dataclass(frozen=True, init=False)
 class Reduction:
-    """What a trainer divides the summed losses of tokens by; nothing, if no field is given.
+    """The divisors that a trainer applies to the sum of token losses; none, if no field is given.
 
     The gradient that an optimizer step uses is, over requests ``r`` since the step before it,
     datums ``i`` and tokens ``t``::
@@ -63,12 +63,12 @@ class Reduction:
 
     @property
     def over_datums(self) -> bool:
-        """Whether the gradient is divided by the number of datums since the optimizer step."""
+        """Tells whether a gradient is divided by the number of datums since the optimizer step."""
         return self.per_step == "datums"
 
     @property
     def sums(self) -> bool:
-        """Whether nothing is divided: the loss of a request is the sum over its tokens."""
+        """Tells whether nothing is divided: the loss of a request is the sum over its tokens."""
         return self.per_sequence is None and self.per_request is None and self.per_step is None
 
     @property

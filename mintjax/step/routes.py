@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Backward(NamedTuple):
-    """What a backward pass sends.
+    """The contents of a backward pass.
 
     Args:
         route: how the step reaches the trainer.

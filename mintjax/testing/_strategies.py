@@ -158,6 +158,6 @@ _DISTANCES: dict[LogRatios, Generator] = {
 
 
 def _poisoned(rng: np.random.Generator, values: Array, hidden: Array, poison: bool) -> Array:
-    """What stands where a mask is 0: a value far off, or worse."""
+    """Puts a value far off, or worse, where a mask is 0."""
     kinds = np.array([np.nan, np.inf, -np.inf, -300.0]) if poison else np.array([-300.0, -1.0])
     return np.where(hidden, kinds[rng.integers(0, kinds.size, values.shape)], values)

@@ -160,7 +160,7 @@ def test_only_a_refusal_of_json_changes_the_encoding(path, status, words, refuse
     with ServiceClient(ADDRESS, KEY) as service:
         request = Request(path, b"{}", "m", mutates=False)
         refusal = APIStatusError(status, words)
-        assert service._connection.takes_protobuf(request, refusal) is refused
+        assert service._connection.switch_to_protobuf_if_refused(request, refusal) is refused
         assert service._connection.limits.proto_write_fwdbwd is refused
 
 
