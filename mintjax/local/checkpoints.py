@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import time
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -76,30 +74,6 @@ class Description(msgspec.Struct, frozen=True):
     lora_config: LoraConfig
 
 
-class Attributes(msgspec.Struct, frozen=True):
-    """The changeable attributes of a checkpoint, kept beside it.
-
-    Args:
-        user_metadata: whatever its client said of it.
-        expires_at: seconds since 1970, from when on it is no longer there; None for never.
-        public: for clients' lists only; there is one user here.
-    """
-
-    user_metadata: dict[str, str] | None = None
-    expires_at: float | None = None
-    public: bool = False
-
-
-class Listed(NamedTuple):
-    """One checkpoint in a list of them."""
-
-    path: CheckpointPath
-    attributes: Attributes
-    size_bytes: int
-    created_at: float
-    """Seconds since 1970."""
-
-
 class StorageError(MintjaxError):
     """A checkpoint cannot be written, read or removed; the message says why."""
 
@@ -124,7 +98,6 @@ def save(
     path: CheckpointPath,
     description: Description,
     state: Any,
-    attributes: Attributes | None = None,
 ) -> None:
     """Writes a checkpoint, in the place of one of the same path.
 
@@ -133,7 +106,6 @@ def save(
         path: of the new one.
         description: what it was made from.
         state: any pytree of arrays.
-        attributes: what may be changed later.
 
     Raises:
         StorageError: it cannot be written; one of the same path is still there.
@@ -141,7 +113,6 @@ def save(
     header = {"description": msgspec.json.encode(description).decode()}
     arrays = _named_leaves(jax.device_get(state))
     _write(_file(directory, path), lambda partial: save_file(arrays, partial, metadata=header))
-    set_attributes(directory, path, attributes or Attributes())
 
 
 def describe(directory: Path, path: CheckpointPath) -> Description:
@@ -175,86 +146,6 @@ def load(directory: Path, path: CheckpointPath, like: T) -> T:
         saved = {name: file.get_tensor(name) for name in _named_leaves(like)}
     leaves = [jnp.asarray(saved[name]) for name in saved]
     return jax.tree.unflatten(cast(Any, jax.tree.structure(like)), leaves)
-
-
-def exists(directory: Path, path: CheckpointPath) -> bool:
-    """Returns whether there is such a checkpoint, and it has not expired."""
-    return _file(directory, path).is_file() and not _expired(attributes_of(directory, path))
-
-
-def attributes_of(directory: Path, path: CheckpointPath) -> Attributes:
-    """Reads what may be changed of a checkpoint; the defaults if nothing was set."""
-    try:
-        return msgspec.json.decode(_attributes_file(directory, path).read_bytes(), type=Attributes)
-    except FileNotFoundError:
-        return Attributes()
-
-
-def set_attributes(directory: Path, path: CheckpointPath, attributes: Attributes) -> None:
-    """Changes what may be changed of a checkpoint.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    file, content = _attributes_file(directory, path), msgspec.json.encode(attributes)
-    if attributes != Attributes():
-        _write(file, lambda partial: Path(partial).write_bytes(content))
-    else:
-        with _storage("write", path):
-            file.unlink(missing_ok=True)
-
-
-def list_all(directory: Path) -> list[Listed]:
-    """Lists the checkpoints, the newest first. Those that have expired are removed."""
-    found: list[Listed] = []
-    for file in directory.glob("*/*/*.safetensors"):
-        model_id, kind = unquote(file.parent.parent.name), file.parent.name
-        path = CheckpointPath(model_id, cast(Kind, kind), file.name.removesuffix(".safetensors"))
-        attributes = attributes_of(directory, path)
-        if _expired(attributes):
-            delete(directory, path)
-            continue
-        with suppress(FileNotFoundError):  # somebody deleted it meanwhile
-            status = file.stat()
-            found.append(Listed(path, attributes, status.st_size, status.st_mtime))
-    return sorted(found, key=lambda one: one.created_at, reverse=True)
-
-
-def delete(directory: Path, path: CheckpointPath) -> None:
-    """Removes a checkpoint.
-
-    Raises:
-        NotFoundError: there is no such checkpoint.
-        StorageError: it cannot be removed.
-    """
-    with _storage("remove", path):
-        try:
-            _file(directory, path).unlink()
-        except FileNotFoundError:
-            raise _not_found(path) from None
-        _attributes_file(directory, path).unlink(missing_ok=True)
-
-
-def copy(
-    directory: Path, source: CheckpointPath, target: CheckpointPath, attributes: Attributes
-) -> None:
-    """Copies a checkpoint.
-
-    Args:
-        directory: where this trainer keeps its checkpoints.
-        source: what to copy.
-        target: the path of the copy, of the same kind.
-        attributes: of the copy.
-
-    Raises:
-        NotFoundError: there is no such checkpoint.
-        StorageError: it cannot be copied.
-    """
-    if not exists(directory, source):
-        raise _not_found(source)
-    file = _file(directory, source)
-    _write(_file(directory, target), lambda partial: shutil.copyfile(file, partial))
-    set_attributes(directory, target, attributes)
 
 
 def sweep(directory: Path) -> None:
@@ -315,21 +206,13 @@ def _file(directory: Path, path: CheckpointPath) -> Path:
     return directory / quote(path.model_id, safe="") / path.kind / f"{path.name}.safetensors"
 
 
-def _attributes_file(directory: Path, path: CheckpointPath) -> Path:
-    return _file(directory, path).with_name(f"{path.name}.json")
-
-
-def _expired(attributes: Attributes) -> bool:
-    return attributes.expires_at is not None and attributes.expires_at <= time.time()
-
-
 def _not_found(path: CheckpointPath) -> NotFoundError:
     return NotFoundError(404, f"there is no checkpoint {path}")
 
 
 @contextmanager
 def _opened(directory: Path, path: CheckpointPath) -> Generator[Any]:
-    if not exists(directory, path):
+    if not _file(directory, path).is_file():
         raise _not_found(path)
     with (
         _storage("read", path),
