@@ -199,7 +199,6 @@ def define(
             "settings": tuple(settings),
             "reads": tuple(given[1:]),
             "__doc__": _document(family, loss, [key for key, _ in fields]),
-            "__module__": _caller(),
             **left_out,
             **fixed,
         },
@@ -207,6 +206,7 @@ def define(
         kw_only=True,
         repr=False,
     )
+    made.__module__ = _caller()  # make_dataclass of Python 3.12 and newer names this module
     jax.tree_util.register_dataclass(
         made,
         data_fields=[key for key, field in fields if not field.metadata["static"]],
