@@ -11,21 +11,21 @@ accuracy = pytest.importorskip("benchmarks.accuracy")  # which the package on Py
 
 RESULTS = pathlib.Path(accuracy.__file__).parent / "results" / "accuracy.json"
 TORCH = {row["loss"]: row for row in json.loads(RESULTS.read_text())}
-# XLA's exp and log1p are right to 1 and 2.4 ulp, where torch's are to 0.6: no formula of them can
-# be held to less than this.
-FLOOR = 3.8
+# XLA's exp is right to 1 ulp, where torch's is to 0.6: what is computed from it may be as much worse.
+ROOM = 0.4
 # Its gradient has a zero, around which any rounding is large beside it; ours, which does not
 # overflow, rounds twice as much there as the product that torch's users write.
-FLOORS = {"discopop": 40}
+FLOORS = {"discopop": 40.0}
 BY_PERCENTILE = {"discopop"}
 
 
 @pytest.mark.parametrize("name", accuracy.CASES)
 def test_no_loss_is_less_accurate_than_torch(name):
     found = accuracy.measure(name, against_torch=False)
-    assert found["ours_value"] <= max(TORCH[name]["torch_value"], FLOOR)
+    assert found["ours_value"] <= TORCH[name]["torch_value"] + ROOM
     what = "gradient_99" if name in BY_PERCENTILE else "gradient"
-    assert found[f"ours_{what}"] <= max(TORCH[name][f"torch_{what}"], FLOORS.get(name, FLOOR))
+    theirs = TORCH[name][f"torch_{what}"] + ROOM
+    assert found[f"ours_{what}"] <= max(theirs, FLOORS.get(name, 0))
 
 
 def test_an_error_is_counted_in_units_in_the_last_place():
