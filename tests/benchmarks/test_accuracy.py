@@ -11,7 +11,7 @@ accuracy = pytest.importorskip("benchmarks.accuracy")  # which the package on Py
 
 RESULTS = pathlib.Path(accuracy.__file__).parent / "results" / "accuracy.json"
 TORCH = {row["loss"]: row for row in json.loads(RESULTS.read_text())}
-# XLA's exp is right to 1 ulp, where torch's is to 0.6: what is computed from it may be as much worse.
+# XLA's exp is right to 1 ulp, where torch's is to 0.6, and so much worse is what comes of it.
 ROOM = 0.4
 # Its gradient has a zero, around which any rounding is large beside it; ours, which does not
 # overflow, rounds twice as much there as the product that torch's users write.
