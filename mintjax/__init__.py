@@ -59,7 +59,7 @@ __all__ = [
     "value_and_logprob_grads",
 ]
 
-_ON_FIRST_USE = ("bench", "local", "losses", "objectives", "testing")
+_ON_FIRST_USE = ("bench", "interop", "local", "losses", "mint", "objectives", "testing")
 
 
 def __getattr__(name: str) -> Any:

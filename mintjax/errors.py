@@ -57,12 +57,16 @@ class DataError(MintjaxError, ValueError):
         message: what is wrong and what to do about it.
         datum: position of the datum in the list that was passed, or None where it concerns all.
         field: the input at fault (``"target_tokens"``, ``"weights"``, ...), or None.
+
+    Attributes:
+        reason: the message, without the place.
     """
 
     def __init__(self, message: str, *, datum: int | None = None, field: str | None = None) -> None:
         where = [] if datum is None else [f"datum {datum}"]
         where += [] if field is None else [f"field {field!r}"]
         super().__init__(f"{', '.join(where)}: {message}" if where else message)
+        self.reason = message
         self.datum = datum
         self.field = field
 

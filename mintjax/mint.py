@@ -11,12 +11,12 @@ from mintjax.client.futures import APIFuture
 from mintjax.client.service import ServiceClient
 from mintjax.client.training import TrainingClient
 from mintjax.errors import DataError
-from mintjax.tensors import TensorData, check_finite
-from mintjax.types import ModelInput
+from mintjax.tensors import TensorData, check_finite, to_tensor
+from mintjax.types import ModelInput, as_model_input
 
 
 class ReverseKLDatum(msgspec.Struct, frozen=True, eq=False):
-    """One example of on-policy distillation.
+    """One example of on-policy distillation; columns are taken as :class:`mintjax.Datum` does.
 
     Args:
         student_input: T tokens, as the model being trained reads them.
@@ -29,6 +29,13 @@ class ReverseKLDatum(msgspec.Struct, frozen=True, eq=False):
     reference_input: ModelInput
     target_tokens: TensorData
     weights: TensorData
+
+    def __post_init__(self) -> None:
+        for name in ("student_input", "reference_input"):
+            taken = as_model_input(getattr(self, name))
+            msgspec.structs.force_setattr(self, name, taken)
+        for name in ("target_tokens", "weights"):
+            msgspec.structs.force_setattr(self, name, to_tensor(name, getattr(self, name)))
 
 
 class ReverseKLLoss(msgspec.Struct, eq=False):

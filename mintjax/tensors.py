@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,25 @@ class SupportsArray(Protocol):
         ...
 
 
-ArrayLike = npt.NDArray[Any] | SupportsArray | Sequence[Any]
+@runtime_checkable
+class SupportsToNumpy(Protocol):
+    """The official SDK's ``TensorData``, and what imitates it."""
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """Return the values as a NumPy array."""
+        ...
+
+
+@runtime_checkable
+class SupportsDetach(Protocol):
+    """A ``torch.Tensor``, of any device and dtype."""
+
+    def detach(self) -> Any:
+        """Return the values without their graph."""
+        ...
+
+
+ArrayLike = npt.NDArray[Any] | SupportsArray | SupportsToNumpy | SupportsDetach | Sequence[Any]
 """What a column of ``loss_fn_inputs`` may be given as."""
 
 
@@ -33,7 +51,8 @@ class TensorData(np.ndarray):
     what they are here, so that ``~`` negates them, and travel as int64.
 
     Args:
-        data: numbers, flat or already in shape; a NumPy or JAX array, or nested lists.
+        data: numbers, flat or already in shape; a NumPy or JAX array, a torch tensor, the official
+            SDK's ``TensorData``, or nested lists. Memory is shared where the dtype allows.
         dtype: ``"float32"`` or ``"int64"``; inferred from the data if absent.
         shape: the shape to give to flat data; for sparse data, the dense shape.
         sparse_crow_indices: row pointers of a CSR matrix, shape ``[rows + 1]``. The array is made
@@ -53,7 +72,7 @@ class TensorData(np.ndarray):
         sparse_crow_indices: Sequence[int] | None = None,
         sparse_col_indices: Sequence[int] | None = None,
     ) -> TensorData:
-        array = _as_wire_array(data, dtype)
+        array = _as_wire_array(numbers_of(data), dtype)
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
         elif shape is not None and array.shape != tuple(shape):
@@ -73,8 +92,7 @@ class TensorData(np.ndarray):
     @classmethod
     def from_torch(cls, tensor: Any) -> TensorData:
         """From a torch ``tensor`` of any device and dtype; torch itself is not imported."""
-        tensor = tensor.detach().cpu()
-        return cls((tensor.float() if tensor.is_floating_point() else tensor.long()).numpy())
+        return cls(tensor)
 
     def to_numpy(self) -> npt.NDArray[Any]:
         """The same memory as a plain ``np.ndarray``."""
@@ -90,6 +108,44 @@ class TensorData(np.ndarray):
     def data(self) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The numbers as a flat list, in row-major order."""
         return self.to_numpy().ravel().tolist()
+
+
+def numbers_of(value: Any) -> Any:
+    """Takes the numbers out of another library's tensor, by what it offers.
+
+    Memory is shared where a NumPy array can hold the numbers as they are. No library is imported.
+
+    Args:
+        value: a torch tensor of any device (it offers ``detach``), the official SDK's
+            ``TensorData`` (``to_numpy``; sparse ones have ``sparse_crow_indices``), or anything
+            else.
+
+    Returns:
+        An array, or the value itself where it is of none of these.
+
+    Raises:
+        DataError: sparse indices that describe no matrix, or a tensor that NumPy cannot hold.
+    """
+    if isinstance(value, (np.ndarray, list)):
+        return cast("Any", value)
+    if hasattr(value, "detach"):
+        try:
+            return _of_torch(value.detach().cpu())
+        except (TypeError, RuntimeError) as error:  # sparse, quantized, on the meta device
+            raise DataError(f"NumPy cannot hold this torch tensor: {error}") from None
+    if getattr(value, "sparse_crow_indices", None) is not None:
+        crow, col = value.sparse_crow_indices, value.sparse_col_indices
+        return TensorData(value.data, value.dtype, value.shape, crow, col)
+    if hasattr(value, "to_numpy"):
+        return value.to_numpy()
+    return value
+
+
+def _of_torch(tensor: Any) -> npt.NDArray[Any]:
+    try:
+        return tensor.numpy()
+    except TypeError:  # NumPy has no bfloat16, nor any of 8 bits
+        return tensor.float().numpy()
 
 
 def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
@@ -225,23 +281,23 @@ def to_tensor(name: str, value: Any) -> TensorData:
 
     Args:
         name: of the column; the usual ones have a dtype of their own.
-        value: numbers in any form; what has ``to_ints`` gives its tokens.
+        value: numbers in any form that :class:`TensorData` takes; what has ``to_ints`` gives its
+            tokens.
 
     Raises:
         DataError: it does not hold numbers; names the column.
     """
-    if hasattr(value, "to_ints"):  # a ModelInput: the official SDK's examples pass targets so
-        value = value.to_ints()
     try:
-        if hasattr(value, "detach"):
-            value = TensorData.from_torch(value)
+        given: Any = value
+        if not isinstance(value, (np.ndarray, list)) and hasattr(value, "to_ints"):
+            given = value.to_ints()  # a ModelInput: the official SDK's examples pass targets so
         dtype = "int64" if name in _INTEGER_COLUMNS else None
         if name in _FLOAT_COLUMNS:
             dtype = "float32"
-        if isinstance(value, TensorData) and value.dtype.name in (
+        if isinstance(given, TensorData) and given.dtype.name in (
             (*_WIRE_DTYPES, "bool") if dtype is None else (dtype,)
         ):
-            return value
-        return TensorData(value, dtype)
+            return given
+        return TensorData(given, dtype)
     except DataError as error:
-        raise DataError(str(error), field=name) from None
+        raise DataError(error.reason, field=name) from None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import DataError
-from mintjax.tensors import TensorData, to_tensor
+from mintjax.tensors import TensorData, numbers_of, to_tensor
 
 LossFnName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 
@@ -53,12 +53,12 @@ class ModelInput(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> ModelInput:
-        """One chunk of token ids, from a list or an integer array of shape ``[T]``.
+        """One chunk of token ids, from a list, an integer array or a torch tensor, shape ``[T]``.
 
         Raises:
             DataError: the tokens are not a flat sequence of integers of at least 0.
         """
-        array = np.asarray(tokens)
+        array = np.asarray(numbers_of(tokens))
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise DataError(
                 f"tokens must be a flat sequence of integers, not {array.dtype.name} of shape "
@@ -83,14 +83,15 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
     """One training example: what the model reads, and what the loss reads.
 
     Args:
-        model_input: T tokens.
+        model_input: T tokens; the official SDK's ``ModelInput`` is taken too.
         loss_fn_inputs: columns by name, each of shape ``[T]`` or ``[T, K]``: ``target_tokens`` (the
             token that follows each input token), ``weights``, ``advantages``, ``logprobs`` (of the
             sampling policy), or anything that an objective reads. Lists, NumPy, JAX and torch
-            arrays are taken; what is kept is a :class:`TensorData`.
+            arrays and the official SDK's ``TensorData`` are taken; what is kept is a
+            :class:`TensorData`, which shares their memory where the dtype allows.
 
     Raises:
-        DataError: a column does not hold numbers.
+        DataError: a column does not hold numbers, or the model input no tokens.
     """
 
     model_input: ModelInput
@@ -103,9 +104,150 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
         ) -> None: ...
 
     def __post_init__(self) -> None:
+        if type(self.model_input) is not ModelInput:
+            msgspec.structs.force_setattr(self, "model_input", as_model_input(self.model_input))
         given = cast("Mapping[str, Any]", self.loss_fn_inputs)
         columns = {str(name): to_tensor(str(name), value) for name, value in given.items()}
         msgspec.structs.force_setattr(self, "loss_fn_inputs", columns)
+
+
+def as_model_input(value: Any) -> ModelInput:
+    """Takes the tokens of another library's model input, by its ``chunks`` and their ``tokens``.
+
+    Args:
+        value: a :class:`ModelInput`, which stays itself, or what is built alike, such as the
+            official SDK's.
+
+    Returns:
+        The same tokens; a chunk's list of tokens is shared.
+
+    Raises:
+        DataError: it has no chunks, or one of them is an image or sound, which has no tokens.
+    """
+    if isinstance(value, ModelInput):
+        return value
+    chunks = getattr(value, "chunks", None)
+    if chunks is None:
+        raise DataError(
+            f"{type(value).__name__} has no chunks of tokens; ModelInput.from_ints(tokens) makes a "
+            "model input of a list",
+            field="model_input",
+        )
+    return ModelInput([_as_text(chunk) for chunk in chunks])
+
+
+def _as_text(chunk: Any) -> EncodedTextChunk:
+    if isinstance(chunk, EncodedTextChunk):
+        return chunk
+    tokens = getattr(chunk, "tokens", None)
+    if tokens is None:
+        raise DataError(
+            f"a chunk is a {type(chunk).__name__}, which has no tokens; this client sends text. "
+            "Train on it with the official SDK, which takes an objective of mintjax as "
+            "forward_backward_custom(data, mintjax.interop.sdk_loss(objective))",
+            field="model_input",
+        )
+    return EncodedTextChunk(cast("list[int]", tokens) if isinstance(tokens, list) else [*tokens])
+
+
+def as_datum(value: Any) -> Datum:
+    """Takes another library's datum, by its ``model_input`` and ``loss_fn_inputs``.
+
+    Args:
+        value: a :class:`Datum`, which stays itself, or what is built alike, such as the official
+            SDK's.
+
+    Returns:
+        The same tokens and columns; memory of columns is shared where the dtype allows.
+
+    Raises:
+        DataError: it is no datum, or says where its tokens come from, which this client cannot
+            send.
+    """
+    if isinstance(value, Datum):
+        return value
+    model_input = getattr(value, "model_input", None)
+    columns = getattr(value, "loss_fn_inputs", None)
+    if model_input is None or columns is None:
+        raise DataError(
+            f"{type(value).__name__} is no datum; it needs a model_input and loss_fn_inputs, as "
+            "mintjax.Datum(model_input, {'target_tokens': ...})"
+        )
+    if getattr(value, "model_input_spans", None) is not None:
+        raise DataError(
+            "this client does not send the provenance of tokens; leave with_provenance() out, or "
+            "train with the official SDK, which takes an objective of mintjax as "
+            "forward_backward_custom(data, mintjax.interop.sdk_loss(objective))",
+            field="model_input_spans",
+        )
+    return Datum(model_input, columns)
+
+
+def as_datums(data: Sequence[Any]) -> Sequence[Datum]:
+    """Takes datums of this and other libraries.
+
+    Args:
+        data: datums, or what :func:`as_datum` takes.
+
+    Returns:
+        The data themselves, if all are mintjax's; else a list of datums.
+
+    Raises:
+        DataError: one cannot be taken; names it.
+    """
+    if all(isinstance(datum, Datum) for datum in data):
+        return data
+    taken: list[Datum] = []
+    for i, datum in enumerate(data):
+        try:
+            taken.append(as_datum(datum))
+        except DataError as error:
+            raise DataError(error.reason, datum=i, field=error.field) from None
+    return taken
+
+
+P = TypeVar("P", bound=msgspec.Struct)
+
+
+def as_params(kind: type[P], value: Any) -> P:
+    """Takes another library's parameters of the optimizer or of sampling, by their attributes.
+
+    Args:
+        kind: :class:`AdamParams` or :class:`SamplingParams`.
+        value: one of these, which stays itself, or what has such attributes, such as the official
+            SDK's.
+
+    Returns:
+        The same parameters; what ``value`` lacks has its default.
+
+    Raises:
+        DataError: it has none of them, or sets one that this client would not send.
+    """
+    if isinstance(value, kind):
+        return value
+    names = kind.__struct_fields__
+    given = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    if not given:
+        raise DataError(f"{value!r:.80} has nothing of {kind.__name__}; pass one of mintjax's")
+    others = {
+        name: one
+        for name, one in _all_fields(value).items()
+        if name not in given and one is not None
+    }
+    if others:
+        raise DataError(
+            f"{type(value).__name__} sets {', '.join(sorted(others))}, which this client does not "
+            f"send; it has {', '.join(names)}"
+        )
+    return kind(**given)
+
+
+def _all_fields(value: Any) -> dict[str, Any]:
+    if hasattr(value, "model_dump"):  # pydantic's
+        return value.model_dump()
+    if isinstance(value, msgspec.Struct):
+        return msgspec.structs.asdict(value)
+    return dict(getattr(value, "__dict__", {}))
 
 
 class AdamParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from . import torch_double
+from .foreign import foreign as foreign
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -1,5 +1,3 @@
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,42 +40,6 @@ def test_tensor_data_is_an_array_for_jax():
 def test_tensor_data_from_numpy_shares_memory():
     array = np.ones(3, np.float32)
     assert np.shares_memory(TensorData.from_numpy(array), array)
-
-
-class FakeTorchTensor:
-    """What of ``torch.Tensor`` is used: torch itself is not needed to take its tensors."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def detach(self):
-        return self
-
-    def cpu(self):
-        return self
-
-    def is_floating_point(self):
-        return self.array.dtype.kind == "f"
-
-    def float(self):
-        return FakeTorchTensor(self.array.astype(np.float32))
-
-    def long(self):
-        return FakeTorchTensor(self.array.astype(np.int64))
-
-    def numpy(self):
-        return self.array
-
-
-def test_torch_tensors_are_taken_without_torch():
-    inputs = {
-        "weights": FakeTorchTensor(np.ones(3)),
-        "x": FakeTorchTensor(np.arange(3, dtype="i4")),
-    }
-    datum = Datum(ModelInput.from_ints([1, 2, 3]), inputs)
-    assert datum.loss_fn_inputs["weights"].dtype == "float32"
-    assert datum.loss_fn_inputs["x"].dtype == "int64"
-    assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize(

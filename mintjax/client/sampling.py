@@ -12,7 +12,13 @@ from mintjax.client.futures import APIFuture, NotCopyable, awaited
 from mintjax.client.passes import MAX_LOGPROB
 from mintjax.errors import APIResponseError, DataError
 from mintjax.protocol import messages
-from mintjax.types import ModelInput, SampleResponse, SamplingParams
+from mintjax.types import (
+    ModelInput,
+    SampleResponse,
+    SamplingParams,
+    as_model_input,
+    as_params,
+)
 
 
 class SamplingClient(NotCopyable):
@@ -92,6 +98,7 @@ class SamplingClient(NotCopyable):
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams, prompt_logprobs: bool
     ) -> messages.SampleRequest:
+        prompt, params = as_model_input(prompt), as_params(SamplingParams, params)
         _check(prompt, num_samples, params)
         number = next(self._numbers)
         return messages.SampleRequest(

@@ -37,6 +37,7 @@ from mintjax.types import (
     LoraConfig,
     OptimStepResponse,
     SaveWeightsResponse,
+    as_params,
 )
 
 T = TypeVar("T")
@@ -217,7 +218,7 @@ class TrainingClient(NotCopyable):
         Raises:
             DataError: one of them is not finite; nothing was sent.
         """
-        params = _finite_floats(msgspec.structs.asdict(adam_params))
+        params = _finite_floats(msgspec.structs.asdict(as_params(AdamParams, adam_params)))
         request = messages.OptimStepRequest(AdamParams(**params), self.model_id)
 
         async def run(turn: Turn) -> OptimStepResponse:

@@ -19,7 +19,7 @@ from mintjax.gradients.identity import Identity
 from mintjax.gradients.torch import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
 from mintjax.ragged.batch import Batch, as_batch, check_shapes
-from mintjax.tensors import first_row_not_finite
+from mintjax.tensors import first_row_not_finite, numbers_of
 from mintjax.types import Datum
 
 __all__ = [
@@ -191,7 +191,7 @@ def _logprob_rows(
     batch: Batch, logprobs: Sequence[npt.ArrayLike] | Ragged
 ) -> list[npt.NDArray[Any]]:
     rows: list[npt.NDArray[Any]] = [
-        row if isinstance(row, np.ndarray) else np.asarray(row) for row in logprobs
+        row if isinstance(row, np.ndarray) else np.asarray(numbers_of(row)) for row in logprobs
     ]
     if len(rows) != len(batch):
         raise DataError(f"{len(rows)} rows of logprobs for {len(batch)} datums", field="logprobs")

@@ -13,7 +13,7 @@ import numpy as np
 from mintjax.errors import DataError
 from mintjax.ragged import tiling
 from mintjax.ragged.rows import Ragged, RowAccessError
-from mintjax.types import Datum, EncodedTextChunk, ModelInput
+from mintjax.types import Datum, EncodedTextChunk, ModelInput, as_datums
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
 
@@ -32,15 +32,16 @@ class Batch(Sequence[Datum]):
     takes datums one by one, it is evaluated with exact lengths, which is slower.
 
     Args:
-        data: at least one datum.
+        data: at least one datum. Those of the official SDK are taken too.
 
     Raises:
-        DataError: there is no datum.
+        DataError: there is no datum, or one that cannot be taken.
     """
 
     def __init__(self, data: Sequence[Datum]) -> None:
         if not len(data):
             raise DataError("there is no datum; pass at least one")
+        data = as_datums(data)
         self._datums: Sequence[Datum] | None = data
         self._owned = False
         self._inputs = [datum.loss_fn_inputs for datum in data]
@@ -91,11 +92,7 @@ class Batch(Sequence[Datum]):
         if self._lengths is None:
             if self._datums is None:
                 raise RowAccessError
-            chunks = [datum.model_input.chunks for datum in self._datums]
-            self._lengths = [
-                len(one[0].tokens) if len(one) == 1 else sum(len(chunk.tokens) for chunk in one)
-                for one in chunks
-            ]
+            self._lengths = [datum.model_input.length for datum in self._datums]
         return self._lengths
 
     @property
