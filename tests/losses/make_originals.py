@@ -1,7 +1,8 @@
 """Compute losses with the implementations that others publish, into originals.npz beside this file.
 
-    pip install --no-deps torch==2.13.0 trl==1.16.0 verl==0.9.1 skyrl==0.3.0 \
-        liger-kernel==0.8.5 tinker-cookbook==0.6.1
+    pip install --no-deps torch==2.13.0 trl==1.16.0 verl==0.9.1 liger-kernel==0.8.5 \
+        tinker-cookbook==0.6.1
+    pip install --no-deps --ignore-requires-python skyrl==0.4.0
     pip install transformers accelerate datasets omegaconf tensordict pydantic loguru orjson
     python tests/losses/make_originals.py
 
@@ -12,11 +13,8 @@ last ten of each kind are extreme: differences of about 100 nats, equal scores, 
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import pathlib
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Callable
@@ -24,97 +22,37 @@ from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+from make_stubs import Fake, Stubs
 
 HERE = pathlib.Path(__file__).parent
 BATCHES, ROWS, PAIRS, TOKENS = 50, 4, 3, 8
-
-
-class _Anything(type):
-    """A class that can be called, subscripted, combined and inherited from."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _make_anything(name)
-
-    def __getitem__(cls, item: Any) -> Any:
-        return cls
-
-    def __or__(cls, other: Any) -> Any:
-        return Any
-
-    __ror__ = __or__
-
-
-def _make_anything(name: str) -> Any:
-    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # As a decorator it gives the function back.
-        plain = len(args) == 1 and callable(args[0]) and not kwargs
-        return args[0] if plain else object.__new__(cls)
-
-    return _Anything(name, (), {"__new__": new, "__init__": lambda self, *a, **k: None})
-
-
-class _Stub(types.ModuleType):
-    __path__: typing.ClassVar[list[str]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return (lambda: False) if name.startswith("is_") else _make_anything(name)
-
-
-class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules that are not installed, and makes empty ones of them."""
-
-    roots = (
-        "ray",
-        "jaxtyping",
-        "tinker",
-        "chz",
-        "peft",
-        "vllm",
-        "wandb",
-        "torchdata",
-        "blobfile",
-        "termcolor",
-        "tiktoken",
-        "PIL",
-        "hydra",
-        "cloudpathlib",
-        "skyrl_gym",
-        "aiohttp",
-        "fastapi",
-        "uvicorn",
-        "sqlmodel",
-        "sqlalchemy",
-        "jax",
-        "flax",
-        "tml_renderers",
-        "pyrage",
-        "pylatexenc",
-    )
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name.partition(".")[0] in self.roots:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> Any:
-        return _Stub(spec.name)
-
-    def exec_module(self, module: Any) -> None:
-        pass
-
-
-class Fake:
-    """An object with the attributes that are given, and ``get`` as a config has it."""
-
-    def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name, default)
+ABSENT = (
+    "ray",
+    "jaxtyping",
+    "tinker",
+    "chz",
+    "peft",
+    "vllm",
+    "wandb",
+    "torchdata",
+    "blobfile",
+    "termcolor",
+    "tiktoken",
+    "PIL",
+    "hydra",
+    "cloudpathlib",
+    "skyrl_gym",
+    "aiohttp",
+    "fastapi",
+    "uvicorn",
+    "sqlmodel",
+    "sqlalchemy",
+    "jax",
+    "flax",
+    "tml_renderers",
+    "pyrage",
+    "pylatexenc",
+)
 
 
 class Accelerator:
@@ -455,17 +393,46 @@ def skyrl_policy(name: str, **options: Any) -> Callable[[dict[str, Any]], Any]:
             loss_reduction="sequence_mean",
             eps_clip_low=0.2,
             eps_clip_high=0.2,
-            cispo=Fake(cispo_eps_clip_low=0.2, cispo_eps_clip_high=0.2),
+            clip_ratio_c=3.0,
+            cispo=Fake(cispo_eps_clip_low=0.2, cispo_eps_clip_high=0.2, cispo_anchor="old"),
             off_policy_correction=off,
             sapo=Fake(tau_pos=1.0, tau_neg=1.05),
             dppo=Fake(dppo_type="binary_kl", delta_low=0.05, delta_high=0.05),
-            **options,
+            clip_cov=Fake(clip_ratio=1.0, clip_cov_lb=0.0, clip_cov_ub=5.0),
+            kl_cov=Fake(kl_cov_frac=0.2, ppo_kl_coef=1.0),
         )
+        config.__dict__.update(options)
         function = getattr(ppo_utils, name)
         mask = t["mask"].to(t["lp"].dtype)
         return function(t["lp"], t["sampling"], t["advantages"], config, mask, t["sampling"])[0]
 
     return loss
+
+
+def skyrl_kl(kind: str) -> Callable[[dict[str, Any]], Any]:
+    """An estimator of SkyRL's train backend, summed over the tokens."""
+    from skyrl.backends.skyrl_train.utils import ppo_utils  # pyright: ignore
+
+    def loss(t: dict[str, Any]) -> Any:
+        mask = t["mask"].to(t["lp"].dtype)
+        return ppo_utils.compute_approx_kl(t["lp"], t["ref"], mask, kind).sum()
+
+    return loss
+
+
+def skyrl_reduced(reduction: str) -> Callable[[dict[str, Any]], Any]:
+    """PPO of SkyRL's train backend, reduced by its scaling of the advantages."""
+    from skyrl.backends.skyrl_train.utils import ppo_utils  # pyright: ignore
+
+    loss = skyrl_policy("ppo_policy_loss")
+
+    def reduced(t: dict[str, Any]) -> Any:
+        scaled = ppo_utils.apply_loss_reduction_to_advantages_minibatch(
+            t["advantages"], t["mask"].to(t["lp"].dtype), reduction, ROWS, 20, [(0, 2), (2, 4)]
+        )
+        return loss({**t, "advantages": scaled})
+
+    return reduced
 
 
 def liger(module: str, name: str, mean: bool, **options: Any) -> Callable[[dict[str, Any]], Any]:
@@ -585,6 +552,28 @@ def losses_by_kind() -> dict[str, dict[str, Callable[[], Callable[[dict[str, Any
             "skyrl_cispo": lambda: skyrl_policy("compute_policy_loss_cispo"),
             "skyrl_rollout_is": lambda: skyrl_policy("rollout_is_policy_loss"),
             "skyrl_dppo_kl": lambda: skyrl_policy("dppo_policy_loss"),
+            "skyrl_dppo_tv": lambda: skyrl_policy(
+                "dppo_policy_loss",
+                dppo=Fake(dppo_type="binary_tv", delta_low=0.05, delta_high=0.05),
+            ),
+            "skyrl_dual": lambda: skyrl_policy("ppo_policy_loss", policy_loss_type="dual_clip"),
+            "skyrl_clip_cov": lambda: skyrl_policy("compute_policy_loss_clip_cov"),
+            "skyrl_kl_cov": lambda: skyrl_policy("compute_policy_loss_kl_cov"),
+            "skyrl_importance_sampling": lambda: skyrl_policy("importance_sampling_loss"),
+            "skyrl_cross_entropy": lambda: skyrl_policy("cross_entropy_loss"),
+            **{
+                f"skyrl_{kind}": (lambda kind=kind: skyrl_kl(kind))
+                for kind in ("k1", "k2", "k3", "abs")
+            },
+            **{
+                f"skyrl_{how}": (lambda how=how: skyrl_reduced(how))
+                for how in (
+                    "token_mean",
+                    "sequence_mean",
+                    "seq_mean_token_sum_norm",
+                    "prompt_mean",
+                )
+            },
         },
         "candidate": {
             "trl_gkd_0": lambda: gkd(0.0),
@@ -597,6 +586,7 @@ def losses_by_kind() -> dict[str, dict[str, Callable[[], Callable[[dict[str, Any
 
 def advantages(batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The advantages of verl and SkyRL, whose rewards stand at the last token."""
+    from skyrl.backends.skyrl_train.utils import ppo_utils as skyrl  # pyright: ignore
     from verl.trainer.ppo import core_algos as verl  # pyright: ignore[reportMissingImports]
 
     found: dict[str, list[Any]] = {}
@@ -631,13 +621,14 @@ def advantages(batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         }
         for name, value in made.items():
             found.setdefault(f"verl_{name}", []).append(value.numpy())
-        try:
-            from skyrl.backends.skyrl_train.utils import ppo_utils as skyrl  # pyright: ignore
-
-            value = skyrl.compute_maxrl_advantage(rewards.clone(), one, index)[0]
-            found.setdefault("skyrl_maxrl", []).append(value.numpy())
-        except ImportError as error:
-            print("skipped skyrl_maxrl:", error)
+        theirs = {
+            "maxrl": skyrl.compute_maxrl_advantage,
+            "grpo": skyrl.compute_grpo_outcome_advantage,
+            "rloo": skyrl.compute_rloo_outcome_advantage,
+        }
+        for name, function in theirs.items():
+            value = function(rewards.clone(), one, index)[0]
+            found.setdefault(f"skyrl_{name}", []).append(value.numpy())
     return {name: np.stack(values) for name, values in found.items()}
 
 
@@ -654,7 +645,7 @@ def main() -> None:
     import typing_extensions
 
     typing.TypedDict = typing_extensions.TypedDict  # as pydantic wants it before Python 3.12
-    sys.meta_path.append(_Stubs())
+    sys.meta_path.append(Stubs(*ABSENT))
     torch.manual_seed(0)
     rng = np.random.default_rng(20261)
     batches = {

@@ -1,7 +1,9 @@
-"""Losses against the implementations that others publish: TRL, verl, SkyRL, Liger, the cookbook.
+"""Losses against the implementations that others publish.
 
-``make_originals.py`` ran them, in float64, on 50 ragged batches of each kind, the last of which are
-extreme. Ours are held to them in float64 to the last digits, and in float32.
+``make_originals.py`` ran TRL, verl, SkyRL, Liger and the Tinker cookbook, and
+``make_jax_originals.py`` tunix and rlax, in float64 where they can, on 50 ragged batches of each
+kind, the last of which are extreme. Ours are held to them in float64 to the last digits, and in
+float32.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ import pytest
 
 from mintjax import losses
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "originals.npz")
+HERE = pathlib.Path(__file__).parent
+GOLDEN: dict[str, Any] = {
+    **np.load(HERE / "originals.npz"),
+    **np.load(HERE / "jax_originals.npz"),
+}
 
 
 def inputs(kind: str) -> dict[str, Any]:
     """The batches of one kind."""
     head = f"in_{kind}_"
-    return {name[len(head) :]: GOLDEN[name] for name in GOLDEN.files if name.startswith(head)}
+    return {name[len(head) :]: GOLDEN[name] for name in GOLDEN if name.startswith(head)}
 
 
 PAIRS, TOKENS, CANDIDATES, REWARDS = map(inputs, ("pair", "token", "candidate", "reward"))
@@ -104,6 +110,8 @@ PAIRWISE: dict[str, Callable[[Any], Any]] = {
     "trl_alphapo": mean_of_pairs(losses.alphapo, "lengths"),
     "trl_orpo": mean_of_pairs(losses.orpo, "lengths"),
     "trl_kto": kto,
+    "tunix_dpo": mean_of_pairs(losses.dpo, *REF),
+    "tunix_dpo_smoothed": mean_of_pairs(losses.dpo, *REF, label_smoothing=0.1),
 }
 # Some compute, or hold a setting, in float32 whatever they are given.
 ROOM = {"trl_orpo": 1e-5, "trl_exo_pair": 1e-6}
@@ -112,12 +120,9 @@ ROOM = {"trl_orpo": 1e-5, "trl_exo_pair": 1e-6}
 def pull(loss: Callable[[Any], Any], at: Any) -> tuple[np.ndarray, np.ndarray]:
     """The value of each batch, and the gradient of each with respect to its numbers."""
 
-    @jax.jit
-    def both(x: Any) -> Any:
-        value, back = jax.vjp(loss, x)
-        return value, back(jnp.ones_like(value))[0]
-
-    value, grad = both(at)
+    # Eagerly, because the operations of all losses are the same few, each compiled once.
+    value, back = jax.vjp(loss, at)
+    (grad,) = back(jnp.ones_like(value))
     return np.asarray(value, np.float64), np.asarray(grad, np.float64)
 
 
@@ -260,9 +265,39 @@ POLICY: dict[str, Callable[..., Any]] = {
     "skyrl_cispo": tokens(losses.cispo),
     "skyrl_rollout_is": tokens(partial(losses.masked_importance_sampling, **TIGHT)),
     "skyrl_dppo_kl": tokens(dppo_kl),
+    "skyrl_dppo_tv": tokens(dppo),
+    "skyrl_dual": tokens(dual),
+    "skyrl_clip_cov": tokens(clip_cov),
+    "skyrl_kl_cov": tokens(partial(losses.kl_cov, share=0.2)),
+    "skyrl_importance_sampling": tokens(losses.importance_sampling),
+    "skyrl_cross_entropy": lambda lp, q, a, ref, where: losses.cross_entropy(
+        lp, 1.0, where=where
+    ).sum(),
+    "skyrl_k1": penalty(losses.kl_k1),
+    "skyrl_k2": penalty(losses.kl_k2),
+    "skyrl_k3": penalty(losses.kl_k3),
+    "skyrl_abs": penalty(losses.kl_abs),
+    "skyrl_token_mean": tokens(losses.ppo, losses.token_mean),
+    "skyrl_sequence_mean": tokens(losses.ppo, losses.sequence_mean),
+    "skyrl_seq_mean_token_sum_norm": tokens(
+        losses.ppo, lambda v, where: losses.fixed_length_mean(v, 20, where=where)
+    ),
+    "skyrl_prompt_mean": tokens(losses.ppo, lambda v, where: losses.prompt_mean(v, 2, where=where)),
+    "tunix_ppo": tokens(losses.ppo, losses.token_mean),
+    "tunix_dual": tokens(dual, losses.token_mean),
+    "tunix_grpo": tokens(losses.ppo, losses.sequence_mean),
+    "tunix_dapo": tokens(losses.dapo, losses.token_mean),
+    "tunix_sequence_sum": tokens(losses.ppo, losses.sequence_sum),
+    "tunix_gspo": tokens(gspo, losses.sequence_mean),
+    "tunix_k1": penalty(losses.kl_k1),
+    "tunix_k2": penalty(losses.kl_k2),
+    "tunix_k3": penalty(losses.kl_k3),
+    "rlax_ppo": tokens(losses.ppo),
+    "rlax_policy_gradient": tokens(gpg),
 }
 # The loss is -sg(r) * log p * A there and -r * A here: another value, the same gradient.
 SAME_GRADIENT = {"verl_dppo_tv", "verl_dppo_kl"}
+IN_FLOAT32 = ("skyrl", "tunix")
 
 
 def policy(name: str, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +315,7 @@ def policy(name: str, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 def hold(name: str, dtype: Any, tolerance: float) -> None:
     """Compare value and gradient, in the batches where the choice of tokens is unique."""
     value, grad = policy(name, dtype)
-    if name == "verl_kl_cov":  # all covariances are 0 where all advantages are
+    if name.endswith("_kl_cov"):  # all covariances are 0 where all advantages are
         tied = (TOKENS["advantages"] == 0).all((1, 2)) | (TOKENS["mask"].sum((1, 2)) <= 4)
         value, grad = (
             np.where(tied.reshape(-1, *(1,) * (ours.ndim - 1)), GOLDEN[f"{name}_{key}"], ours)
@@ -293,9 +328,10 @@ def hold(name: str, dtype: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", POLICY)
 def test_policy_losses_are_theirs(name, x64):
-    # verl adds 1e-8 to lengths; the temperatures of SAPO are float32, and so are SkyRL's ratios.
+    # verl adds 1e-8 to lengths; the temperatures of SAPO are float32, and so are SkyRL's ratios
+    # and all of tunix.
     lengths = {"verl_geo_mean": 1e-7, "verl_dppo_kl": 1e-7, "verl_seq_mean_token_mean": 1e-7}
-    single = name.startswith("skyrl") or "sapo" in name
+    single = name.startswith(IN_FLOAT32) or "sapo" in name
     hold(name, np.float64, 1e-6 if single else lengths.get(name, 1e-9))
 
 
@@ -309,6 +345,8 @@ GKD = {
     "trl_gkd_half": {"beta": 0.5},
     "trl_gkd_0.9_hot": {"beta": 0.9, "temperature": 2.0},
     "trl_gkd_1": {"beta": 1.0},
+    "tunix_logits": {"beta": 0.0},
+    "tunix_logits_hot": {"beta": 0.0, "temperature": 2.0},
 }
 
 
@@ -319,8 +357,10 @@ def test_divergences_over_candidates_are_theirs(name, x64):
         return losses.generalised_jsd(lp, teacher, **GKD[name]).sum((1, 2))
 
     ours, grad = pull(value, jnp.asarray(CANDIDATES["lp"], np.float64))
-    agree(ours, f"{name}_value", 1e-9, 1e-9)
-    agree(grad, f"{name}_grad", 1e-9, 1e-9)
+    factor = 4.0 if name == "tunix_logits_hot" else 1.0  # the square of the temperature
+    room = 1e-5 if name.startswith(IN_FLOAT32) else 1e-9
+    agree(factor * ours, f"{name}_value", room, room)
+    agree(factor * grad, f"{name}_grad", room, room)
 
 
 def last_token(values: Any) -> Any:
@@ -342,6 +382,18 @@ ADVANTAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "verl_gae": lambda t: WHITE(
         losses.gae(t["tokens"], t["values"], discount=0.9, decay=0.8, where=t["mask"]), t["mask"]
     ),
+    "skyrl_grpo": lambda t: last_token(losses.grpo(t["rewards"])),
+    "skyrl_rloo": lambda t: last_token(losses.rloo(t["rewards"])),
+    "tunix_grpo_advantages": lambda t: last_token(losses.grpo(t["rewards"])),
+    "tunix_rloo": lambda t: last_token(losses.rloo(t["rewards"])),
+    "tunix_dr_grpo": lambda t: last_token(losses.dr_grpo(t["rewards"])),
+    "tunix_gae": lambda t: WHITE(
+        losses.gae(t["tokens"], t["values"], discount=0.9, decay=0.8, where=t["mask"]), t["mask"]
+    ),
+    "rlax_gae": lambda t: losses.gae(
+        t["tokens"], t["values"], discount=0.9, decay=0.8, where=t["mask"]
+    ),
+    "rlax_returns": lambda t: losses.discounted_returns(t["tokens"], discount=0.9, where=t["mask"]),
     "verl_rewards": lambda t: losses.kl_in_reward(t["tokens"], t["values"], -t["values"], beta=0.1),
 }
 
@@ -350,12 +402,12 @@ ADVANTAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_advantages_are_theirs(name, x64):
     ours = np.asarray(ADVANTAGES[name](REWARDS))
     # SkyRL's mean is float32; so are, here and there, the means of 250.25.
-    room = 1e-5 if name == "skyrl_maxrl" else 1e-9
+    room = 1e-5 if name in ("skyrl_maxrl", "skyrl_grpo", "tunix_gae") else 1e-9
     agree(ours.reshape(GOLDEN[name].shape), name, room, room)
 
 
 def test_every_golden_number_is_held_against_ours():
     held = {*PAIRWISE, *POLICY, *GKD, *ADVANTAGES}
-    there = {name.rpartition("_")[0] for name in GOLDEN.files if name.endswith("_value")}
-    there |= {n for n in GOLDEN.files if n.startswith(("verl", "skyrl")) and n in ADVANTAGES}
+    there = {name.rpartition("_")[0] for name in GOLDEN if name.endswith("_value")}
+    there |= {n for n in GOLDEN if not n.endswith(("_value", "_grad")) and n[:3] != "in_"}
     assert held == there
