@@ -18,8 +18,9 @@ def conventions(*, trainers: bool = True) -> str:
         Markdown: a table by point, then one by trainer, by name.
 
     Reference:
-        TRL 1.16, verl 0.9.1, SkyRL 0.3, Liger 0.8.5 and the Tinker cookbook 0.6.1 as they were run;
-        OpenRLHF, tunix, torchtune and TuFT as an earlier comparison found them.
+        TRL 1.16, verl 0.9.1, SkyRL 0.4, Liger 0.8.5, tunix 0.1.7, rlax 0.1.9 and the Tinker
+        cookbook 0.6.1 as they were run; OpenRLHF, torchtune and TuFT as an earlier comparison found
+        them.
     """
     rows = [("point", "here", "elsewhere")]
     for row in DIFFERENCES:
