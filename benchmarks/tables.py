@@ -110,6 +110,41 @@ def demo(rows: Rows) -> str:
     return table(["", "before", "after"], lines)
 
 
+def real_trainers(rows: Rows) -> str:
+    """Writes one row per check, with a column per trainer; why something is not so stands below."""
+    trainers = list(dict.fromkeys(row["trainer"] for row in rows))
+    found = {(row["check"], row["trainer"]): row for row in rows}
+    checks = [c for c in dict.fromkeys(row["check"] for row in rows) if c not in ABOUT_A_TRAINER]
+    notes: list[str] = []
+
+    def cell(check: str, trainer: str) -> str:
+        row = found.get((check, trainer))
+        if row is None:
+            return ""
+        detail = row["detail"].replace("|", "\\|")
+        if row["outcome"] == "yes" and len(detail) <= LONGEST_CELL:
+            return detail
+        if detail not in notes:
+            notes.append(detail)
+        words = {"yes": "yes", "no": "**no**"}.get(row["outcome"], row["outcome"])
+        return f"{words} ({notes.index(detail) + 1})"
+
+    lines = [[check, *(cell(check, trainer) for trainer in trainers)] for check in checks]
+    told = [
+        f"{trainer}: {found[about, trainer]['detail']}."
+        for trainer in trainers
+        for about in ABOUT_A_TRAINER
+        if (about, trainer) in found
+    ]
+    numbered = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
+    return "\n\n".join([table(["", *trainers], lines), "\n".join(numbered), "<br>".join(told)])
+
+
+ABOUT_A_TRAINER = ("versions", "starts")
+"""Rows that say something of a trainer as a whole."""
+LONGEST_CELL = 50  # characters; longer ones become notes
+
+
 def table(heads: list[str], lines: list[list[str]]) -> str:
     """Writes a table in Markdown."""
     ruled = [heads, ["---"] * len(heads), *lines]
@@ -121,4 +156,5 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "transport": transport,
     "custom_step": custom_step,
     "demo": demo,
+    "real_trainers": real_trainers,
 }
