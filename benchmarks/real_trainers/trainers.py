@@ -164,14 +164,13 @@ def started(trainer: Trainer, python: Path, directory: Path, model: Path) -> Ite
     }
     with log.open("wb") as out:
         process = subprocess.Popen(
-            trainer.command(setting),
+            ["nice", *trainer.command(setting)],
             cwd=directory,
             env=environment,
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: os.nice(5),
         )
     base_url = f"http://127.0.0.1:{setting.port}"
     try:

@@ -6,7 +6,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("benchmarks.report")
 
 from benchmarks.figures import draw
-from benchmarks.report import Kept, with_numbers
+from benchmarks.report import NAMES, Kept, with_numbers
 from benchmarks.tables import TABLES
 from mintjax import bench
 
@@ -35,6 +35,9 @@ ROWS = {
             "client_share": 0.01,
         }
         for route in ("two_pass", "by_name")
+    ],
+    "real_trainers": [
+        {"trainer": "skyrl", "check": "forward", "outcome": "yes", "detail": "off by 0"},
     ],
     "demo": [
         {"step": 1, "loss": 3.0, "pair_accuracy": 0.5},
@@ -88,7 +91,7 @@ def test_numbers_take_the_place_of_older_ones_and_nothing_else_moves(name):
     assert with_numbers("no place", name, kept(name)) is None
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_numbers_draw_the_same_figure(name, tmp_path):
     first, second = (draw(name, ROWS[name], tmp_path / part).read_bytes() for part in "ab")
     assert first == second
