@@ -11,11 +11,16 @@ from . import torch_double
 from .foreign import foreign as foreign
 
 settings.register_profile(
-    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    "default",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=25,
 )
 settings.register_profile(
     "thorough",
     deadline=None,
+    derandomize=False,  # a profile inherits what it does not say from the one that is loaded
     suppress_health_check=[HealthCheck.too_slow],
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "5000")),
 )

@@ -13,7 +13,6 @@ pytest.importorskip("safetensors")
 
 import httpx
 import msgspec
-from hypothesis import settings
 
 from mintjax.client import ServiceClient
 from mintjax.errors import AuthenticationError, BadRequestError, MintjaxError, NotFoundError
@@ -21,6 +20,7 @@ from mintjax.local import Engine, running_server
 from mintjax.local.app import application
 from mintjax.types import AdamParams, Datum, ModelInput, SamplingParams
 
+from ..examples import THOROUGH
 from .double import QUICK
 from .faults import BadConnection
 
@@ -36,7 +36,7 @@ PATIENT = msgspec.structs.replace(
     longest_delay=0.01,
 )
 SEEDS_PER_TEST = 20
-SEEDS = 200 if settings.default.max_examples > 1000 else 20
+SEEDS = 200 if THOROUGH else 20
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import jax
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import settings
 
 pytest.importorskip("safetensors")
 
@@ -20,6 +19,7 @@ from mintjax.local import running_server
 from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.types import AdamParams, Datum, ModelInput
 
+from ..examples import THOROUGH
 from .double import QUICK
 from .proxy import BadProxy
 
@@ -29,7 +29,7 @@ PATIENT = msgspec.structs.replace(
 )
 HASTY = msgspec.structs.replace(PATIENT, deadline=0.02, silence=0.02, bad_answers=1)
 STEPS = 6
-SCENARIOS = 30 if settings.default.derandomize else 250  # in each encoding
+SCENARIOS = 250 if THOROUGH else 30  # in each encoding
 PER_TEST = 10
 
 

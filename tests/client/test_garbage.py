@@ -21,6 +21,7 @@ from mintjax.protocol.protobuf import messages_pb2 as messages
 from mintjax.tensors import TensorData
 from mintjax.types import AdamParams, ForwardBackwardOutput, ModelInput, SamplingParams
 
+from ..examples import examples
 from .data import DATA
 from .double import ADDRESS, QUICK, Answer, Trainer
 
@@ -179,7 +180,7 @@ def array_of(tensor: dict[str, Any]) -> np.ndarray[Any, Any]:
     return values.astype(float).astype("float32") if tensor["dtype"] == "float32" else values
 
 
-@settings(max_examples=2 * settings.default.max_examples)
+@settings(max_examples=examples(100))
 @given(body=damaged() | st.binary(max_size=60), status=st.sampled_from([200] * 9 + [400, 404, 500]))
 @example(body=json.dumps(TRUE).encode(), status=200)
 @example(body=json.dumps(RICH).encode(), status=200)
@@ -253,7 +254,7 @@ def rows_of(field: Any) -> list[np.ndarray[Any, Any]]:
     return [row.reshape(-1, *field.trailing_shape) for row in rows]
 
 
-@settings(max_examples=2 * settings.default.max_examples)
+@settings(max_examples=examples(100))
 @given(body=damaged_message() | st.binary(max_size=60))
 @example(body=MESSAGE)
 def test_any_result_of_a_pass_in_protocol_buffers(client, trainer, body):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import settings
 from jax.test_util import check_grads
 
 from mintjax import losses, objectives
 
+from ..examples import THOROUGH
 from . import cases
 
 GARBAGE = np.array([np.nan, np.inf, -np.inf, 1e38, -1e38], np.float32)
@@ -115,7 +115,7 @@ def test_the_result_has_the_dtype_of_the_first_input(name, x64):
 
 # Those that are objectives too are differenced in tests/objectives.
 DIFFERENCED = set(cases.ALL) - cases.STOPS_GRADIENTS
-if settings().max_examples <= 100:
+if not THOROUGH:
     DIFFERENCED -= set(objectives.__all__)
 
 

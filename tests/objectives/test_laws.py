@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from mintjax import testing
 
+from ..examples import THOROUGH, examples
 from .specimens import SPECIMENS, Specimen
 
-THOROUGH = settings().max_examples > 100
 # By default some batches for those whose way of evaluation is their own. Those that are another
 # loss in the same frame are differenced once, because each costs a program or two to compile.
-ALONE, FRAMED = (settings().max_examples,) * 2 if THOROUGH else (12, 1)
+ALONE, FRAMED = examples(12), examples(1)
 OWN_WAY = {
     "cross_entropy",
     "ppo",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mintjax import Batch, Ragged, value_and_logprob_grads
 from mintjax.errors import MintjaxError
 
+from ..examples import examples
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
 TOLERANCE = 2e-5
@@ -125,7 +126,7 @@ def law(data: st.DataObject, case: Case) -> None:
 
 
 # Each example compiles, so the default profile tries a few and the thorough one all.
-FEW = settings(max_examples=4 if settings.default.derandomize else settings.default.max_examples)
+FEW = settings(max_examples=examples(4))
 
 
 @FEW

@@ -32,6 +32,7 @@ from mintjax.errors import APIError, DataError, NonFiniteError, NotSentError, Re
 from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
 
+from ..examples import examples
 from .situations import CASES
 
 NANO = "mintjax/nano"
@@ -287,9 +288,8 @@ def trainers() -> Iterator[dict[str, tuple[Faulty, TrainingClient]]]:
 def test_after_any_sequence_the_trainer_holds_the_gradients_that_succeeded(
     trainers: dict[str, tuple[Faulty, TrainingClient]],
 ) -> None:
-    few = settings.default.derandomize
     chosen = settings(
-        max_examples=10 if few else settings.default.max_examples,
+        max_examples=examples(10),
         stateful_step_count=12,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )

@@ -18,6 +18,7 @@ from mintjax.errors import MintjaxError
 from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
 
+from ..examples import examples
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
 NANO = "mintjax/nano"
@@ -124,7 +125,7 @@ def law(data: st.DataObject, case: Case, trainers: dict[str, Trainer]) -> None:
 
 
 # Each example compiles, so the default profile tries a few and the thorough one all.
-FEW = settings(max_examples=4 if settings.default.derandomize else settings.default.max_examples)
+FEW = settings(max_examples=examples(4))
 
 
 @FEW

@@ -15,6 +15,8 @@ from mintjax.ragged.batch import Batch
 from mintjax.step.reduction import Reduction
 from mintjax.step.routes import by_name
 
+from ..examples import examples
+
 NANO = "mintjax/nano"
 
 
@@ -348,7 +350,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize("objective", NAMED, ids=lambda o: type(o).__name__)
-@settings(max_examples=3 if settings().max_examples <= 100 else settings().max_examples)
+@settings(max_examples=examples(3))
 @given(case=batches())
 def test_data_by_name_have_the_gradient_of_the_objective_or_there_are_none(objective, case):
     batch, logprobs = case
