@@ -83,13 +83,18 @@ class LossObjective:
         return self.served_as, {name: float(value) for name, value in config.items()}
 
     def __call__(
-        self, data: Batch | Sequence[Datum], logprobs: Ragged | Sequence[Array]
+        self,
+        data: Batch | Sequence[Datum] | Mapping[str, Any],
+        logprobs: Ragged | Sequence[Array] | Array,
     ) -> tuple[Array, dict[str, Array]]:
         """Computes the loss of a batch, and what to watch.
 
         Args:
-            data: the datums, with the columns that this objective reads.
-            logprobs: of each datum's target tokens, in nats, ``[T_i]`` or ``[T_i, K]`` each.
+            data: the datums, with the columns that this objective reads. Or, for a model of one's
+                own, a dict of padded arrays ``[B, T]``, ``[B, T, K]`` or ``[B]``, with a ``"mask"``
+                ``[B, T]`` of the tokens or their ``"lengths"`` ``[B]``; or a dict of lists of rows.
+            logprobs: of each datum's target tokens, in nats, ``[T_i]`` or ``[T_i, K]`` each; beside
+                padded arrays one of them, ``[B, T]`` or ``[B, T, K]``.
 
         Returns:
             A scalar, and scalars by name.
@@ -97,7 +102,10 @@ class LossObjective:
         Raises:
             DataError: a column is missing, or the batch does not divide as it must.
         """
-        rows = logprobs if isinstance(logprobs, Ragged) else Ragged.from_rows(logprobs)
+        if isinstance(data, Mapping):
+            data, rows = Batch.of_mapping(data, logprobs)
+        else:
+            rows = logprobs if isinstance(logprobs, Ragged) else Ragged.from_rows(logprobs)
         if rows.dtype.itemsize < 4:  # 16 bits are too few for sums of logprobs
             rows = rows.astype(jnp.float32)
         return self.evaluate(as_batch(data), rows)

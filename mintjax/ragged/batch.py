@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mintjax.errors import DataError
-from mintjax.ragged import tiling
+from mintjax.ragged import padding, tiling
 from mintjax.ragged.rows import Ragged, RowAccessError
+from mintjax.ragged.tiling import Sealed
 from mintjax.types import Datum, EncodedTextChunk, ModelInput, as_datums
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
@@ -21,6 +23,25 @@ _DTYPE = operator.attrgetter("dtype")
 _NDIM = operator.attrgetter("ndim")
 
 
+class _Shape(NamedTuple):
+    """The structure of a batch as a pytree.
+
+    Args:
+        num_rows: B.
+        names: of the columns, in the order of their leaves.
+        per_datum: the names of those that hold one number per datum.
+        has_tokens: whether the tokens of the model inputs are a leaf too.
+        sealed: the static part of the layout; None where every column holds one number per datum.
+    """
+
+    num_rows: int
+    names: tuple[str, ...]
+    per_datum: frozenset[str]
+    has_tokens: bool
+    sealed: tuple[Any, ...] | None
+
+
+@jax.tree_util.register_pytree_node_class
 class Batch(Sequence[Datum]):
     """Datums in order, whose ``loss_fn_inputs`` can be read as columns.
 
@@ -30,6 +51,10 @@ class Batch(Sequence[Datum]):
 
     An objective gets one. Where it reads columns only, its gradient is compiled once; where it
     takes datums one by one, it is evaluated with exact lengths, which is slower.
+
+    It is a pytree, so that a compiled function takes it as an argument: one program for batches of
+    other data, and of other lengths as long as they take as many tiles of 128 tokens. Within, it
+    has columns only.
 
     Args:
         data: at least one datum. Those of the official SDK are taken too.
@@ -51,6 +76,8 @@ class Batch(Sequence[Datum]):
         self._read = self._read_datums
         self._lengths: list[int] | None = None
         self._layout: tiling.Layout | None = None
+        self._sealed: Sealed | None = None
+        self._tokens: Callable[[], Ragged] | None = self._read_tokens
 
     @classmethod
     def of_columns(
@@ -73,7 +100,161 @@ class Batch(Sequence[Datum]):
         batch._read = read
         batch._lengths = None
         batch._layout = None
+        batch._sealed = None
+        batch._tokens = None
         return batch
+
+    @classmethod
+    def from_padded(
+        cls, columns: Mapping[str, Any], mask: Any = None, *, lengths: Any = None
+    ) -> Batch:
+        """Makes a batch of padded arrays, for objectives on a model of one's own.
+
+        Args:
+            columns: by name: ``[B, T]``, ``[B, T, K]``, or ``[B]``, one number per datum.
+            mask: marks the tokens, ``[B, T]``, as :meth:`Ragged.from_padded` has it.
+            lengths: or the number of tokens at the beginning of each row, ``[B]``.
+
+        Returns:
+            A batch that has columns only. Its columns, and a Ragged made by the same mask or
+            lengths, have the same rows.
+
+        Raises:
+            DataError: there is no column, or one does not fit; the message names it.
+            ValueError: the mask or the lengths do not fit.
+        """
+        arrays = {name: padding.as_array(value) for name, value in columns.items()}
+        wide = [array.shape for array in arrays.values() if array.ndim > 1]
+        if not arrays:
+            raise DataError("there is no column; a batch of padded arrays needs one")
+        # Where every column is [B], there is nothing to lay out, so T may be anything.
+        shape = wide[0][:2] if wide else (*next(iter(arrays.values())).shape, 0)
+        with jax.transfer_guard("allow"):
+            where = padding.places(shape, mask, lengths) if wide else None
+            found = {name: _padded(name, array, shape, where) for name, array in arrays.items()}
+        batch = cls.of_columns(found, shape[0], found.__getitem__)
+        batch._layout = None if where is None else where.layout
+        return batch
+
+    @classmethod
+    def of_mapping(cls, data: Mapping[str, Any], logprobs: Any) -> tuple[Batch, Ragged]:
+        """Makes the batch and the logprobs of what an objective was called with.
+
+        Args:
+            data: columns by name, with ``"mask"`` or ``"lengths"`` among them where they are padded
+                arrays; or lists of rows.
+            logprobs: ``[B, T]`` or ``[B, T, K]``; a Ragged or a list of rows where the columns are
+                such.
+
+        Returns:
+            A batch with columns only, and the logprobs, of the same layout. Floats of 16 bits are
+            float32, because these are too few for sums.
+
+        Raises:
+            DataError: a column does not fit; the message names it.
+            ValueError: the mask or the lengths do not fit.
+        """
+        columns = {name: value for name, value in data.items() if name not in ("mask", "lengths")}
+        mask, lengths = data.get("mask"), data.get("lengths")
+        if not isinstance(logprobs, Ragged | list | tuple):
+            with jax.numpy_dtype_promotion("standard"):
+                given = {name: _at_least_32(value) for name, value in columns.items()}
+            batch = cls.from_padded(
+                {**given, _LOGPROBS: _at_least_32(logprobs)}, mask, lengths=lengths
+            )
+            batch._names = frozenset(columns)
+            rows = batch[_LOGPROBS]
+            if not isinstance(rows, Ragged):
+                raise DataError("logprobs need an axis of tokens, [B, T]", field="logprobs")
+            return batch, rows
+        if mask is not None or lengths is not None:
+            raise DataError(
+                "a mask and lengths are for padded arrays, but the logprobs are rows; give "
+                "logprobs as an array [B, T] too",
+                field="mask" if lengths is None else "lengths",
+            )
+        if not isinstance(logprobs, Ragged):
+            logprobs = Ragged.from_rows(cast("Sequence[Any]", logprobs))
+        rows = logprobs
+        found = {name: _rows_column(name, value, rows) for name, value in columns.items()}
+        batch = cls.of_columns(found, len(rows), found.__getitem__)
+        batch._layout = rows.layout
+        return batch, rows
+
+    def tree_flatten(self) -> tuple[tuple[list[Any], Any, Any], _Shape]:
+        """Gives the leaves, for JAX: the columns, the tokens of the model inputs, the layout.
+
+        Raises:
+            DataError: only some of the datums have a column.
+        """
+        names = tuple(sorted(self.names))
+        columns = [self[name] for name in names]
+        tokens = None if self._tokens is None else self._tokens()
+        ragged = [each for each in (*columns, tokens) if isinstance(each, Ragged)]
+        sealed = None
+        if ragged:
+            (_, keys), static = ragged[0].tree_flatten()
+            sealed = Sealed(keys, *static)
+            for name, column in zip(names, columns, strict=True):
+                if isinstance(column, Ragged) and not column.layout.agrees_with(ragged[0].layout):
+                    raise DataError("its rows are laid out unlike those of others", field=name)
+        leaves = [each.tiles if isinstance(each, Ragged) else each for each in columns]
+        shape = _Shape(
+            self._num_rows,
+            names,
+            frozenset(
+                name
+                for name, column in zip(names, columns, strict=True)
+                if not isinstance(column, Ragged)
+            ),
+            tokens is not None,
+            None if sealed is None else sealed[1:],
+        )
+        with jax.transfer_guard("allow"):
+            put = [
+                jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves
+            ]
+            inputs = None if tokens is None else jax.device_put(tokens.tiles)
+        return (put, inputs, None if sealed is None else sealed.keys), shape
+
+    @classmethod
+    def tree_unflatten(cls, shape: _Shape, children: tuple[list[Any], Any, Any]) -> Batch:
+        """Undoes :meth:`tree_flatten`; datums are columns only from then on."""
+        leaves, tokens, keys = children
+        values = dict(zip(shape.names, leaves, strict=True))
+
+        def ragged(tiles: Any) -> Ragged:
+            if getattr(tiles, "shape", (0,))[0] != cast("Sealed", batch._sealed).tiles:
+                raise ValueError(
+                    "this Batch was split, so its rows are not known; split the datums before it "
+                    "is made"
+                )
+            return Ragged(tiles, batch.layout)
+
+        def read(name: str) -> Column:
+            return values[name] if name in shape.per_datum else ragged(values[name])
+
+        batch = cls.of_columns(shape.names, shape.num_rows, read)
+        if shape.sealed is not None:
+            batch._sealed = Sealed(keys, *shape.sealed)
+        if shape.has_tokens:
+            batch._tokens = lambda: ragged(tokens)
+        return batch
+
+    @property
+    def tokens(self) -> Ragged:
+        """The tokens of the model inputs, int32.
+
+        Raises:
+            RowAccessError: the batch was made of columns.
+        """
+        if self._tokens is None:
+            raise RowAccessError
+        return self._tokens()
+
+    def _read_tokens(self) -> Ragged:
+        rows = tuple(np.asarray(datum.model_input.to_ints(), np.int32) for datum in self)
+        return Ragged(None, self.layout, rows)
 
     @property
     def names(self) -> frozenset[str]:
@@ -99,7 +280,10 @@ class Batch(Sequence[Datum]):
     def layout(self) -> tiling.Layout:
         """The places of the datums' tokens in a tiled buffer; for code that builds on this."""
         if self._layout is None:
-            self._layout = tiling.layout_of(self.lengths)
+            if self._sealed is not None:
+                self._layout = self._sealed.open()
+            else:
+                self._layout = tiling.layout_of(self.lengths)
         return self._layout
 
     def snapshot(self) -> Batch:
@@ -208,6 +392,56 @@ class Batch(Sequence[Datum]):
             ) from None
         check_shapes(name, rows, self.lengths)
         return rows
+
+
+_LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
+
+
+def _padded(name: str, array: Any, shape: tuple[int, int], where: padding.Places | None) -> Column:
+    """Makes a column of a padded array."""
+    if array.ndim not in (1, 2, 3) or array.shape[:2] != shape[: array.ndim]:
+        raise DataError(
+            f"shape {list(array.shape)} does not fit; a column of these padded arrays is [B, T] = "
+            f"{list(shape)}, [B, T, K], or [B] with one number per datum",
+            field=name or "logprobs",
+        )
+    try:
+        array = padding.narrow(array, "it")
+    except ValueError as error:
+        raise DataError(str(error), field=name or "logprobs") from None
+    if where is None or array.ndim == 1:
+        return array
+    return Ragged(padding.to_tiles(array, where), where.layout)
+
+
+def _rows_column(name: str, value: Any, like: Ragged) -> Column:
+    """Makes a column of rows, or of one number per datum, beside logprobs in rows."""
+    if isinstance(value, list | tuple):
+        rows = [padding.as_array(row) for row in cast("Sequence[Any]", value)]
+        value = Ragged.from_rows(rows) if rows and rows[0].ndim else np.asarray(rows)
+    if isinstance(value, Ragged):
+        try:
+            return like.map(_second, value)
+        except ValueError as error:
+            raise DataError(str(error), field=name) from None
+    if value.shape != (len(like),):
+        raise DataError(
+            f"shape {list(value.shape)} does not fit; beside logprobs in {len(like)} rows a column "
+            "is a Ragged, a list of rows, or [B] with one number per datum",
+            field=name,
+        )
+    return value
+
+
+def _second(_: Any, value: Any) -> Any:
+    return value
+
+
+def _at_least_32(value: Any) -> Any:
+    array = padding.as_array(value)
+    if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4:
+        return array.astype(jnp.float32)
+    return array
 
 
 def _check_exact_as_float(name: str, rows: Sequence[Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeAlias, cast, overload
+from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import jax
 import jax.core
@@ -15,12 +16,14 @@ import numpy.typing as npt
 
 from mintjax.errors import MintjaxError
 from mintjax.losses._arrays import product
-from mintjax.ragged import tiling
+from mintjax.ragged import padding, tiling
 from mintjax.ragged.operators import Operators
 from mintjax.ragged.tiling import Layout, Sealed
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 Operand: TypeAlias = "Ragged | Array | float"
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class RowAccessError(MintjaxError, TypeError):
@@ -44,6 +47,43 @@ _ADVICE = (
 )
 
 
+def _moves_data(method: Callable[P, T]) -> Callable[P, T]:
+    """Lets a method bring its own arrays and constants to the device under a transfer guard.
+
+    A guard is for transfers that nobody asked for.
+    """
+
+    @functools.wraps(method)
+    def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.transfer_guard("allow"):
+            return method(*args, **kwargs)
+
+    return allowed
+
+
+class _Name:
+    """The name of a leaf in JAX's messages."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Name) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(self._name)
+
+
+_TILES = _Name(".tiles")
+_ROWS = _Name(
+    ".layout (the rows of a mintjax.Ragged cannot be split over devices: give shard_map the padded "
+    "arrays, and call Ragged.from_padded inside)"
+)
+
+
 class _NotAnArray(type):
     """Gives the class a repr that JAX's own TypeErrors, which name the class, turn into advice."""
 
@@ -51,7 +91,7 @@ class _NotAnArray(type):
         return f"{super().__repr__()} ({_ADVICE})"
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 class Ragged(Operators, metaclass=_NotAnArray):
     """Rows of different lengths, each of shape ``[T_i]`` or ``[T_i, K]``, as one value.
 
@@ -61,7 +101,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
     can see padding. It is a sequence of its rows too: ``len``, iteration, unpacking,
     ``zip`` and slices work, single rows only where the lengths are not traced.
 
-    Build one with :meth:`from_rows` or :meth:`from_packed`.
+    Build one with :meth:`from_rows`, :meth:`from_packed` or :meth:`from_padded`.
 
     Example:
         >>> from mintjax import Ragged
@@ -146,6 +186,62 @@ class Ragged(Operators, metaclass=_NotAnArray):
         rows = [values[a:b] for a, b in itertools.pairwise(bounds)]
         return cls.from_rows(rows)
 
+    @classmethod
+    @_moves_data
+    def from_padded(cls, values: Array, mask: Array = None, *, lengths: Array = None) -> Ragged:
+        """Takes the tokens of a padded array; no operation can see the padding.
+
+        It works under ``jit`` and ``vmap``, within ``shard_map``, and on sharded arrays. Lengths
+        and masks may be traced. The derivative by ``values`` is 0 at padding, whatever stands
+        there, NaN among it.
+
+        Args:
+            values: ``[B, T]`` or ``[B, T, K]``.
+            mask: marks the tokens: bool, or 0 and 1 in an integer dtype, ``[B, T]``. A row is what
+                it marks, in order: padding may stand on the left, or between tokens. Integers
+                ``[B]`` are taken for ``lengths``.
+            lengths: the number of tokens at the beginning of each row, integers ``[B]``. Where they
+                are traced it is faster than a mask, which could mark any positions.
+
+        Returns:
+            A ``Ragged`` of B rows, one of no tokens where nothing is marked. A row whose traced
+            length is negative or above T is NaN, if the dtype has one.
+
+        Raises:
+            ValueError: a shape or dtype does not fit, or a length is negative or above T.
+
+        Example:
+            >>> import numpy as np
+            >>> from mintjax import Ragged
+            >>> padded = np.array([[-1.0, -2.0, np.nan], [-3.0, np.nan, np.nan]], np.float32)
+            >>> Ragged.from_padded(padded, lengths=np.array([2, 1])).sum()
+            Array([-3., -3.], dtype=float32)
+        """
+        array = padding.check_padded(values)
+        where = padding.places(array.shape[:2], mask, lengths)
+        return cls(padding.to_tiles(array, where), where.layout)
+
+    @_moves_data
+    def to_padded(self, mask: Array = None, *, length: int | None = None, fill: Any = 0) -> Array:
+        """Gives the rows as a padded array, ``[B, T]`` or ``[B, T, K]``.
+
+        Args:
+            mask: where the tokens are to stand, ``[B, T]``, as :meth:`from_padded` had it; None
+                puts them at the beginning of each row.
+            length: T, where there is no mask. None: that of the padded arrays that the rows came
+                from, or that of the longest row.
+            fill: what stands at padding.
+
+        Returns:
+            A NumPy array if everything is NumPy's. A row whose traced length does not fit is NaN.
+
+        Raises:
+            ValueError: a row does not fit the length or the mask.
+            TypeError: lengths are traced, and either T is not known, or a row that does not fit
+                could not be NaN, because the dtype has none.
+        """
+        return padding.from_tiles(self.tiles, self._layout, mask=mask, length=length, fill=fill)
+
     def to_rows(self) -> list[Array]:
         """One array per row, in order; views where the values are NumPy's.
 
@@ -164,19 +260,30 @@ class Ragged(Operators, metaclass=_NotAnArray):
         offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
         return np.concatenate(rows), offsets
 
-    def tree_flatten(self) -> tuple[tuple[Array, Array], tuple[int, int, bool]]:
+    @_moves_data
+    def tree_flatten(self) -> tuple[tuple[Array, Array], tuple[int, int, bool, int | None]]:
         """Gives the leaves, for JAX: the tiled values, and the lengths of rows.
 
         The lengths are an array of JAX's key type, so that a function mapped over all leaves, such
         as a norm, is a TypeError instead of a number that counts lengths.
         """
-        tiles = self.tiles
-        place = self._place
+        tiles, place = self.tiles, self._place
+        if isinstance(tiles, np.ndarray):
+            tiles = jax.device_put(tiles)
         sealed = place if isinstance(place, Sealed) else tiling.seal(place)
         return (tiles, sealed.keys), sealed[1:]
 
+    def tree_flatten_with_keys(
+        self,
+    ) -> tuple[tuple[tuple[_Name, Array], ...], tuple[int, int, bool, int | None]]:
+        """Gives the leaves with the names that they have in JAX's messages."""
+        leaves, aux = self.tree_flatten()
+        return tuple(zip((_TILES, _ROWS), leaves, strict=True)), aux
+
     @classmethod
-    def tree_unflatten(cls, aux: tuple[int, int, bool], children: tuple[Array, Array]) -> Ragged:
+    def tree_unflatten(
+        cls, aux: tuple[int, int, bool, int | None], children: tuple[Array, Array]
+    ) -> Ragged:
         """Undoes :meth:`tree_flatten`."""
         tiles, keys = children
         return cls(tiles, Sealed(keys, *aux))
@@ -257,6 +364,10 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """A row, or a ``Ragged`` of the rows of a slice (at least one)."""
         if not isinstance(index, slice):
             return self._row_tuple()[operator.index(index)]
+        return self._select(index)
+
+    @_moves_data
+    def _select(self, index: slice) -> Ragged:
         chosen = np.arange(self.num_rows)[index]
         if not chosen.size:
             raise ValueError(f"{index} selects none of {self.num_rows} rows")
@@ -266,6 +377,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         layout = tiling.select_rows(self._layout, chosen)
         return Ragged(tiling.hide_others(self.tiles, layout), layout, rows)
 
+    @_moves_data
     def _row_tuple(self) -> tuple[Array, ...]:
         if self._rows is None:
             if isinstance(self._layout.lengths, jax.core.Tracer):
@@ -278,6 +390,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     # Number by number
 
+    @_moves_data
     def map(self, fn: Callable[..., Array], *others: Operand) -> Ragged:
         """Apply an element-wise function to this and others of the same lengths.
 
@@ -305,6 +418,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
             )
         return Ragged(result, self._layout)
 
+    @_moves_data
     def astype(self, dtype: Any) -> Ragged:
         """The same values in another dtype."""
         return Ragged(jnp.asarray(self.tiles).astype(dtype), self._layout)
@@ -326,11 +440,13 @@ class Ragged(Operators, metaclass=_NotAnArray):
                 f"an array beside a Ragged of {self.num_rows} rows must hold one value per row, "
                 f"shape ({self.num_rows},), not {per_row.shape}"
             )
+        _check_devices(self.tiles, per_row)
         tiled = tiling.to_tiles(per_row, self._layout)[:, None]
         return tiling.widen(tiled, self.tiles)
 
     def _align(self, other: Ragged) -> Array:
         mine, theirs, tiles = self._layout, other._layout, other.tiles
+        _check_devices(self.tiles, tiles)
         if not mine.agrees_with(theirs):
             if self.num_rows != other.num_rows:
                 raise ValueError(f"{self.num_rows} rows do not combine with {other.num_rows}")
@@ -343,7 +459,10 @@ class Ragged(Operators, metaclass=_NotAnArray):
                     raise ValueError(f"row {i} has {a[i]} tokens here and {b[i]} there")
                 same = same and np.array_equal(mine.row_start, theirs.row_start)
             elif not same:
-                raise ValueError("rows of different lengths do not combine")
+                raise ValueError(
+                    "rows of different lengths do not combine, nor do those of padded arrays of "
+                    "different T, or padded and other rows, while their lengths are traced"
+                )
             if traced or not same:
                 tiles = tiling.move(tiles, theirs, mine)
         return tiling.widen(tiles, self.tiles) if tiles.ndim < self.tiles.ndim else tiles
@@ -374,9 +493,11 @@ class Ragged(Operators, metaclass=_NotAnArray):
             result = jnp.where(same.reshape(-1, *(1,) * (result.ndim - 1)), result, nan)
         return result
 
+    @_moves_data
     def _unary(self, op: Callable[[Array], Array]) -> Ragged:
         return Ragged(op(self.tiles), self._layout)
 
+    @_moves_data
     def _binary(self, other: Operand, op: Callable[[Array, Array], Array]) -> Ragged:
         lifted = self._lift(other)
         mine = self.tiles
@@ -384,6 +505,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
             mine = tiling.widen(mine, lifted)
         return Ragged(self._poison(op(mine, lifted), other), self._layout)
 
+    @_moves_data
     def cumsum(self) -> Ragged:
         """Running sums along each row: ``y[t] = x[0] + ... + x[t]``."""
         tiles = _wide(self._masked(None, 0))
@@ -402,10 +524,12 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     # One value per row: [B]
 
+    @_moves_data
     def sum(self, where: Ragged | None = None) -> Array:
         """The sum of each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
         return tiling.row_sums(_wide(self._masked(where, 0)), self._layout)
 
+    @_moves_data
     def count(self, where: Ragged | None = None) -> Array:
         """Counts the numbers of each row, or those that ``where`` marks: int32 ``[B]``."""
         where = self._checked(where)
@@ -414,27 +538,32 @@ class Ragged(Operators, metaclass=_NotAnArray):
         ones = jnp.ones_like(self.tiles, jnp.int32)
         return Ragged(ones, self._layout).sum(where)
 
+    @_moves_data
     def mean(self, where: Ragged | None = None) -> Array:
         """The mean of each row, ``[B]``; 0 for a row with no numbers to take the mean of."""
         return self.sum(where) / jnp.maximum(self.count(where), 1).astype(self._float_dtype())
 
+    @_moves_data
     def var(self, where: Ragged | None = None) -> Array:
         """The variance of each row, ``[B]``: the mean square of what is left after the mean."""
         centred = self - self.mean(where)
         return (centred * centred).mean(where)
 
+    @_moves_data
     def max(self, where: Ragged | None = None) -> Array:
         """The largest number of each row, ``[B]``; -inf (or the least integer) if none."""
         tiles = self._masked(where, _least(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).max(axis=1)
         return jax.ops.segment_max(per_tile, self._layout.tile_row, self.num_rows)
 
+    @_moves_data
     def min(self, where: Ragged | None = None) -> Array:
         """The smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
         tiles = self._masked(where, _greatest(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).min(axis=1)
         return jax.ops.segment_min(per_tile, self._layout.tile_row, self.num_rows)
 
+    @_moves_data
     def logsumexp(self, where: Ragged | None = None) -> Array:
         """``log(sum(exp(row)))``, ``[B]``, without overflow; -inf for a row with no numbers."""
         top = jax.lax.stop_gradient(self.max(where))
@@ -442,6 +571,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         centred = Ragged(self._masked(where, -jnp.inf), self._layout) - shift
         return jnp.log(centred.map(jnp.exp).sum()) + shift
 
+    @_moves_data
     def dot(self, other: Ragged, where: Ragged | None = None) -> Array:
         """Sums ``row * other's row`` over each row, ``[B]``.
 
@@ -450,6 +580,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """
         return self._binary(other, _weigh).sum(where)
 
+    @_moves_data
     def first(self) -> Array:
         """Takes what stands at the first token of each row, ``[B, ...]``.
 
@@ -461,6 +592,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """
         return self._at(self._layout.row_start)
 
+    @_moves_data
     def last(self) -> Array:
         """Takes what stands at the last token of each row, ``[B, ...]``; as :meth:`first`."""
         layout = self._layout
@@ -485,10 +617,12 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     # One value for all
 
+    @_moves_data
     def total(self, where: Ragged | None = None) -> Array:
         """The sum over all numbers of all rows: a scalar."""
         return jnp.sum(self.sum(where))
 
+    @_moves_data
     def total_count(self, where: Ragged | None = None) -> Array:
         """Counts the numbers of all rows, or those that ``where`` marks: an int32 scalar."""
         return jnp.sum(self.count(where))
@@ -529,9 +663,36 @@ def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
     def repeated(row: Array, size: int) -> Array:
         return jnp.resize(jax.lax.stop_gradient(row), (size, *row.shape[1:]))
 
+    _check_devices(*rows, whole=True)
     size = layout.tile_row.shape[0] * tiling.TILE
     flat = jnp.concatenate(tiling.pieces(rows, [row.shape[0] for row in rows], size, repeated))
     return flat.reshape(-1, tiling.TILE, *rows[0].shape[1:])
+
+
+def _check_devices(*arrays: Array, whole: bool = False) -> None:
+    """Refuses arrays that do not lie on the same devices.
+
+    Args:
+        arrays: of which those that are not traced are looked at.
+        whole: whether each must lie on one device as a whole.
+
+    Raises:
+        ValueError: names the devices.
+    """
+    placed: list[set[Any]] = [
+        array.devices()
+        for array in arrays
+        if isinstance(array, jax.Array)
+        and not isinstance(array, jax.core.Tracer)
+        and array.committed
+    ]
+    if any(devices != placed[0] or (whole and len(devices) > 1) for devices in placed):
+        names = ", ".join(sorted({str(device) for devices in placed for device in devices}))
+        raise ValueError(
+            f"the rows of a Ragged lie on several devices ({names}); bring them to one by "
+            "jax.device_put, or give padded arrays that are sharded over their rows to "
+            "Ragged.from_padded"
+        )
 
 
 def _weigh(values: Array, weights: Array) -> Array:

@@ -51,9 +51,11 @@ class Layout(_Fields):
 
     Attributes:
         origin: the layout and the rows that this one was chosen from, if it was.
+        width: T, where the rows were padded arrays ``[B, T]``.
     """
 
     origin: tuple[Layout, bytes] | None = None
+    width: int | None = None
 
     def agrees_with(self, other: Layout) -> bool:
         """Tells whether both are known to be the same layout, although lengths may be traced."""
@@ -215,12 +217,14 @@ class Sealed(NamedTuple):
         rows: how many rows there are.
         tiles: how many tiles there are.
         padded: whether some rows may not be real.
+        width: as the layout has it.
     """
 
     keys: Array
     rows: int
     tiles: int
     padded: bool
+    width: int | None
 
     def open(self) -> Layout:
         """Gives the layout back.
@@ -232,7 +236,7 @@ class Sealed(NamedTuple):
         whole = (
             isinstance(self.keys, jax.Array)
             and jnp.issubdtype(self.keys.dtype, jax.dtypes.prng_key)
-            and self.keys.shape == (sum(sizes) // 2 + 1,)
+            and self.keys.shape == (_key_count(sum(sizes)),)
         )
         table: Array = np.zeros(1, np.int32)
         if whole:
@@ -249,7 +253,14 @@ class Sealed(NamedTuple):
             )
         cuts = [0, *itertools.accumulate(sizes)]
         length, start, real, row, count = (table[a:b] for a, b in itertools.pairwise(cuts))
-        return Layout(length, start, row, count, real != 0 if self.padded else None)
+        layout = Layout(length, start, row, count, real != 0 if self.padded else None)
+        layout.width = self.width
+        return layout
+
+
+def _key_count(numbers: int) -> int:
+    """Counts the keys that hold so many numbers and the seal: odd, so that no mesh splits them."""
+    return numbers // 2 + 1 | 1
 
 
 def seal(layout: Layout) -> Sealed:
@@ -257,11 +268,16 @@ def seal(layout: Layout) -> Sealed:
     rows, tiles = int(layout.lengths.shape[0]), int(layout.tile_row.shape[0])
     real = np.ones(rows, np.int32) if layout.row_mask is None else layout.row_mask
     parts = (layout.lengths, layout.row_start, real, layout.tile_row, layout.tile_count)
-    table = jnp.concatenate([jnp.asarray(part).astype(jnp.int32) for part in parts])
-    table = jnp.pad(table, (0, 2 - table.size % 2), constant_values=_SEAL).reshape(-1, 2)
-    data = jax.lax.bitcast_convert_type(table, jnp.uint32)
+    numbers = 3 * rows + 2 * tiles
+    spare = np.full(2 * _key_count(numbers) - numbers, _SEAL, np.int32)
+    if any(isinstance(part, jax.Array) for part in parts):
+        table = jnp.concatenate([jnp.asarray(part).astype(jnp.int32) for part in (*parts, spare)])
+        data = jax.lax.bitcast_convert_type(table.reshape(-1, 2), jnp.uint32)
+    else:
+        table = np.concatenate([*parts, spare], dtype=np.int32)
+        data = jax.device_put(table.view(np.uint32).reshape(-1, 2))
     keys = cast("jax.Array", jax.random.wrap_key_data(data, impl="threefry2x32"))
-    return Sealed(keys, rows, tiles, layout.row_mask is not None)
+    return Sealed(keys, rows, tiles, layout.row_mask is not None, layout.width)
 
 
 def longest_row(lengths: Sequence[int]) -> int:
@@ -302,6 +318,7 @@ def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
     row_mask = None if layout.row_mask is None else layout.row_mask[index]
     chosen_layout = Layout(lengths, layout.row_start[index], tile_row, tile_count, row_mask)
     chosen_layout.origin = (layout, index.tobytes())
+    chosen_layout.width = layout.width
     return chosen_layout
 
 
