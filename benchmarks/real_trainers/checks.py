@@ -125,8 +125,9 @@ class State:
     names: Iterator[int] = field(default_factory=itertools.count)
 
     def adapters(self, model: Any) -> Adapters:
-        """Saves a model for a sampler and reads what was saved."""
-        saved = model.save_weights_for_sampler(f"read-{next(self.names)}").result()
+        """Saves a model and reads what was saved."""
+        save = getattr(model, self.running.trainer.reads)
+        saved = save(f"read-{next(self.names)}").result()
         return self.running.adapters(saved.path)
 
 
@@ -273,11 +274,11 @@ def held_against_torch(
 
 
 def capabilities(state: State) -> str:
-    """The trainer offers the base model."""
+    """The base models that the trainer offers can be read."""
     offered = [one.model_name for one in state.service.get_server_capabilities().supported_models]
-    if state.running.base_model not in offered:
-        raise WrongError(f"it offers {offered}")
-    return "yes"
+    if not offered:
+        raise WrongError("it offers nothing")
+    return "yes" if state.running.base_model in offered else f"{len(offered)}, not the one it has"
 
 
 def probe(state: State) -> str:
@@ -471,7 +472,10 @@ def save_and_load(state: State) -> str:
     )
     if not moved > 1e-3:
         raise WrongError(f"an optimizer step moved the logprobs by {moved:.1e}")
-    state.model.load_state(saved).result()
+    try:
+        state.model.load_state(saved).result()
+    except mintjax.errors.BadRequestError as error:
+        raise RefusedError(str(error)) from None
     after = state.model.forward(data, "cross_entropy").result().logprobs
     error = _largest_difference(before, after)
     if error > 1e-5:
@@ -495,14 +499,14 @@ def from_state(state: State) -> str:
 
 def sample(state: State) -> str:
     """Samples have as many tokens as asked for, with logprobs that a forward pass gives too."""
-    sampler = state.model.save_weights_and_get_sampling_client(f"sampler-{next(state.names)}")
+    sampler = state.model.save_weights_and_get_sampling_client()
     prompt = list(b"The sky is ")
     params = mintjax.SamplingParams(max_tokens=8, temperature=1.0, seed=3)
     answer = sampler.sample(mintjax.ModelInput.from_ints(prompt), 2, params).result()
     tokens = [prompt + list(one.tokens) for one in answer.sequences]
     if any(not one.tokens for one in answer.sequences):
         raise WrongError("an empty sample")
-    if state.running.trainer.toy:
+    if state.running.trainer.canned or state.running.trainer.toy:
         return f"{len(tokens)} samples, canned"
     rows = state.model.logprobs([_datum(one) for one in tokens])
     error = _largest_difference(
@@ -515,10 +519,10 @@ def sample(state: State) -> str:
 
 def prompt_logprobs(state: State) -> str:
     """``compute_logprobs`` gives what a forward pass gives."""
-    sampler = state.model.save_weights_and_get_sampling_client(f"sampler-{next(state.names)}")
+    sampler = state.model.save_weights_and_get_sampling_client()
     tokens = list(b"Two and two are four.")
     found = sampler.compute_logprobs(mintjax.ModelInput.from_ints(tokens)).result()
-    if state.running.trainer.toy:
+    if state.running.trainer.canned or state.running.trainer.toy:
         return f"{len(found)} logprobs, canned"
     row = state.model.logprobs([_datum(tokens)])[0]
     error = _largest_difference([row], [found[1:]])
@@ -528,7 +532,7 @@ def prompt_logprobs(state: State) -> str:
 
 
 def unknown_token(state: State) -> str:
-    """A token beyond the vocabulary is an error within 15 s, and the model stays usable."""
+    """A token beyond the vocabulary is an error within a minute, and the model stays usable."""
     data = pairs(9, number=1)
     bad = [_datum([1, 2, 3, 100_000], weights=np.ones(3, np.float32))]
     began = time.perf_counter()
@@ -540,7 +544,7 @@ def unknown_token(state: State) -> str:
         words = "accepted in silence"
     seconds = time.perf_counter() - began
     state.model.forward(_only(data, "weights"), "cross_entropy").result()
-    if seconds > 15:
+    if seconds > 60:
         raise WrongError(f"after {seconds:.0f} s: {words}")
     return f"{words} ({seconds:.1f} s)"
 
@@ -631,7 +635,11 @@ def run(state: State, only: Sequence[str] = (), told: Callable[[Row], object] = 
     """Runs the checks, one after the other; one that fails does not keep the others from it."""
     rows: list[Row] = []
     for check in CHECKS:
-        if only and not any(word in check.name for word in only) and check.run is not create:
+        if (
+            only
+            and not any(word in check.name for word in only)
+            and check.run not in (probe, create)
+        ):
             continue
         began = time.perf_counter()
         if check.real and state.running.trainer.toy:

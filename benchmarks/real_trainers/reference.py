@@ -73,12 +73,17 @@ class Reference:
 
         model = Qwen3ForCausalLM.from_pretrained(directory, attn_implementation="eager")
         self.model = model.to(torch.float64).eval()
-        self.weights = {name: value.detach() for name, value in self.model.named_parameters()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.weights = {name: value.detach() for name, value in named}
 
     def logprobs(
         self, adapters: dict[str, Tensor], scale: float, data: list[dict[str, Any]]
     ) -> list[Tensor]:
-        """Computes the logprobs of the target tokens of each datum."""
+        """Computes the logprobs of the target tokens of each datum.
+
+        An adapter of the output projection leaves the embedding as it is, though both are one
+        matrix in this model.
+        """
         weights = dict(self.weights)
         for module in sorted({name.partition("/")[2] for name in adapters}):
             update = adapters[f"B/{module}"] @ adapters[f"A/{module}"]
@@ -87,7 +92,7 @@ class Reference:
         rows: list[Tensor] = []
         for datum in data:
             tokens = torch.tensor([datum["tokens"]])
-            logits = functional_call(self.model, weights, (tokens,)).logits[0]
+            logits = functional_call(self.model, weights, (tokens,), tie_weights=False).logits[0]
             targets = torch.tensor(datum["targets"])[:, None]
             rows.append(torch.log_softmax(logits, -1).gather(1, targets)[:, 0])
         return rows

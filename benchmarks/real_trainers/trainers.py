@@ -76,7 +76,10 @@ class Trainer:
         ready: what its log says once it works.
         packages: those whose versions are told beside its own.
         adam_scale: the learning rate, and the eps, of the step that shows the gradient.
-        toy: it trains no real model here, so its gradient cannot be held against torch's; why.
+        reads: what writes the adapters to a file, ``"save_weights_for_sampler"`` or
+            ``"save_state"``.
+        canned: why its samples are no model's, if they are not.
+        toy: why it trains no model whose gradient could be held against torch's, if it does not.
     """
 
     name: str
@@ -86,6 +89,8 @@ class Trainer:
     ready: str
     packages: tuple[str, ...] = ()
     adam_scale: float = 1e14
+    reads: str = "save_weights_for_sampler"
+    canned: str = ""
     toy: str = ""
 
 
@@ -138,6 +143,8 @@ def read_adapters(place: Path) -> Adapters:
     weights: dict[str, np.ndarray] = {}
     for key, value in read_safetensors(files["adapter_model.safetensors"]).items():
         module, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
+        if not kind:  # PEFT keeps the matrix beside the adapter of an embedding
+            continue
         weights[f"{kind[0]}/{module}"] = np.asarray(value, np.float64)
     return Adapters(weights, config["lora_alpha"] / config["r"])
 
@@ -247,8 +254,12 @@ def _skyrl(module: str) -> Callable[[Setting], list[str]]:
 
 
 def _hatchery(setting: Setting) -> list[str]:
-    launcher = str(HERE / "launch" / "hatchery.py")
-    return [str(setting.python), launcher, str(setting.model), str(setting.port), API_KEY]
+    launcher, checkpoints = (
+        HERE / "launch" / "hatchery_on_cpu.py",
+        setting.directory / "checkpoints",
+    )
+    words = (setting.python, launcher, setting.model, setting.port, API_KEY, checkpoints)
+    return list(map(str, words))
 
 
 def _tuft(setting: Setting) -> list[str]:
@@ -272,7 +283,8 @@ def _tuft(setting: Setting) -> list[str]:
         )
     )
     return [
-        str(setting.python.parent / "tuft"),
+        str(setting.python),
+        str(HERE / "launch" / "tuft_on_cpu.py"),
         *("launch", "--config", str(config), "--host", "127.0.0.1", "--port", str(setting.port)),
     ]
 
@@ -381,6 +393,7 @@ TRAINERS = {
             ready="the worker is ready",
             packages=("torch", "transformers", "peft"),
             adam_scale=1.0,  # it takes no eps above 1
+            reads="save_state",
         ),
         Trainer(
             name="tuft",
@@ -414,7 +427,7 @@ TRAINERS = {
             command=_tuft,
             ready="",
             packages=("torch", "tinker", "ray"),
-            toy="without a GPU it has a toy in place of a model",
+            canned="sampling needs vLLM; TuFT's canned answers stand in",
         ),
     )
 }

@@ -167,21 +167,28 @@ def _datum(prompt: list[int], answer: list[int]) -> Datum:
 def encoder(model: TrainingClient) -> Encode:
     """The tokenizer of a model: bytes for the embedded trainer's, else the one that it names.
 
+    Trainers that name none take the base model's name for it, as SkyRL does. A name that is a
+    folder of this machine is read from there, else it is asked of the Hugging Face hub.
+
     Raises:
-        MintjaxError: the trainer names no tokenizer, or the package ``tokenizers`` is missing.
+        MintjaxError: there is no such tokenizer, or the package ``tokenizers`` is missing.
     """
-    name = model.get_info().model_data.tokenizer_id
+    info = model.get_info().model_data
+    name = info.tokenizer_id or info.model_name
     if name == "mintjax/bytes":
         return lambda text: list(text.encode())
-    if name is None:
-        raise MintjaxError("the trainer does not say which tokenizer this base model has")
     try:
         from tokenizers import Tokenizer  # pyright: ignore
     except ModuleNotFoundError:
         raise MintjaxError(
             f"this base model needs the tokenizer {name!r}: pip install tokenizers"
         ) from None
-    tokenizer = Tokenizer.from_pretrained(name)  # pyright: ignore
+    file = Path(name) / "tokenizer.json"
+    try:
+        read = Tokenizer.from_file if file.is_file() else Tokenizer.from_pretrained  # pyright: ignore
+        tokenizer = read(str(file) if file.is_file() else name)  # pyright: ignore
+    except Exception as error:  # the package raises plain ones
+        raise MintjaxError(f"no tokenizer of {name!r} can be read: {error}") from None
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # pyright: ignore
 
 

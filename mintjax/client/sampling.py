@@ -109,6 +109,9 @@ class SamplingClient(NotCopyable):
 def _check_answer(request: messages.SampleRequest, answer: SampleResponse) -> None:
     """Checks that an answer can be that to a request.
 
+    SkyRL's JAX backend leaves out the first prompt token, which has no logprob, so one entry fewer
+    than tokens is completed by a None in front.
+
     Raises:
         APIResponseError: it is not for as many samples or tokens, or a logprob is none.
     """
@@ -124,7 +127,9 @@ def _check_answer(request: messages.SampleRequest, answer: SampleResponse) -> No
             )
         _check_probable(sequence.logprobs or ())
     if request.prompt_logprobs:
-        logprobs = answer.prompt_logprobs or ()
+        logprobs = answer.prompt_logprobs or []
+        if len(logprobs) == request.prompt.length - 1 and None not in logprobs:
+            logprobs = answer.prompt_logprobs = [None, *logprobs]
         if len(logprobs) != request.prompt.length:
             raise APIResponseError(
                 f"the trainer returned {len(logprobs)} prompt logprobs for "

@@ -30,7 +30,7 @@ from mintjax.client.settings import Event, Patience, Progress, Settings, retry_a
 from mintjax.client.waiting import Notices, Wait
 from mintjax.errors import APIError, APIResponseError, APIStatusError
 from mintjax.protocol import messages, protobuf
-from mintjax.types import ForwardBackwardOutput
+from mintjax.types import ForwardBackwardOutput, SampleResponse
 
 T = TypeVar("T")
 
@@ -379,7 +379,7 @@ class Transport:
         return printable(self._settings.key.redact(text))
 
     def decode(self, path: str, as_type: type[T], reply: Reply) -> T:
-        """Decodes an answer: JSON, or the result of a pass as a protocol buffer.
+        """Decodes an answer: JSON, or the result of a pass or samples as a protocol buffer.
 
         Raises:
             APIResponseError: it is not of that type; the message says at which field.
@@ -391,6 +391,8 @@ class Transport:
                     return cast("T", protobuf.decode_output(reply.body))
                 largest = self._settings.max_response_bytes
                 check_sparse(reply.body, largest_content(len(reply.body), largest))
+            if as_type is SampleResponse and reply.is_protobuf:
+                return cast("T", protobuf.decode_sample(reply.body))
             return messages.decode(reply.body, as_type)
         except (errors.DataError, errors.ConfigError) as error:
             words = self.words(str(error))

@@ -187,9 +187,11 @@ def test_a_check_that_fails_does_not_keep_the_others_from_running(tmp_path):
     with local.running_server(api_key=trainers.API_KEY) as url:
         running = Running(toy, url, "mintjax/huge", tmp_path, lambda: None)
         with checks.client(running) as service:
-            rows = checks.run(State(running, None, service), ("capabilities",), lambda row: None)
-    assert [row.outcome for row in rows] == ["no", "no"]
-    assert "WrongError: it offers" in rows[0].detail
+            rows = checks.run(
+                State(running, None, service), ("capabilities", "checkpoint"), lambda row: None
+            )
+    assert [row.outcome for row in rows] == ["yes", "left out", "no", "no"]
+    assert "mintjax/huge" in rows[2].detail
 
 
 ROWS = [

@@ -101,8 +101,9 @@ def test_a_short_run_learns_its_few_pairs(loss):
 class Tokenized:
     """A model of which only its tokenizer is asked."""
 
-    def __init__(self, tokenizer_id):
+    def __init__(self, tokenizer_id, model_name="tiny"):
         self.tokenizer_id = tokenizer_id
+        self.model_name = model_name
 
     def get_info(self):
         return self
@@ -112,10 +113,20 @@ class Tokenized:
         return self
 
 
-def test_a_tokenizer_is_named_or_missed():
+def test_the_embedded_trainer_reads_bytes():
     assert demo.encoder(Tokenized("mintjax/bytes"))("é") == [195, 169]
-    with pytest.raises(MintjaxError, match="does not say which tokenizer"):
-        demo.encoder(Tokenized(None))
+
+
+def test_a_trainer_that_names_no_tokenizer_has_the_base_model_s(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"tinker": 3, "sky": 4, "?": 0}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert demo.encoder(Tokenized(None, str(tmp_path)))("sky tinker sea") == [4, 3, 0]
+    missing = str(tmp_path / "not here")
+    with pytest.raises(MintjaxError, match=r"no tokenizer of .*not here.* can be read"):
+        demo.encoder(Tokenized(None, missing))
 
 
 def test_a_tokenizer_of_another_trainer_needs_its_package(monkeypatch):

@@ -25,7 +25,8 @@ from mintjax.errors import (
     MintjaxError,
     RequestFailedError,
 )
-from mintjax.types import AdamParams, ModelInput, SamplingParams
+from mintjax.protocol import protobuf
+from mintjax.types import AdamParams, ModelInput, SampledSequence, SampleResponse, SamplingParams
 
 from .data import DATA
 from .double import ADDRESS, Answer, Hold
@@ -314,6 +315,31 @@ def test_prompt_logprobs_are_one_for_each_token(service, trainer):
         with pytest.raises(APIResponseError, match=words):
             sampler.compute_logprobs(ModelInput.from_ints([1, 2])).result(5)
         trainer.faults.clear()
+
+
+def test_a_first_prompt_token_that_is_left_out_has_no_logprob(service, trainer):
+    sampler = service.create_sampling_client(base_model="tiny")
+    sequence = {"tokens": [1], "logprobs": [-1.0], "stop_reason": "length"}
+    answer = {"sequences": [sequence], "prompt_logprobs": [-0.5, -0.25]}  # as SkyRL's JAX backend
+    trainer.faults["retrieve_future"] = [Answer(200, answer)]
+    prompt = ModelInput.from_ints([1, 2, 3])
+    assert sampler.compute_logprobs(prompt).result(5) == [None, -0.5, -0.25]
+
+
+def test_samples_are_read_by_their_content_type(service, trainer):
+    sampler = service.create_sampling_client(base_model="tiny")
+    samples = SampleResponse(
+        sequences=[SampledSequence(tokens=[7], logprobs=[-1.5], stop_reason="stop")],
+        prompt_logprobs=[None, -0.5],
+    )
+    headers = {"Content-Type": protobuf.MEDIA_TYPE}  # whatever was asked for, as SkyRL 0.4 answers
+    body = protobuf.encode_sample(samples)
+    trainer.faults["retrieve_future"] = [Answer(200, body, headers)]
+    prompt, params = ModelInput.from_ints([1, 2]), SamplingParams(max_tokens=1)
+    assert sampler.sample(prompt, 1, params, True).result(5) == samples
+    trainer.faults["retrieve_future"] = [Answer(200, body[:-1], headers)] * 10
+    with pytest.raises(APIResponseError, match="not a SampleResponse"):
+        sampler.sample(prompt, 1, params, True).result(5)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ answer is read, where the message classes would copy them two to five times. Req
 trainer reads, go through those classes, and they need the extra ``protobuf``.
 """
 
-from mintjax.protocol.protobuf.answers import decode_output
+from mintjax.protocol.protobuf.answers import decode_output, decode_sample
 from mintjax.protocol.protobuf.decoding import decode_request, number_of, require
 from mintjax.protocol.protobuf.encoding import (
     EncodedData,
@@ -20,6 +20,7 @@ __all__ = [
     "EncodedData",
     "decode_output",
     "decode_request",
+    "decode_sample",
     "encode_datum",
     "encode_output",
     "encode_request",

@@ -10,19 +10,28 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from mintjax.errors import DataError
-from mintjax.protocol.protobuf.scalars import INT64, check_numbers, dtype_of, numbers, widened
-from mintjax.tensors import TensorData
-from mintjax.types import ForwardBackwardOutput
+from mintjax.protocol.protobuf.scalars import (
+    FLOAT32,
+    INT32,
+    INT64,
+    check_numbers,
+    dtype_of,
+    numbers,
+    widened,
+)
+from mintjax.tensors import TensorData, first_not_finite
+from mintjax.types import ForwardBackwardOutput, SampledSequence, SampleResponse
 
 Field: TypeAlias = tuple[int, int, Any]  # number, wire type, an int or the bytes
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _SIZES = {_FIXED64: 8, _FIXED32: 4}
+_STOP_REASONS: dict[int, Literal["stop", "length"]] = {0: "stop", 1: "length"}
 _MOST_DATUMS = 1 << 20
 """A record without fields may claim any number; each costs memory."""
 
@@ -67,6 +76,54 @@ def decode_output(body: bytes | bytearray | memoryview) -> ForwardBackwardOutput
                 pass
     check_numbers(metrics, "metrics")
     return ForwardBackwardOutput(loss_fn_outputs=outputs, metrics=metrics, loss_fn_output_type=kind)
+
+
+def decode_sample(body: bytes | bytearray | memoryview) -> SampleResponse:
+    """Decode what was sampled, a ``SampleResponse``.
+
+    Fields that are not read here, such as the k likeliest tokens, are passed over.
+
+    Args:
+        body: of the answer.
+
+    Returns:
+        The samples. A prompt token whose logprob is NaN has None.
+
+    Raises:
+        DataError: it is no such message, or a logprob of a sampled token is not finite.
+    """
+    sequences: list[SampledSequence] = []
+    prompt: list[float | None] | None = None
+    for field in _fields(memoryview(body), "SampleResponse"):
+        match field:
+            case (1, 2, sequence):
+                sequences.append(_sequence(sequence))
+            case (2, 2, logprobs):
+                row = numbers(logprobs, dtype_of(FLOAT32))
+                prompt = [None if math.isnan(one) else one for one in row.tolist()]
+            case _:
+                pass
+    return SampleResponse(sequences=sequences, prompt_logprobs=prompt)
+
+
+def _sequence(message: memoryview) -> SampledSequence:
+    result = SampledSequence(tokens=[], stop_reason="stop")  # which is the format's own default
+    for field in _fields(message, "SampleResponse"):
+        match field:
+            case (1, 0, reason):
+                if reason not in _STOP_REASONS:
+                    raise DataError(f"a stop reason of {reason}", field="stop_reason")
+                result.stop_reason = _STOP_REASONS[reason]
+            case (2, 2, tokens):
+                result.tokens = numbers(tokens, dtype_of(INT32)).tolist()
+            case (3, 2, logprobs):
+                row = numbers(logprobs, dtype_of(FLOAT32))
+                if (at := first_not_finite(row)) is not None:
+                    raise DataError(f"{row[at]} at position {at} is not finite", field="logprobs")
+                result.logprobs = row.tolist()
+            case _:
+                pass
+    return result
 
 
 def _record(record: memoryview, first: int) -> list[dict[str, TensorData]]:
@@ -171,36 +228,36 @@ def _metric(entry: memoryview) -> tuple[str, float]:
     return name, value
 
 
-def _fields(message: memoryview) -> Iterator[Field]:
-    """The fields of a message, in the order in which they come."""
+def _fields(message: memoryview, kind: str = "ForwardBackwardOutput") -> Iterator[Field]:
+    """The fields of a message, in the order in which they come; ``kind`` is for its errors."""
     at = 0
     while at < len(message):
-        tag, at = _varint(message, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            value, at = _varint(message, at)
+        tag, at = _varint(message, at, kind)
+        number, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            value, at = _varint(message, at, kind)
         else:
-            if kind == _BYTES:
-                size, at = _varint(message, at)
-            elif kind in _SIZES:
-                size = _SIZES[kind]
+            if wire == _BYTES:
+                size, at = _varint(message, at, kind)
+            elif wire in _SIZES:
+                size = _SIZES[wire]
             else:
-                raise DataError(f"not a ForwardBackwardOutput: a field of wire type {kind}")
+                raise DataError(f"not a {kind}: a field of wire type {wire}")
             value = message[at : at + size]
             at += size
         if at > len(message) or not 0 < number < 2**29:
-            raise DataError("not a ForwardBackwardOutput: it ends within a field, or is garbage")
-        yield number, kind, value
+            raise DataError(f"not a {kind}: it ends within a field, or is garbage")
+        yield number, wire, value
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _varint(message: memoryview, at: int, kind: str = "ForwardBackwardOutput") -> tuple[int, int]:
     """An unsigned number of at most 64 bits, and where it ends."""
     number = 0
     for shift, byte in enumerate(message[at : at + 10]):
         number |= (byte & 0x7F) << 7 * shift
         if byte < 0x80:
             return number & 0xFFFF_FFFF_FFFF_FFFF, at + shift + 1
-    raise DataError("not a ForwardBackwardOutput: it ends within a number")
+    raise DataError(f"not a {kind}: it ends within a number")
 
 
 def _signed(number: int) -> int:

@@ -11,8 +11,13 @@ import numpy.typing as npt
 
 from mintjax.errors import DataError
 
-INT32, INT64, BFLOAT16 = 3, 2, 4
-_DTYPES = {1: np.dtype("<f4"), INT64: np.dtype("<i8"), INT32: np.dtype("<i4"), BFLOAT16: "<u2"}
+FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
+_DTYPES = {
+    FLOAT32: np.dtype("<f4"),
+    INT64: np.dtype("<i8"),
+    INT32: np.dtype("<i4"),
+    BFLOAT16: "<u2",
+}
 
 
 def dtype_of(code: int, field: str | None = None) -> np.dtype[Any]:

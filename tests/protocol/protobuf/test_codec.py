@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -482,6 +483,66 @@ def test_a_sample_may_be_without_logprobs(logprobs, prompt):
     assert np.isnan(np.frombuffer(message.prompt_logprobs, "<f4")).tolist() == (
         [] if prompt is None else [True, False]
     )
+
+
+sequences = st.builds(
+    SampledSequence,
+    tokens=st.lists(st.integers(0, 2**31 - 1), max_size=5),
+    logprobs=st.none() | st.lists(finite, max_size=5),
+    stop_reason=st.sampled_from(["stop", "length"]),
+)
+samples = st.builds(
+    SampleResponse,
+    sequences=st.lists(sequences, max_size=3),
+    prompt_logprobs=st.none() | st.lists(st.none() | finite, max_size=5),
+)
+
+
+@given(samples)
+def test_samples_are_read_as_they_were_written(response):
+    encoded = protobuf.encode_sample(response)
+    assert protobuf.decode_sample(encoded) == response
+    as_json = messages.decode(messages.encode(response), SampleResponse)
+    assert protobuf.decode_sample(encoded) == as_json
+
+
+@given(samples)
+def test_samples_that_the_library_wrote_are_read(response):
+    message = pb.SampleResponse()
+    for sequence in response.sequences:
+        written = message.sequences.add()
+        written.stop_reason = pb.StopReason.Value(f"STOP_REASON_{sequence.stop_reason.upper()}")
+        written.tokens = np.array(sequence.tokens, "<i4").tobytes()
+        if sequence.logprobs is not None:
+            written.logprobs = np.array(sequence.logprobs, "<f4").tobytes()
+    if response.prompt_logprobs is not None:
+        row = [np.nan if one is None else one for one in response.prompt_logprobs]
+        message.prompt_logprobs = np.array(row, "<f4").tobytes()
+    body = message.SerializeToString() + b"\x1a\x02\x08\x01"  # a field of a newer version
+    assert protobuf.decode_sample(body) == response
+
+
+@given(samples, st.data())
+def test_garbage_in_place_of_samples_is_told(response, data):
+    encoded = protobuf.encode_sample(response)
+    cut = data.draw(st.integers(0, len(encoded)))
+    change = data.draw(st.binary(max_size=3))
+    with suppress(DataError):  # and nothing else
+        protobuf.decode_sample(encoded[:cut] + change)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"\x0a\x02\x08\x07", "a stop reason of 7"),
+        (b"\x0a\x06\x1a\x04\x00\x00\xc0\x7f", "nan at position 0 is not finite"),
+        (b"\x0a\x05\x12\x03\x00\x00\x00", "3 bytes are no numbers of 4 bytes each"),
+        (b"\x0a\x09\x08", "not a SampleResponse: it ends within a field"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused(body, words):
+    with pytest.raises(DataError, match=words):
+        protobuf.decode_sample(body)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
