@@ -32,6 +32,8 @@ def ending_of(status: int, detail: str) -> Ending:
             certain that the answer is the trainer's.
     """
     own_words = detail and detail != _phrase(status)  # a framework repeats the status's name
+    if status == 501 and own_words:  # a loss that this trainer does not serve
+        return "refused"
     if status in (408, 425) or status >= 500:
         return "unavailable"
     if status == 409:
@@ -56,10 +58,10 @@ def verdict(ending: Ending, in_doubt: bool) -> Verdict:
     unsent         no connection came about                    as before           until deadline
     cut            connection lost, or time up, once sending   yes                 until deadline
     unreadable     2xx: not the protocol's, or another's       yes                 a few times
-    unavailable    408, 425, 5xx; 409 and 429 without detail   yes                 until deadline
+    unavailable    408, 425, other 5xx; 409, 429 without it    yes                 until deadline
     throttled      429 with the trainer's own ``detail``       as before           until deadline
     conflict       409 with it: the number is taken            yes                 a few times
-    refused        other 4xx with it, except 410               as before           never
+    refused        other 4xx and 501 with it, except 410       as before           never
     foreign        1xx, 3xx, 410; 4xx without it               yes                 a few times
     =============  ==========================================  ==================  ===============
 

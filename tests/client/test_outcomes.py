@@ -30,6 +30,8 @@ ROWS: dict[Ending, list[Any]] = {
     ],
     "unavailable": [
         Answer(503, OWN),
+        Answer(501),
+        Answer(501, {"detail": "Not Implemented"}),
         Answer(408),
         Answer(425),
         Answer(409),
@@ -39,7 +41,7 @@ ROWS: dict[Ending, list[Any]] = {
     ],
     "throttled": [Answer(429, OWN), Answer(429, OWN, {"Retry-After": "1e9"})],
     "conflict": [Answer(409, OWN)],
-    "refused": [Answer(400, OWN), Answer(404, OWN), Answer(413, OWN), Answer(422, OWN)],
+    "refused": [Answer(status, OWN) for status in (400, 404, 413, 422, 501)],
     "foreign": [
         Answer(410),
         Answer(410, OWN),
@@ -76,6 +78,8 @@ def test_doubt_is_never_taken_away(ending):
         (429, "slow down", "throttled"),
         (429, "Too Many Requests", "unavailable"),
         (500, "broken", "unavailable"),
+        (501, "loss_fn 'dro' is not implemented", "refused"),
+        (501, "Not Implemented", "unavailable"),
         (599, "", "unavailable"),
         (100, "", "foreign"),
         (302, "elsewhere", "foreign"),
