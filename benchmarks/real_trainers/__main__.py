@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -62,13 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not (model / "model.safetensors").exists():
         script = str(Path(checks.__file__).with_name("reference.py"))
         subprocess.run([str(reference), script, "write", str(model)], check=True)
-    torch = Torch(reference, model)
     rows: list[Row] = []
-    try:
+    with tempfile.TemporaryDirectory() as folder, Torch(reference, model) as torch:
+        os.environ["XDG_CACHE_HOME"] = folder  # what is measured here is of no use to others
         for name in options.names or TRAINERS:
             rows += _tried(TRAINERS[name], cache, model, torch, options.only, options.minutes)
-    finally:
-        torch.close()
     plain = [asdict(row) for row in rows]
     if options.json:
         options.json.write_text(json.dumps(plain, indent=1) + "\n")

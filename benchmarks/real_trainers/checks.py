@@ -11,9 +11,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -99,8 +100,10 @@ class Torch:
             with np.load(got) as arrays:
                 return answer, {name: arrays[name] for name in arrays.files}
 
-    def close(self) -> None:
-        """Ends the process."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
 
@@ -236,6 +239,15 @@ def compare(measured: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarra
     return words
 
 
+@contextmanager
+def adapted(state: State, seed: int = 1) -> Iterator[Any]:
+    """Makes a model whose adapters are not zero and still small, and unloads it at the end."""
+    base, data = state.running.base_model, _only(pairs(0), "weights")
+    with state.service.create_lora_training_client(base, rank=8, seed=seed) as model:
+        _ordinary_step(model, data)
+        yield model
+
+
 def held_against_torch(
     state: State,
     model: Any,
@@ -319,35 +331,27 @@ def by_name(name: str) -> Callable[[State], str]:
 
     def check(state: State) -> str:
         """The trainer's loss has the gradient that its reduction says, or is refused in words."""
-        data = pairs(2)
-        columns = ("weights",)
-        if name != "cross_entropy":
-            data = with_policy_columns(data, state.model.logprobs(_only(data, "weights")), 3)
-            columns = ("logprobs", "advantages")
-        config = BUILTIN[name]
-        sent = _only(data, *columns)
+        data, columns = pairs(2), ("weights",)
+        with adapted(state) as model:
+            if name != "cross_entropy":
+                data = with_policy_columns(data, model.logprobs(_only(data, "weights")), 3)
+                columns = ("logprobs", "advantages")
+            sent = _only(data, *columns)
 
-        def passes(model: Any) -> None:
-            began = time.perf_counter()
-            try:
-                model.forward_backward(sent, name, config or None).result()
-            except mintjax.errors.APIError as error:
-                if time.perf_counter() - began < 10:
-                    raise RefusedError(str(error)) from None
-                raise
+            def passes(model: Any) -> None:
+                began = time.perf_counter()
+                try:
+                    model.forward_backward(sent, name, BUILTIN[name] or None).result()
+                except mintjax.errors.APIError as error:
+                    if time.perf_counter() - began < 10:
+                        raise RefusedError(str(error)) from None
+                    raise
 
-        if state.running.trainer.toy:
-            passes(state.model)
-            return "served, a toy"
-        return held_against_torch(
-            state,
-            state.model,
-            passes,
-            sent,
-            name,
-            **_settings(name),
-            divisors=_divisors(state, sent),
-        )
+            if state.running.trainer.toy:
+                passes(model)
+                return "served, a toy"
+            settings = {**_settings(name), "divisors": _divisors(state, sent)}
+            return held_against_torch(state, model, passes, sent, name, **settings)
 
     return check
 
@@ -372,12 +376,13 @@ def as_objective(name: str) -> Callable[[State], str]:
 
     def check(state: State) -> str:
         """The parameter gradient of the objective is torch's."""
-        data, objective, settings = _objective(state, state.model, name)
+        with adapted(state) as model:
+            data, objective, settings = _objective(model, name)
 
-        def passes(model: Any) -> None:
-            model.forward_backward_custom(data, objective).result()
+            def passes(model: Any) -> None:
+                model.forward_backward_custom(data, objective).result()
 
-        return held_against_torch(state, state.model, passes, data, name, **settings)
+            return held_against_torch(state, model, passes, data, name, **settings)
 
     return check
 
@@ -398,31 +403,26 @@ def accumulation(state: State) -> str:
         for future in futures:
             future.result()
 
-    return held_against_torch(
-        state, state.model, passes, data, "cross_entropy", divisors=[1.0] * len(data)
-    )
+    divisors = [1.0] * len(data)
+    with adapted(state) as model:
+        return held_against_torch(state, model, passes, data, "cross_entropy", divisors=divisors)
 
 
 def two_clients(state: State) -> str:
-    """Two clients train models of their own at the same time; each has torch's gradient."""
+    """Two clients, which nobody has told of a reduction, train models at the same time."""
     found: list[str | BaseException] = []
 
     def one(seed: int) -> None:
         try:
-            with (
-                client(state.running) as service,
-                service.create_lora_training_client(
-                    state.running.base_model, rank=8, seed=seed
-                ) as model,
-            ):
-                service.probe(state.running.base_model)
+            with client(state.running) as service:
+                mine = replace(state, service=service)
                 data = pairs(seed)
-                _ordinary_step(model, _only(pairs(0), "weights"))
 
                 def passes(model: Any) -> None:
                     model.forward_backward_custom(data, objectives.bradley_terry()).result()
 
-                found.append(held_against_torch(state, model, passes, data, "bradley_terry"))
+                with adapted(mine, seed) as model:
+                    found.append(held_against_torch(mine, model, passes, data, "bradley_terry"))
         except BaseException as error:
             found.append(error)
 
@@ -441,38 +441,41 @@ def two_clients(state: State) -> str:
 
 def schedules(state: State) -> str:
     """A schedule of an objective is read at the step that is given."""
-    data, dpo, settings = _objective(state, state.model, "dpo")
     schedule = optax.linear_schedule(0.5, 2.5, 10)
-    objective = objectives.weighted_sum({"dpo": dpo}, {"dpo": schedule})
+    with adapted(state) as model:
+        data, dpo, settings = _objective(model, "dpo")
+        objective = objectives.weighted_sum({"dpo": dpo}, {"dpo": schedule})
 
-    def passes(model: Any) -> None:
-        model.forward_backward_custom(data, objective, step=5).result()
+        def passes(model: Any) -> None:
+            model.forward_backward_custom(data, objective, step=5).result()
 
-    return held_against_torch(
-        state, state.model, passes, data, "dpo", factor=float(schedule(5)), **settings
-    )
+        factor = float(schedule(5))
+        return held_against_torch(state, model, passes, data, "dpo", factor=factor, **settings)
 
 
 def bridge(state: State) -> str:
     """The remote model as a function under ``jax.jit``, and its optimizer as optax's."""
     data = pairs(7)
     objective, scale = objectives.bradley_terry(), state.running.trainer.adam_scale
-    remote = mintjax.remote_logprobs(state.model, data)
-    optimizer = mintjax.remote_optimizer(
-        state.model, learning_rate=scale, beta1=0.0, beta2=0.0, eps=scale
-    )
-    kept: dict[str, Any] = {"state": optimizer.init(remote.params)}
-    value_and_grad = jax.jit(jax.value_and_grad(lambda p: objective(data, remote(p)), has_aux=True))
+    with adapted(state) as model:
+        remote = mintjax.remote_logprobs(model, data)
+        optimizer = mintjax.remote_optimizer(
+            model, learning_rate=scale, beta1=0.0, beta2=0.0, eps=scale
+        )
+        kept: dict[str, Any] = {"state": optimizer.init(remote.params)}
+        value_and_grad = jax.jit(
+            jax.value_and_grad(lambda p: objective(data, remote(p)), has_aux=True)
+        )
 
-    def passes(model: Any) -> None:
-        _, kept["grads"] = value_and_grad(remote.params)
-        jax.block_until_ready(kept["grads"])
+        def passes(model: Any) -> None:
+            _, kept["grads"] = value_and_grad(remote.params)
+            jax.block_until_ready(kept["grads"])
 
-    def step(model: Any) -> None:
-        updates, _ = optimizer.update(kept["grads"], kept["state"], remote.params)
-        jax.block_until_ready(optax.apply_updates(remote.params, updates))
+        def step(model: Any) -> None:
+            updates, _ = optimizer.update(kept["grads"], kept["state"], remote.params)
+            jax.block_until_ready(optax.apply_updates(remote.params, updates))
 
-    return held_against_torch(state, state.model, passes, data, "bradley_terry", step)
+        return held_against_torch(state, model, passes, data, "bradley_terry", step)
 
 
 def save_and_load(state: State) -> str:
@@ -673,9 +676,7 @@ def run(state: State, only: Sequence[str] = (), told: Callable[[Row], object] = 
     return rows
 
 
-def _objective(
-    state: State, model: Any, name: str
-) -> tuple[list[mintjax.Datum], Any, dict[str, Any]]:
+def _objective(model: Any, name: str) -> tuple[list[mintjax.Datum], Any, dict[str, Any]]:
     data = pairs(4)
     if name == "bradley_terry":
         return data, objectives.bradley_terry(), {}

@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import logging
 import time
+import urllib.parse
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
@@ -33,6 +34,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("mintjax.client")
+
+
+class _Unloading(msgspec.Struct):
+    request_id: str | None = None
+
 
 _WARN_WITHOUT_HEARTBEAT = 120.0
 
@@ -137,6 +143,21 @@ class Connection:
         request = Request(path, messages.encode(message))
         await self.transport.submit(request)
         return await retrieve(self.transport, request, as_type, check)
+
+    async def unload(self, model_id: str) -> None:
+        """Has the trainer let go of a model.
+
+        Its name is in the body, as trainers have it, and in the query, where hatchery looks for it;
+        the others do not look there. Hatchery answers at once, the others with a future.
+        """
+        path = "unload_model"
+        body = messages.encode(messages.ModelRequest(model_id, path))
+        address = f"{path}?{urllib.parse.urlencode({'model_id': model_id})}"
+        request = Request(path, body, address=address)
+        answer = await self.transport.call(request, _Unloading)
+        if answer.request_id is not None:
+            request.request_id = answer.request_id
+            await retrieve(self.transport, request, dict)
 
     def switch_to_protobuf_if_refused(self, request: Request, refusal: APIError) -> bool:
         """Sends passes as protocol buffers from now on, if one was refused as JSON; says if so."""

@@ -327,8 +327,7 @@ class TrainingClient(NotCopyable):
         async def run(turn: Turn) -> None:
             turn.begin()
             await turn.alone()
-            request = messages.ModelRequest(self.model_id, "unload_model")
-            await self._connection.run("unload_model", request, dict)
+            await self._connection.unload(self.model_id)
 
         future = self._lane.submit(run)
         self._lane.close()

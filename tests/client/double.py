@@ -88,6 +88,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.results: dict[str, Any] = {}
+        self.query = b""
         self.by_key: dict[str, str] = {}
         self.by_seq: dict[tuple[str, int], str] = {}
         self.waiting: dict[str, dict[int, tuple[str, str, dict[str, Any]]]] = defaultdict(dict)
@@ -107,6 +108,7 @@ class Trainer:
             if not message.get("more_body"):
                 break
         path = scope["path"].removeprefix("/api/v1/")
+        self.query = scope["query_string"]
         headers = {k.decode().lower(): v.decode() for k, v in scope["headers"]}
         body = json.loads(raw, parse_constant=_refuse_constant) if raw else {}
         queue = self.faults[path] or self.faults[f"{path}/{body.get('request_id')}"]

@@ -558,6 +558,24 @@ def test_unload_waits_for_all_that_was_submitted(client, trainer):
     assert trainer.models == {}
 
 
+def test_unload_may_be_answered_at_once(client, trainer):
+    answer = {"model_id": client.model_id, "status": "unloaded"}  # as hatchery answers
+    trainer.faults["unload_model"] = [Answer(200, answer)]
+    assert client.unload().result(5) is None
+    assert trainer.paths("unload_model", "retrieve_future")[-1] == "unload_model"
+
+
+def test_unload_names_the_model_in_the_query_too(client, trainer):
+    queries = []
+
+    def query(path, body):
+        queries.append(trainer.query)
+
+    trainer.refuse = query
+    client.unload().result(5)
+    assert f"model_id={client.model_id}".encode() in queries
+
+
 def test_a_training_client_unloads_at_the_end_of_its_block(service, trainer):
     with service.create_lora_training_client("tiny") as client:
         client.optim_step(ADAM)
