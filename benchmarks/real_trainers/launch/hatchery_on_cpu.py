@@ -81,6 +81,7 @@ async def main(model: str, port: int, key: str, checkpoints: str) -> None:
         config=config,
         device="cpu",
         dtype=torch.float32,
+        max_lora_slots=64,  # a model that it has put aside it does not find again
         attn_implementation="eager",
     )
     await worker.register()
