@@ -323,7 +323,7 @@ def forward(state: State) -> str:
     error = _largest_difference(rows, answer["logprobs"])
     if error > LOGPROB_ERROR:
         raise WrongError(f"off by {error:.1e} nats")
-    return f"off by {error:.0e} nats"
+    return _off(error)
 
 
 def by_name(name: str) -> Callable[[State], str]:
@@ -497,7 +497,7 @@ def save_and_load(state: State) -> str:
     error = _largest_difference(before, after)
     if error > 1e-5:
         raise WrongError(f"loaded logprobs are off by {error:.1e} nats")
-    return f"off by {error:.0e} nats"
+    return _off(error)
 
 
 def from_state(state: State) -> str:
@@ -511,7 +511,7 @@ def from_state(state: State) -> str:
         error = _largest_difference(before, after)
     if error > 1e-5:
         raise WrongError(f"loaded logprobs are off by {error:.1e} nats")
-    return f"off by {error:.0e} nats"
+    return _off(error)
 
 
 def sample(state: State) -> str:
@@ -531,7 +531,7 @@ def sample(state: State) -> str:
     )
     if error > 0.02:
         raise WrongError(f"logprobs of samples are off a forward pass by {error:.1e} nats")
-    return f"logprobs off a forward pass by {error:.0e} nats"
+    return f"logprobs {_off(error)}"
 
 
 def prompt_logprobs(state: State) -> str:
@@ -545,7 +545,7 @@ def prompt_logprobs(state: State) -> str:
     error = _largest_difference([row], [found[1:]])
     if error > 0.02:
         raise WrongError(f"off by {error:.1e} nats")
-    return f"off by {error:.0e} nats"
+    return _off(error)
 
 
 def unknown_token(state: State) -> str:
@@ -742,6 +742,10 @@ def _plain(datum: mintjax.Datum) -> dict[str, Any]:
     }
     targets = np.asarray(datum.loss_fn_inputs["target_tokens"]).tolist()
     return {"tokens": datum.model_input.to_ints(), "targets": targets, **columns}
+
+
+def _off(error: float) -> str:
+    return f"off by {error:.0e} nats" if error else "the same to the bit"
 
 
 def _largest_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:

@@ -406,6 +406,16 @@ class Transport:
                 f"{self.address} answered with HTTP {status}, which is not followed: the API key "
                 "goes to no other address. Is base_url the trainer's own?"
             )
+        if status == 500 and request.path == "retrieve_future" and not reply.words:
+            words += (
+                "; the trainer's log says why it cannot give this result. One reason is a token "
+                "beyond the vocabulary, whose logprob is no number"
+            )
+        if status == 400 and request.path == "load_weights":
+            words += (
+                " (a trainer that loads into new models only, such as SkyRL 0.4, takes the path by "
+                "create_training_client_from_state or ..._with_optimizer)"
+            )
         if status == 402:
             words = f"billing is paused for this account: {words}"
         if status in (401, 403):

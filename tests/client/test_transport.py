@@ -205,6 +205,19 @@ def test_what_a_validator_says_is_put_into_words(client, trainer, item, words):
     assert f"{words}; and more" in str(caught.value)
 
 
+def test_a_load_that_is_refused_says_how_some_trainers_load(client, trainer):
+    detail = "LoadWeights is not permitted with seq_id 3"  # SkyRL 0.4
+    trainer.faults["load_weights"] = [Answer(400, {"detail": detail})]
+    with pytest.raises(BadRequestError, match=f"{detail}.*create_training_client_from_state"):
+        client.load_state("tinker://a/weights/b").result(5)
+
+
+def test_a_result_that_the_trainer_cannot_write_says_where_to_look(client, trainer):
+    trainer.faults["retrieve_future"] = [Answer(500, b"Internal Server Error")] * 100
+    with pytest.raises(APIError, match=r"the trainer's log says why.*vocabulary"):
+        client.forward(DATA).result(5)
+
+
 def test_billing_is_named(client, trainer):
     trainer.faults["optim_step"] = [Answer(402, {"detail": "top up"})]
     with pytest.raises(BillingError, match="billing is paused"):
