@@ -31,6 +31,7 @@ from mintjax.losses._conventions import (
     Difference,
     Formula,
 )
+from mintjax.losses._covariance import clip_cov, kl_cov
 from mintjax.losses._diagnostics import (
     POLICY_TERMS,
     policy_summary,
@@ -41,10 +42,7 @@ from mintjax.losses._diagnostics import (
 )
 from mintjax.losses._direct import (
     Divergence,
-    discopop,
-    exo_pair,
     f_dpo,
-    hinge,
     length_normalised_dpo,
     robust_dpo,
     rpo,
@@ -60,6 +58,7 @@ from mintjax.losses._distillation import (
     entropy_bounds,
     generalised_jsd,
 )
+from mintjax.losses._margins import discopop, exo_pair, hinge, ipo
 from mintjax.losses._pages import conventions, describe
 from mintjax.losses._penalties import (
     kl_abs,
@@ -78,7 +77,7 @@ from mintjax.losses._policy import (
     gspo_token,
     truncated_importance_sampling,
 )
-from mintjax.losses._preference import bradley_terry, dpo, ipo, kto, orpo, simpo
+from mintjax.losses._preference import bradley_terry, dpo, kto, orpo, simpo
 from mintjax.losses._reference_free import alphapo, cpo, plackett_luce, slic, unlikelihood
 from mintjax.losses._returns import (
     discounted_returns,
@@ -90,20 +89,10 @@ from mintjax.losses._returns import (
     whiten,
 )
 from mintjax.losses._robust import conditional_value_at_risk, focal_weights, worst_group
-from mintjax.losses._sequences import (
-    Level,
-    clip_cov,
-    gmpo,
-    gmpo_log_ratios,
-    importance_weights,
-    kl_cov,
-    luspo,
-    off_policy_mask,
-    vespo,
-    vespo_token,
-)
+from mintjax.losses._sequences import gmpo, gmpo_log_ratios, luspo, vespo, vespo_token
 from mintjax.losses._transport import aot, aot_unpaired
 from mintjax.losses._trust import dapo, dppo_kl, masked_importance_sampling, sapo
+from mintjax.losses._weights import Level, importance_weights, off_policy_mask
 
 __all__ = [
     "CONVENTIONS",

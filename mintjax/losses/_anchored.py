@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, check_positive, finish
-from mintjax.losses._preference import labels
+from mintjax.losses._scores import gains, labels
 from mintjax.losses._sigmoids import log_sigmoid, sigmoid
 
 
@@ -54,7 +54,7 @@ def apo_zero(
         D'Oosterlinck et al. 2024, "Anchored Preference Optimization and Contrastive Revisions:
         Addressing Underspecification in Alignment", eq. 7.
     """
-    won, lost, beta = _gains(
+    won, lost, beta = gains(
         where, chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores, beta
     )
     return finish(sigmoid(-beta * won) + sigmoid(beta * lost), where, chosen_scores)
@@ -102,7 +102,7 @@ def apo_down(
         D'Oosterlinck et al. 2024, "Anchored Preference Optimization and Contrastive Revisions:
         Addressing Underspecification in Alignment", eq. 8.
     """
-    won, lost, beta = _gains(
+    won, lost, beta = gains(
         where, chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores, beta
     )
     return finish(sigmoid(beta * won) + sigmoid(-beta * (won - lost)), where, chosen_scores)
@@ -151,7 +151,7 @@ def nca_pair(
         Chen et al. 2024, "Noise Contrastive Alignment of Language Models with Explicit Rewards",
         the pairwise case (the equation's number is not confirmed).
     """
-    won, lost, beta = _gains(
+    won, lost, beta = gains(
         where, chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores, beta
     )
     contrast = log_sigmoid(-beta * won) + log_sigmoid(-beta * lost)
@@ -205,7 +205,7 @@ def bco_pair(
         Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", the
         definition of L_BCO.
     """
-    won, lost, beta, shift = _gains(
+    won, lost, beta, shift = gains(
         where,
         chosen_scores,
         rejected_scores,
@@ -264,7 +264,7 @@ def sppo(
         Wu et al. 2024, "Self-Play Preference Optimization for Language Model Alignment", eq. 4.7.
     """
     check_positive("sppo", beta=beta)
-    won, lost, beta, chance = _gains(
+    won, lost, beta, chance = gains(
         where,
         chosen_scores,
         rejected_scores,
@@ -343,25 +343,3 @@ def bco(
     signed = jnp.where(label > 0, reward, -reward)
     weight = jnp.where(label > 0, good, bad) + 0 * label
     return finish(-weight * log_sigmoid(signed), where, scores)
-
-
-def _gains(
-    where: ArrayLike | None,
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    ref_chosen_scores: ArrayLike,
-    ref_rejected_scores: ArrayLike,
-    beta: ArrayLike,
-    **others: ArrayLike,
-) -> tuple[jax.Array, ...]:
-    """Reads scores and settings: the log-ratios of chosen and rejected, then the settings."""
-    chosen, rejected, ref_chosen, ref_rejected, *rest = aligned(
-        where,
-        chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
-        beta=beta,
-        **others,
-    )
-    return chosen - ref_chosen, rejected - ref_rejected, *rest

@@ -1,16 +1,16 @@
-"""Kin of DPO: losses of a pair's margin over a reference."""
+"""Kin of DPO: other margins, other weights, other divergences from the reference."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, check_positive, count, finish, harmless_where_zero
-from mintjax.losses._sigmoids import log_sigmoid, sigmoid
+from mintjax.losses._arrays import aligned, count, finish, harmless_where_zero
+from mintjax.losses._scores import gains, held, margins, smoothed
+from mintjax.losses._sigmoids import log_sigmoid
 
 Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 """The divergence from the reference that :func:`f_dpo` bounds."""
@@ -67,19 +67,18 @@ def length_normalised_dpo(
         Lambert et al. 2024, "Tülu 3: Pushing Frontiers in Open Language Model Post-Training",
         section 5.1; named in Meng et al. 2024, "SimPO", table 3.
     """
-    chosen, rejected, ref_chosen, ref_rejected, long, short, beta, smoothing = aligned(
+    won, lost, beta, long, short, smoothing = gains(
         where,
         chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
+        rejected_scores,
+        ref_chosen_scores,
+        ref_rejected_scores,
+        beta,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
-        beta=beta,
         label_smoothing=label_smoothing,
     )
-    margin = (chosen - ref_chosen) / jnp.maximum(long, 1)
-    margin = margin - (rejected - ref_rejected) / jnp.maximum(short, 1)
+    margin = won / jnp.maximum(long, 1) - lost / jnp.maximum(short, 1)
     return finish(smoothed(beta * margin, smoothing), where, chosen_scores)
 
 
@@ -130,7 +129,7 @@ def robust_dpo(
         Chowdhury et al. 2024, "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
         eq. 12.
     """
-    logits, smoothing = _logits(
+    logits, smoothing = margins(
         where,
         chosen_scores,
         rejected_scores,
@@ -192,7 +191,7 @@ def rpo(
         Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1; as RPO in Nvidia
         2024, "Nemotron-4 340B Technical Report", for the name only: its loss differs.
     """
-    logits, chosen, lengths, weight = _logits(
+    logits, chosen, lengths, weight = margins(
         where,
         chosen_scores,
         rejected_scores,
@@ -207,24 +206,28 @@ def rpo(
     return finish(-log_sigmoid(logits) - nll, where, chosen_scores)
 
 
-def hinge(
+def wpo(
     chosen_scores: ArrayLike,
     rejected_scores: ArrayLike,
     ref_chosen_scores: ArrayLike,
     ref_rejected_scores: ArrayLike,
+    chosen_log_weights: ArrayLike,
+    rejected_log_weights: ArrayLike,
     *,
     beta: ArrayLike = 0.1,
+    label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Hinge loss of the margin over the reference, which is 0 once it is won by enough.
+    """DPO that weighs each pair by how likely the model itself is to write its two answers.
 
-    ``loss = max(0, 1 - beta * m)`` with the margin ``m`` of :func:`dpo`. The slope at the bend is
-    0, as torch's ``relu`` has it.
+    ``loss = sg(exp(chosen_log_weights + rejected_log_weights)) * dpo`` with ``sg`` the
+    stop-gradient: off-policy pairs count as much as they would on-policy.
 
-    When to use it: pairs that are won should pull no longer; without a reference it is
-    :func:`slic`.
+    When to use it: the pairs come from other models than the one in training.
 
-    What others do: TRL ("hinge") has this form.
+    What others do: TRL (``use_weighting``) takes as log-weight the mean over an answer's tokens of
+    ``logprob - log sum_v p(v)**2``, the paper's sampled alignment, which needs the whole
+    distribution; :func:`wpo_log_weight` takes the second part as a column, or leaves it out.
 
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
@@ -232,7 +235,12 @@ def hinge(
         rejected_scores: of the rejected answers; same shape.
         ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
         ref_rejected_scores: of the rejected answers; same shape, or a scalar.
+        chosen_log_weights: log-weights of the chosen answers, as :func:`wpo_log_weight` gives them;
+            same shape, or a scalar. No gradient passes.
+        rejected_log_weights: of the rejected answers; same shape, or a scalar.
         beta: strength of the pull to the reference; a scalar, or one per pair.
+        label_smoothing: ``e``, the probability that a label is wrong, in [0, 1/2); a scalar, or one
+            per pair.
         where: same shape, boolean; pairs that are False give 0 and have gradient 0.
 
     Returns:
@@ -243,144 +251,57 @@ def hinge(
 
     Example:
         >>> from mintjax import losses
-        >>> losses.hinge([-3.0], [-6.0], [-4.0], [-4.0])
-        Array([0.7], dtype=float32)
+        >>> losses.wpo([-3.0], [-6.0], [-4.0], [-4.0], -0.5, -0.5)
+        Array([0.204], dtype=float32)
 
     Reference:
-        Liu et al. 2023, "Statistical Rejection Sampling Improves Preference Optimization", eq. 10
-        (RSO-hinge).
+        Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2 and 3.
     """
-    (logits,) = _logits(
-        where, chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores, beta
-    )
-    return finish(ramp(1 - logits), where, chosen_scores)
-
-
-def exo_pair(
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    ref_chosen_scores: ArrayLike,
-    ref_rejected_scores: ArrayLike,
-    *,
-    beta: ArrayLike = 0.1,
-    label_smoothing: ArrayLike = 1e-3,
-    where: ArrayLike | None = None,
-) -> jax.Array:
-    """Reverse KL from the model's preference to the smoothed label: efficient exact optimisation.
-
-    ``loss = sigmoid(z) * (log sigmoid(z) - log(1 - e)) + sigmoid(-z) * (log sigmoid(-z) - log e)``
-    with ``z = beta * m``, the margin ``m`` of :func:`dpo` and ``e = label_smoothing``.
-
-    When to use it: DPO's forward KL covers both answers; this seeks the mode, and levels off where
-    a pair is lost by far, so that hopeless pairs pull little.
-
-    What others do: TRL ("exo_pair") has this form, with the same default.
-
-    Args:
-        chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
-            in nats; any shape, such as ``[P]``.
-        rejected_scores: of the rejected answers; same shape.
-        ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
-        ref_rejected_scores: of the rejected answers; same shape, or a scalar.
-        beta: strength of the pull to the reference; a scalar, or one per pair.
-        label_smoothing: ``e``, above 0 and below 1; a scalar, or one per pair. The loss is infinite
-            at 0.
-        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
-
-    Returns:
-        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
-
-    Raises:
-        ValueError: the shapes do not fit, or ``label_smoothing`` is not above 0.
-
-    Example:
-        >>> from mintjax import losses
-        >>> losses.exo_pair([-3.0], [-6.0], [-4.0], [-4.0])
-        Array([2.259], dtype=float32)
-
-    Reference:
-        Ji et al. 2024, "Towards Efficient Exact Optimization of Language Model Alignment", eq. 16.
-    """
-    check_positive("exo_pair", label_smoothing=label_smoothing)
-    logits, smoothing = _logits(
+    logits, won, lost, smoothing = margins(
         where,
         chosen_scores,
         rejected_scores,
         ref_chosen_scores,
         ref_rejected_scores,
         beta,
+        chosen_log_weights=chosen_log_weights,
+        rejected_log_weights=rejected_log_weights,
         label_smoothing=label_smoothing,
     )
-    smoothing = jnp.where(smoothing > 0, smoothing, 0.5)  # masking left 0
-    won, lost = sigmoid(logits), sigmoid(-logits)
-    right = harmless_where_zero(won, log_sigmoid(logits)) - jnp.log1p(-smoothing)
-    wrong = harmless_where_zero(lost, log_sigmoid(-logits)) - jnp.log(smoothing)
-    return finish(won * right + lost * wrong, where, chosen_scores)
+    weight = jnp.exp(jax.lax.stop_gradient(won + lost))
+    loss = smoothed(logits, smoothing)
+    return finish(weight * harmless_where_zero(weight, loss), where, chosen_scores)
 
 
-def discopop(
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    ref_chosen_scores: ArrayLike,
-    ref_rejected_scores: ArrayLike,
+def wpo_log_weight(
+    target_logprobs: ArrayLike,
+    log_collisions: ArrayLike = 0.0,
     *,
-    beta: ArrayLike = 0.1,
-    temperature: ArrayLike = 0.05,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The loss that a language model discovered: a blend of logistic and exponential.
+    """The log-weight of an answer in :func:`wpo`: how likely the model is to write it.
 
-    ``loss = -(1 - g) * log sigmoid(z) + g * exp(-z)`` with ``z = beta * m``, the margin ``m`` of
-    :func:`dpo`, and the gate ``g = sigmoid(z / temperature)``. The product ``g * exp(-z)`` is taken
-    in one exponential, which does not overflow where the pair is lost by far.
-
-    When to use it: to compare with; it is not convex, and nearly flat around small margins.
-
-    What others do: TRL ("discopop") has this form and multiplies the two factors, which overflows.
+    ``mean_t(target_logprobs - log_collisions)`` over the unmasked tokens of the last axis, where
+    ``log_collisions`` is ``log sum_v p(v)**2`` of each token's distribution.
 
     Args:
-        chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
-            in nats; any shape, such as ``[P]``.
-        rejected_scores: of the rejected answers; same shape.
-        ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
-        ref_rejected_scores: of the rejected answers; same shape, or a scalar.
-        beta: strength of the pull to the reference; a scalar, or one per pair.
-        temperature: the paper's tau, above 0; a scalar, or one per pair.
-        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
+        target_logprobs: log-probabilities under the model in training, in nats: ``[..., T]``.
+        log_collisions: of each position; same shape, or a scalar. 0 leaves the alignment out.
+        where: same shape, boolean; which tokens count.
 
     Returns:
-        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
+        The log-weight of each answer, in nats: ``[...]``. No gradient passes.
 
     Raises:
-        ValueError: the shapes do not fit, or ``temperature`` is not above 0.
-
-    Example:
-        >>> from mintjax import losses
-        >>> losses.discopop([-3.0], [-6.0], [-4.0], [-4.0])
-        Array([0.740], dtype=float32)
+        ValueError: the shapes do not fit.
 
     Reference:
-        Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language
-        Models", eq. 5 (LRML).
+        Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2.
     """
-    check_positive("discopop", temperature=temperature)
-    logits, tau = _logits(
-        where,
-        chosen_scores,
-        rejected_scores,
-        ref_chosen_scores,
-        ref_rejected_scores,
-        beta,
-        temperature=temperature,
-    )
-    tau = jnp.where(tau > 0, tau, 1)  # masking left 0
-    closed = sigmoid(-logits / tau)
-    logistic = closed * harmless_where_zero(closed, log_sigmoid(logits))
-    # The gate closes faster than the exponential grows as long as the temperature is below 1.
-    settled = jnp.where(jnp.isinf(logits), 0, logits)
-    exponential = jnp.exp(log_sigmoid(settled / tau) - settled)
-    exponential = jnp.where(jnp.isinf(logits), 0, exponential)
-    return finish(exponential - logistic, where, chosen_scores)
+    logprobs, collisions = aligned(where, target_logprobs, log_collisions=log_collisions)
+    tokens = jnp.maximum(count(logprobs, where)[..., 0], 1)
+    mean = jnp.sum(logprobs - collisions, axis=-1) / tokens
+    return finish(jax.lax.stop_gradient(mean), None, target_logprobs)
 
 
 def f_dpo(
@@ -437,17 +358,9 @@ def f_dpo(
     """
     if divergence not in ("reverse_kl", "forward_kl", "js", "alpha"):
         raise ValueError(f"divergence must be reverse_kl, forward_kl, js or alpha: {divergence!r}")
-    chosen, rejected, ref_chosen, ref_rejected, beta, power = aligned(
-        where,
-        chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
-        beta=beta,
-        alpha=alpha,
-    )
-    gains = chosen - ref_chosen, rejected - ref_rejected
-    won, lost = (_slope_of_divergence(gain, divergence, power - 1) for gain in gains)
+    scores = chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores
+    won, lost, beta, power = gains(where, *scores, beta, alpha=alpha)
+    won, lost = (_slope_of_divergence(gain, divergence, power - 1) for gain in (won, lost))
     return finish(-log_sigmoid(beta * (won - lost)), where, chosen_scores)
 
 
@@ -461,140 +374,3 @@ def _slope_of_divergence(log_ratio: jax.Array, name: Divergence, power: jax.Arra
         safe = jnp.where(curved, power, 1)
         return jnp.where(curved, jnp.expm1(held(safe * log_ratio)) / safe, log_ratio)
     return log_ratio
-
-
-def held(exponent: jax.Array) -> jax.Array:
-    """Holds an exponent at most at 9/10 of what overflows (80 in float32)."""
-    largest = 0.9 * math.log(float(cast("Any", jnp.finfo(exponent.dtype).max)))
-    return jnp.where(exponent > largest, largest, exponent)
-
-
-def wpo(
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    ref_chosen_scores: ArrayLike,
-    ref_rejected_scores: ArrayLike,
-    chosen_log_weights: ArrayLike,
-    rejected_log_weights: ArrayLike,
-    *,
-    beta: ArrayLike = 0.1,
-    label_smoothing: ArrayLike = 0.0,
-    where: ArrayLike | None = None,
-) -> jax.Array:
-    """DPO that weighs each pair by how likely the model itself is to write its two answers.
-
-    ``loss = sg(exp(chosen_log_weights + rejected_log_weights)) * dpo`` with ``sg`` the
-    stop-gradient: off-policy pairs count as much as they would on-policy.
-
-    When to use it: the pairs come from other models than the one in training.
-
-    What others do: TRL (``use_weighting``) takes as log-weight the mean over an answer's tokens of
-    ``logprob - log sum_v p(v)**2``, the paper's sampled alignment, which needs the whole
-    distribution; :func:`wpo_log_weight` takes the second part as a column, or leaves it out.
-
-    Args:
-        chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
-            in nats; any shape, such as ``[P]``.
-        rejected_scores: of the rejected answers; same shape.
-        ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
-        ref_rejected_scores: of the rejected answers; same shape, or a scalar.
-        chosen_log_weights: log-weights of the chosen answers, as :func:`wpo_log_weight` gives them;
-            same shape, or a scalar. No gradient passes.
-        rejected_log_weights: of the rejected answers; same shape, or a scalar.
-        beta: strength of the pull to the reference; a scalar, or one per pair.
-        label_smoothing: ``e``, the probability that a label is wrong, in [0, 1/2); a scalar, or one
-            per pair.
-        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
-
-    Returns:
-        The loss of each pair, in nats; shape and dtype of ``chosen_scores``.
-
-    Raises:
-        ValueError: the shapes do not fit.
-
-    Example:
-        >>> from mintjax import losses
-        >>> losses.wpo([-3.0], [-6.0], [-4.0], [-4.0], -0.5, -0.5)
-        Array([0.204], dtype=float32)
-
-    Reference:
-        Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2 and 3.
-    """
-    logits, won, lost, smoothing = _logits(
-        where,
-        chosen_scores,
-        rejected_scores,
-        ref_chosen_scores,
-        ref_rejected_scores,
-        beta,
-        chosen_log_weights=chosen_log_weights,
-        rejected_log_weights=rejected_log_weights,
-        label_smoothing=label_smoothing,
-    )
-    weight = jnp.exp(jax.lax.stop_gradient(won + lost))
-    loss = smoothed(logits, smoothing)
-    return finish(weight * harmless_where_zero(weight, loss), where, chosen_scores)
-
-
-def wpo_log_weight(
-    target_logprobs: ArrayLike,
-    log_collisions: ArrayLike = 0.0,
-    *,
-    where: ArrayLike | None = None,
-) -> jax.Array:
-    """The log-weight of an answer in :func:`wpo`: how likely the model is to write it.
-
-    ``mean_t(target_logprobs - log_collisions)`` over the unmasked tokens of the last axis, where
-    ``log_collisions`` is ``log sum_v p(v)**2`` of each token's distribution.
-
-    Args:
-        target_logprobs: log-probabilities under the model in training, in nats: ``[..., T]``.
-        log_collisions: of each position; same shape, or a scalar. 0 leaves the alignment out.
-        where: same shape, boolean; which tokens count.
-
-    Returns:
-        The log-weight of each answer, in nats: ``[...]``. No gradient passes.
-
-    Raises:
-        ValueError: the shapes do not fit.
-
-    Reference:
-        Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2.
-    """
-    logprobs, collisions = aligned(where, target_logprobs, log_collisions=log_collisions)
-    tokens = jnp.maximum(count(logprobs, where)[..., 0], 1)
-    mean = jnp.sum(logprobs - collisions, axis=-1) / tokens
-    return finish(jax.lax.stop_gradient(mean), None, target_logprobs)
-
-
-def smoothed(logits: jax.Array, smoothing: jax.Array) -> jax.Array:
-    """``-(1 - e) * log sigmoid(z) - e * log sigmoid(-z)``."""
-    wrong = harmless_where_zero(smoothing, log_sigmoid(-logits))
-    return -((1 - smoothing) * log_sigmoid(logits) + smoothing * wrong)
-
-
-def ramp(x: jax.Array) -> jax.Array:
-    """``max(0, x)``, with slope 0 at 0."""
-    return jnp.where(x > 0, x, jnp.zeros_like(x))
-
-
-def _logits(
-    where: ArrayLike | None,
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    ref_chosen_scores: ArrayLike,
-    ref_rejected_scores: ArrayLike,
-    beta: ArrayLike,
-    **others: ArrayLike,
-) -> tuple[jax.Array, ...]:
-    """Reads scores and settings: ``beta`` times the margin over the reference, then the others."""
-    chosen, rejected, ref_chosen, ref_rejected, beta, *rest = aligned(
-        where,
-        chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
-        beta=beta,
-        **others,
-    )
-    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), *rest

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import (
     aligned,
-    as_mask,
-    check_positive,
     finish,
-    harmless_where_zero,
-    known,
 )
+from mintjax.losses._scores import labels, margins, smoothed
 from mintjax.losses._sigmoids import log_odds, log_sigmoid, sigmoid
 
 
@@ -102,78 +98,16 @@ def dpo(
         Rafailov et al. 2023, "Direct Preference Optimization", eq. 7; label smoothing: Mitchell
         2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3.
     """
-    chosen, rejected, ref_chosen, ref_rejected, beta, smoothing = aligned(
+    logits, smoothing = margins(
         where,
         chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
-        beta=beta,
+        rejected_scores,
+        ref_chosen_scores,
+        ref_rejected_scores,
+        beta,
         label_smoothing=label_smoothing,
     )
-    logits = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    right = log_sigmoid(logits)
-    wrong = harmless_where_zero(smoothing, log_sigmoid(-logits))
-    return finish(-((1 - smoothing) * right + smoothing * wrong), where, chosen_scores)
-
-
-def ipo(
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    ref_chosen_scores: ArrayLike,
-    ref_rejected_scores: ArrayLike,
-    *,
-    beta: ArrayLike = 0.1,
-    where: ArrayLike | None = None,
-) -> jax.Array:
-    """Identity preference optimisation: the margin is drawn to a target instead of to infinity.
-
-    ``loss = (m - 1 / (2 * beta))**2`` with
-    ``m = (chosen_scores - ref_chosen_scores) - (rejected_scores - ref_rejected_scores)``.
-
-    When to use it: DPO overfits pairs that are always won. Scores may be sums or means per token:
-    see below.
-
-    What others do: eq. 17 and OpenRLHF take sums of logprobs, TRL and torchtune means per token,
-    which the authors confirmed as what they ran: pass means, or ``objectives.ipo(per_token=True)``.
-
-    Args:
-        chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
-            in nats; any shape, such as ``[P]``.
-        rejected_scores: of the rejected answers; same shape.
-        ref_chosen_scores: of the chosen answers under the reference model; same shape, or a scalar.
-        ref_rejected_scores: of the rejected answers; same shape, or a scalar.
-        beta: the paper's tau, above 0; a scalar, or one per pair.
-        where: same shape, boolean; pairs that are False give 0 and have gradient 0.
-
-    Returns:
-        The loss of each pair, in nats squared; shape and dtype of ``chosen_scores``.
-
-    Raises:
-        ValueError: the shapes do not fit, or ``beta`` is not above 0.
-
-    Example:
-        >>> from mintjax import losses
-        >>> losses.ipo([-3.0], [-6.0], [-4.0], [-4.0])
-        Array([4.], dtype=float32)
-
-    Reference:
-        Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
-        Preferences", eq. 17.
-    """
-    check_positive("ipo", beta=beta)
-    chosen, rejected, ref_chosen, ref_rejected, beta = aligned(
-        where,
-        chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
-        beta=beta,
-    )
-    if where is not None:  # masking left 0 in the place of beta
-        beta = jnp.where(as_mask(where, beta.shape), beta, 1)
-    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-    return finish((margin - 1 / (2 * beta)) ** 2, where, chosen_scores)
+    return finish(smoothed(logits, smoothing), where, chosen_scores)
 
 
 def simpo(
@@ -356,33 +290,6 @@ def kto(
     weight = jnp.where(label > 0, good_weight, bad_weight) + 0 * label
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small.
     return finish(weight * sigmoid(-sign * beta * gain), where, scores)
-
-
-def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
-    """Reads labels of answers: 1 for a good one, 0 for a bad one, NaN for what is no label.
-
-    Args:
-        desirable: 1 or True for a good answer, 0, -1 or False for a bad one; any shape.
-        where: which answers count, or None for all.
-
-    Raises:
-        ValueError: one is none of 1, 0 and -1 (or True and False).
-    """
-    given = desirable if isinstance(desirable, jax.Array) else np.asarray(desirable)
-    numbers, mask = known(given), known(True if where is None else where)
-    wrong = None if numbers is None or mask is None else ~np.isin(numbers, (-1, 0, 1)) & (mask != 0)
-    if numbers is not None and wrong is not None and wrong.any():
-        raise ValueError(
-            f"desirable must be 1 (or True) for a good answer and 0 or -1 (or False) for a bad "
-            f"one, not {np.broadcast_to(numbers, wrong.shape)[wrong][0]:g}"
-        )
-    if numbers is not None and mask is not None:
-        return jnp.asarray(np.where(mask != 0, numbers, 0) > 0).astype(jnp.float32)
-    signs = jnp.asarray(given).astype(jnp.float32)
-    if where is not None:
-        signs = jnp.where(as_mask(where, signs.shape), signs, 0)
-    # What is traced cannot be refused, so that what is no label makes the loss NaN, which is.
-    return jnp.where(jnp.sign(signs) == signs, (signs > 0).astype(jnp.float32), jnp.nan)
 
 
 def _per_token(scores: jax.Array, lengths: jax.Array) -> jax.Array:

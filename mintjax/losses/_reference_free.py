@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, as_mask, finish, harmless_where_zero
-from mintjax.losses._direct import held, ramp, smoothed
+from mintjax.losses._scores import held, ramp, smoothed
 from mintjax.losses._sigmoids import log1mexp, log_sigmoid
 
 

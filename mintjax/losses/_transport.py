@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, as_mask, finish
-from mintjax.losses._direct import smoothed
+from mintjax.losses._scores import gains, smoothed
 
 
 def aot(
@@ -118,17 +118,17 @@ def aot_unpaired(
         Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", the
         unpaired case (the equation's number is not confirmed).
     """
-    chosen, rejected, ref_chosen, ref_rejected, beta, smoothing = aligned(
+    won, lost, beta, smoothing = gains(
         where,
         chosen_scores,
-        rejected_scores=rejected_scores,
-        ref_chosen_scores=ref_chosen_scores,
-        ref_rejected_scores=ref_rejected_scores,
-        beta=beta,
+        rejected_scores,
+        ref_chosen_scores,
+        ref_rejected_scores,
+        beta,
         label_smoothing=label_smoothing,
     )
-    won, present = _sorted(chosen - ref_chosen, where)
-    lost, _ = _sorted(rejected - ref_rejected, where)
+    won, present = _sorted(won, where)
+    lost, _ = _sorted(lost, where)
     loss = smoothed(beta.max() * jnp.where(present, won - lost, 0), smoothing.max())
     return finish(loss, None if where is None else present, chosen_scores)
 
