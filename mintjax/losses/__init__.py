@@ -80,6 +80,7 @@ from mintjax.losses._policy import (
 from mintjax.losses._preference import bradley_terry, dpo, kto, orpo, simpo
 from mintjax.losses._reference_free import alphapo, cpo, plackett_luce, slic, unlikelihood
 from mintjax.losses._returns import (
+    advantage_filter,
     discounted_returns,
     gae,
     kl_in_reward,
@@ -88,10 +89,21 @@ from mintjax.losses._returns import (
     truncation_mask,
     whiten,
 )
-from mintjax.losses._robust import conditional_value_at_risk, focal_weights, worst_group
+from mintjax.losses._robust import (
+    conditional_value_at_risk,
+    focal_cross_entropy,
+    focal_weights,
+    worst_group,
+)
 from mintjax.losses._sequences import gmpo, gmpo_log_ratios, luspo, vespo, vespo_token
 from mintjax.losses._transport import aot, aot_unpaired
-from mintjax.losses._trust import dapo, dppo_kl, masked_importance_sampling, sapo
+from mintjax.losses._trust import (
+    dapo,
+    dppo_kl,
+    masked_importance_sampling,
+    sapo,
+    stable_reinforce,
+)
 from mintjax.losses._weights import Level, importance_weights, off_policy_mask
 
 __all__ = [
@@ -106,6 +118,7 @@ __all__ = [
     "Entry",
     "Formula",
     "Level",
+    "advantage_filter",
     "alphapo",
     "aot",
     "aot_unpaired",
@@ -141,6 +154,7 @@ __all__ = [
     "exo_pair",
     "f_dpo",
     "fixed_length_mean",
+    "focal_cross_entropy",
     "focal_weights",
     "gae",
     "gdpo",
@@ -196,6 +210,7 @@ __all__ = [
     "simpo",
     "slic",
     "sppo",
+    "stable_reinforce",
     "token_mean",
     "truncated_importance_sampling",
     "truncation_mask",

@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "dppo",
         "dppo_kl",
         "sapo",
+        "stable_reinforce",
         "truncated_importance_sampling",
         "masked_importance_sampling",
         "clip_cov",
@@ -82,6 +83,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "discounted_returns",
         "gae",
         "whiten",
+        "advantage_filter",
         "kl_in_reward",
         "on_policy_distillation",
         "overlong_penalty",
@@ -110,9 +112,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "sequence_sum",
         "fixed_length_mean",
         "prompt_mean",
+    ),
+    "for the worst": (
         "worst_group",
         "conditional_value_at_risk",
         "focal_weights",
+        "focal_cross_entropy",
     ),
     "diagnostics": (
         "clipped_tokens",

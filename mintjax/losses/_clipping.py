@@ -28,7 +28,9 @@ def clipped_tokens(
     ``r < low`` where ``A < 0``; ``dual_clip_ppo`` clips ``r > dual_clip_threshold`` where ``A < 0``
     besides; ``cispo``, ``truncated_importance_sampling`` and ``masked_importance_sampling`` clip
     every weight outside their bounds; ``dppo`` and ``dppo_kl`` clip what has left their trust
-    region. A loss without bounds, such as ``sapo``, clips nothing.
+    region; ``stable_reinforce`` clips as ``ppo`` does, and what its exponential is held at. A loss
+    without bounds, such as ``sapo``, clips nothing. The tokens that ``clip_cov`` draws are not
+    among these.
 
     Args:
         loss: the name of the loss.
@@ -106,6 +108,11 @@ def _dual(tokens: _Tokens) -> jax.Array:
     return _surrogate(tokens) | bounded
 
 
+def _stable(tokens: _Tokens) -> jax.Array:
+    held = tokens.below("least_ratio_threshold") | tokens.above("greatest_ratio_threshold")
+    return _surrogate(tokens) | held
+
+
 def _outside(tokens: _Tokens) -> jax.Array:
     return tokens.below() | tokens.above()
 
@@ -130,6 +137,7 @@ _CLIPPED: dict[str, Callable[[_Tokens], jax.Array]] = {
     "ppo": _surrogate,
     "gspo": _surrogate,
     "dual_clip_ppo": _dual,
+    "stable_reinforce": _stable,
     "cispo": _outside,
     "truncated_importance_sampling": _truncated,
     "masked_importance_sampling": _outside,

@@ -73,6 +73,36 @@ def clip_cov(
         clip_high_threshold=clip_high_threshold,
         where=where,
     )
+    drawn = drawn_tokens(
+        target_logprobs,
+        sampling_logprobs,
+        advantages,
+        noise,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+        covariance_low=covariance_low,
+        covariance_high=covariance_high,
+        share=share,
+        where=where,
+    )
+    (free,) = aligned(where, values)
+    return finish(jnp.where(drawn, 0, free), where, target_logprobs)
+
+
+def drawn_tokens(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    noise: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike,
+    clip_high_threshold: ArrayLike,
+    covariance_low: ArrayLike,
+    covariance_high: ArrayLike,
+    share: float,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Marks the tokens that :func:`clip_cov` leaves without a gradient."""
     target, sampling, advantages, noise, low, high, least, most = aligned(
         where,
         target_logprobs,
@@ -89,9 +119,7 @@ def clip_cov(
     covariance = _covariance(target, advantages, where)
     present = keep(jnp.ones(target.shape, bool), where)
     eligible = present & ~clipped & (covariance > least) & (covariance < most)
-    chosen = _smallest(jnp.where(eligible, noise, jnp.inf), present, share) & eligible
-    (free,) = aligned(where, values)
-    return finish(jnp.where(chosen, 0, free), where, target_logprobs)
+    return _smallest(jnp.where(eligible, noise, jnp.inf), present, share) & eligible
 
 
 def kl_cov(

@@ -147,6 +147,49 @@ def whiten(
     return finish(scaled if shift_mean else scaled + first + rest, where, values)
 
 
+def advantage_filter(
+    advantages: ArrayLike, *, deviations: ArrayLike = 3.0, where: ArrayLike | None = None
+) -> jax.Array:
+    """Marks the advantages that are no outliers of their batch.
+
+    ``|A - mean| <= deviations * std`` over all that are given, with the standard deviation over
+    ``N - 1``. Advantages that all agree are kept.
+
+    When to use it: as ``where`` of a policy loss after :func:`whiten`, which makes a large
+    advantage of a small difference where most rewards of a batch agree.
+
+    What others do: StableReinforce drops what lies beyond three deviations; others keep all.
+
+    Args:
+        advantages: any shape; all are looked at together.
+        deviations: how many standard deviations from the mean are kept; a scalar.
+        where: same shape, boolean; advantages that are False are False and do not count.
+
+    Returns:
+        One boolean per advantage, which has no unit and no gradient: the shape of ``advantages``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.advantage_filter([0.0] * 11 + [1.0])[-2:]
+        Array([ True, False], dtype=bool)
+
+    Reference:
+        Zhang et al. 2025, "R1-Reward: Training Multimodal Reward Model Through Stable Reinforcement
+        Learning" (arXiv:2505.02835), the advantage filter.
+    """
+    (given,) = aligned(where, advantages)
+    fixed = jax.lax.stop_gradient(given)
+    ones = keep(jnp.ones_like(fixed), where)
+    number = jnp.maximum(jnp.sum(ones), 1)
+    off = keep(fixed - jnp.sum(fixed) / number, where)
+    off = keep(off - jnp.sum(off) / number, where)  # what rounding left of the mean
+    std = jnp.sqrt(jnp.sum(off * off) / jnp.maximum(number - 1, 1))
+    return keep(jnp.abs(off) <= jnp.asarray(deviations, std.dtype) * std, where)
+
+
 def overlong_penalty(
     lengths: ArrayLike, *, max_length: ArrayLike, buffer: ArrayLike, penalty: ArrayLike = 1.0
 ) -> jax.Array:

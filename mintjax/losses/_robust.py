@@ -1,4 +1,4 @@
-"""Robust aggregations of losses: the worst group, the worst share, the hard examples."""
+"""Losses and means for the worst: the worst group, the worst share, the hard examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, as_mask, finish, keep
+from mintjax.losses._arrays import aligned, as_mask, finish, keep, product
 
 
 def worst_group(
@@ -136,3 +136,46 @@ def focal_weights(
     logprobs, gamma = aligned(where, target_logprobs, gamma=gamma)
     unsure = jnp.maximum(-jnp.expm1(jax.lax.stop_gradient(logprobs)), 0)
     return finish(unsure**gamma, where, target_logprobs)
+
+
+def focal_cross_entropy(
+    target_logprobs: ArrayLike,
+    weights: ArrayLike,
+    *,
+    gamma: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """:func:`cross_entropy` whose tokens weigh less where the model is already sure.
+
+    ``-weights * sg((1 - exp(target_logprobs))**gamma) * target_logprobs`` with ``sg`` the
+    stop-gradient: :func:`cross_entropy` with the weights of :func:`focal_weights` besides.
+
+    When to use it: most tokens are easy, and few decide whether an answer is right.
+
+    What others do: the focal loss differentiates its weight too, which pulls on hard tokens less.
+
+    Args:
+        target_logprobs: log-probabilities of the target tokens, in nats; any shape.
+        weights: of each token; same shape, or a scalar.
+        gamma: how fast the weights fade, at least 0; a scalar, or one per token. 0 is
+            :func:`cross_entropy`.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in nats times weight; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.focal_cross_entropy([-0.1, -3.0], 1.0)
+        Array([9.056e-04, 2.709e+00], dtype=float32)
+
+    Reference:
+        Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4, with the weight held
+        constant.
+    """
+    logprobs, weights, gamma = aligned(where, target_logprobs, weights=weights, gamma=gamma)
+    faded = weights * focal_weights(logprobs, gamma=gamma)
+    return finish(-product(faded, logprobs), where, target_logprobs)

@@ -50,8 +50,8 @@ def aot(
 
     Example:
         >>> from mintjax import losses
-        >>> losses.aot([-3.0, -2.0], [-6.0, -1.0], [-4.0, -4.0], [-4.0, -5.0])
-        Array([0.744, 0.598], dtype=float32)
+        >>> losses.aot([-3.0, -2.0], [-6.0, -1.0], [-4.0, -4.0], [-4.0, -5.0]).tolist()
+        [0.744, 0.598]
 
     Reference:
         Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", the
@@ -111,8 +111,8 @@ def aot_unpaired(
 
     Example:
         >>> from mintjax import losses
-        >>> losses.aot_unpaired([-3.0, -2.0], [-6.0, -1.0], [-4.0, -4.0], [-4.0, -5.0])
-        Array([0.554, 0.798 ], dtype=float32)
+        >>> losses.aot_unpaired([-3.0, -2.0], [-6.0, -1.0], [-4.0, -4.0], [-4.0, -5.0]).tolist()
+        [0.554, 0.798]
 
     Reference:
         Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", the

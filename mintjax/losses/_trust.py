@@ -12,10 +12,11 @@ from mintjax.losses._arrays import (
     check_positive,
     finish,
     harmless_where_zero,
+    torch_clip,
 )
 from mintjax.losses._builtin import ppo
 from mintjax.losses._sigmoids import sigmoid
-from mintjax.losses._surrogates import ratio_surrogate
+from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
 
 def dapo(
@@ -194,6 +195,78 @@ def dppo_kl(
     log_ratio = jnp.where(left, 0, target - sampling)
     values = -ratio_surrogate(log_ratio, jnp.where(left, 0, advantages))
     return finish(values, where, target_logprobs)
+
+
+def stable_reinforce(
+    target_logprobs: ArrayLike,
+    sampling_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low_threshold: ArrayLike = 0.8,
+    clip_high_threshold: ArrayLike = 1.2,
+    least_ratio_threshold: ArrayLike = 1e-3,
+    greatest_ratio_threshold: ArrayLike = 1e3,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """:func:`ppo` whose log-ratio is held within bounds before the exponential ("pre-clip").
+
+    ``loss = -min(r * A, clip(r, low, high) * A)`` with
+    ``r = exp(clip(target_logprobs - sampling_logprobs, log least, log greatest))``. It differs from
+    :func:`ppo` where ``A < 0`` and the ratio is beyond ``greatest``, and where ``A > 0`` and it is
+    below ``least``: such a token has no gradient here.
+
+    When to use it: long answers, where a few ratios are so large that a negative advantage makes
+    them the whole gradient. The method whitens advantages and drops those beyond three standard
+    deviations besides: :func:`mintjax.losses.whiten`, :func:`mintjax.losses.advantage_filter`.
+
+    What others do: :func:`dual_clip_ppo` bounds the same tokens from a ratio of 3 on.
+
+    Args:
+        target_logprobs: log-probabilities under the model in training, in nats; any shape.
+        sampling_logprobs: of the same tokens under the policy that sampled them; same shape.
+        advantages: ``A``; same shape, or a scalar.
+        clip_low_threshold: least ratio (0.8 means 0.8, not 1 - 0.8); a scalar, or one per token.
+        clip_high_threshold: greatest ratio; a scalar, or one per token.
+        least_ratio_threshold: least ratio before that clip, above 0; a scalar, or one per token.
+        greatest_ratio_threshold: greatest ratio before that clip; a scalar, or one per token.
+        where: same shape, boolean; positions that are False give 0 and have gradient 0.
+
+    Returns:
+        The loss of each token, in units of the advantage; shape and dtype of ``target_logprobs``.
+
+    Raises:
+        ValueError: the shapes do not fit, or a lower threshold is above the upper one.
+
+    Example:
+        >>> from mintjax import losses
+        >>> losses.stable_reinforce([-1.0, -1.0], [-1.5, -90.0], -1.0)
+        Array([   1.649, 1000.   ], dtype=float32)
+
+    Reference:
+        Zhang et al. 2025, "R1-Reward: Training Multimodal Reward Model Through Stable Reinforcement
+        Learning" (arXiv:2505.02835), the algorithm StableReinforce, in the form of the authors'
+        code (yfzhang114/r1_reward on GitHub).
+    """
+    check_bounds(clip_low_threshold, clip_high_threshold)
+    check_bounds(
+        least_ratio_threshold,
+        greatest_ratio_threshold,
+        ("least_ratio_threshold", "greatest_ratio_threshold"),
+    )
+    check_positive("stable_reinforce", least_ratio_threshold=least_ratio_threshold)
+    target, sampling, advantages, low, high, least, greatest = aligned(
+        where,
+        target_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        advantages=advantages,
+        clip_low_threshold=clip_low_threshold,
+        clip_high_threshold=clip_high_threshold,
+        least_ratio_threshold=least_ratio_threshold,
+        greatest_ratio_threshold=greatest_ratio_threshold,
+    )
+    bounds = (jnp.log(jnp.where(bound > 0, bound, 1)) for bound in (least, greatest))
+    held = torch_clip(target - sampling, *bounds)
+    return finish(-clipped_surrogate(held, advantages, low, high), where, target_logprobs)
 
 
 def left_by_kl(

@@ -52,28 +52,65 @@ def aggregate(
             "aggregation must be sum, token_mean or sequence_mean, or sequence_sum, fixed_length "
             f"or prompt_mean, not {how!r}"
         )
-    sums, counts = values.sum(where), values.count(where).astype(jnp.float32)
-    present = (counts > 0).astype(jnp.float32)
+    sums = values.sum(where)
     if how == "sum":
         return jnp.sum(sums)
-    if how == "token_mean":
-        found, parts = jnp.sum(counts), sums
+    counts = values.count(where).astype(sums.dtype)
+    if how == "token_mean" or how == "sequence_sum":
+        parts = sums
     elif how == "sequence_mean":
-        found, parts = jnp.sum(present), sums / jnp.maximum(counts, 1).astype(sums.dtype)
-    elif how == "sequence_sum":
-        found, parts = jnp.sum(present), sums
+        parts = sums / jnp.maximum(counts, 1)
     elif how == "fixed_length":
         if max_length is None:
             raise ValueError('aggregation="fixed_length" needs max_length, in tokens')
-        found, parts = row_count(values), sums / jnp.asarray(max_length, sums.dtype)
+        parts = sums / jnp.asarray(max_length, sums.dtype)
     else:
-        if group_size is None:
-            raise ValueError('aggregation="prompt_mean" needs group_size, in datums')
-        if len(values) % group_size:
-            raise DataError(f"{len(values)} datums do not divide into groups of {group_size}")
-        tokens = counts.reshape(-1, group_size).sum(axis=1)
-        parts = sums.reshape(-1, group_size).sum(axis=1)
-        parts = parts / jnp.maximum(tokens, 1).astype(sums.dtype)
-        found = jnp.sum((tokens > 0).astype(jnp.float32))
-    over = jnp.maximum(found, 1) if step_count is None else jnp.asarray(step_count)
-    return jnp.sum(parts) / over.astype(sums.dtype)
+        parts = by_prompt(sums, group_size) / jnp.maximum(by_prompt(counts, group_size), 1)
+    over = step_count
+    if over is None:
+        over = jnp.maximum(count_parts(values, where, how, group_size=group_size), 1)
+    return jnp.sum(parts) / jnp.asarray(over).astype(sums.dtype)
+
+
+def count_parts(
+    values: Ragged, where: Ragged | None, how: Aggregation, *, group_size: int | None = None
+) -> Array:
+    """Counts what :func:`aggregate` takes the mean over: tokens, datums or prompts; 1 for a sum.
+
+    Args:
+        values: one number per token.
+        where: as there.
+        how: as there.
+        group_size: as there.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        DataError: the datums do not divide into groups.
+        ValueError: ``group_size`` is needed.
+    """
+    counts = values.count(where).astype(jnp.float32)
+    if how == "sum":
+        return jnp.ones(())
+    if how == "token_mean":
+        return jnp.sum(counts)
+    if how == "fixed_length":
+        return row_count(values)
+    if how == "prompt_mean":
+        counts = by_prompt(counts, group_size)
+    return jnp.sum((counts > 0).astype(jnp.float32))
+
+
+def by_prompt(per_datum: Array, group_size: int | None) -> Array:
+    """Sums one number per datum over the datums of each prompt.
+
+    Raises:
+        DataError: the datums do not divide into groups.
+        ValueError: ``group_size`` is None.
+    """
+    if group_size is None:
+        raise ValueError('aggregation="prompt_mean" needs group_size, in datums')
+    if len(per_datum) % group_size:
+        raise DataError(f"{len(per_datum)} datums do not divide into groups of {group_size}")
+    return per_datum.reshape(-1, group_size).sum(axis=1)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from mintjax.errors import DataError
 from mintjax.losses._arrays import check_bounds, check_positive
-from mintjax.ragged import Ragged
+from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.types import Datum, LossFnName
 
@@ -281,6 +282,23 @@ def tokenwise(
 
     def masked(mine: Array, where: Array, *others: Array) -> Array:
         return function(mine, *others, where=where)
+
+    return logprobs.map(masked, where, *inputs)
+
+
+def together(
+    function: Callable[..., Array], logprobs: Ragged, inputs: Sequence[Any], where: Ragged | None
+) -> Ragged:
+    """Applies a function that looks at all tokens of the batch at once, with its mask.
+
+    What lies between the rows is masked too, because such a function would count it.
+    """
+    real = tiling.mask(logprobs.layout)
+    if where is None:
+        return logprobs.map(partial(function, where=real), *inputs)
+
+    def masked(mine: Array, where: Array, *others: Array) -> Array:
+        return function(mine, *others, where=where & real)
 
     return logprobs.map(masked, where, *inputs)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from mintjax import losses
+from mintjax.losses._covariance import drawn_tokens
 from mintjax.objectives._base import define
 from mintjax.objectives._tokens import (
     CrossEntropyObjective,
     GeometricPolicyObjective,
+    batch_policy,
     candidates,
     penalty,
     policy,
     sequence_policy,
 )
 
+focal_cross_entropy = define(CrossEntropyObjective, losses.focal_cross_entropy)
 cross_entropy = define(CrossEntropyObjective, losses.cross_entropy, served_as="cross_entropy")
 
 importance_sampling = policy(losses.importance_sampling, served_as="importance_sampling")
@@ -24,6 +27,9 @@ dppo = policy(losses.dppo)
 truncated_importance_sampling = policy(losses.truncated_importance_sampling)
 dppo_kl = policy(losses.dppo_kl)
 dapo = policy(losses.dapo, aggregation="token_mean")
+stable_reinforce = policy(losses.stable_reinforce, aggregation="sequence_mean")
+clip_cov = batch_policy(losses.clip_cov, clips_as="ppo", drawn=staticmethod(drawn_tokens))
+kl_cov = batch_policy(losses.kl_cov)
 sapo = policy(losses.sapo, aggregation="sequence_mean")
 masked_importance_sampling = policy(losses.masked_importance_sampling)
 gspo = sequence_policy(losses.gspo_token, "gspo", clips_as="gspo")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mintjax import losses
 from mintjax.errors import DataError
-from mintjax.objectives._aggregate import Aggregation, aggregate
+from mintjax.objectives._aggregate import Aggregation, aggregate, count_parts
 from mintjax.objectives._base import (
     Array,
     Loss,
@@ -19,11 +22,12 @@ from mintjax.objectives._base import (
     define,
     option,
     times_weights,
+    together,
     tokenwise,
 )
 from mintjax.ragged import Ragged
-from mintjax.ragged.batch import Batch
-from mintjax.types import LossFnName
+from mintjax.ragged.batch import Batch, as_batch
+from mintjax.types import Datum, LossFnName
 
 COLUMNS = {"sampling_logprobs": "logprobs"}
 """The columns that parameters of losses are filled from, where the names differ."""
@@ -39,8 +43,8 @@ class TokenObjective(LossObjective):
             tokens.
         group_size: with ``aggregation="prompt_mean"``: how many datums in a row answer one prompt.
         step_count: how many tokens (or datums, or prompts: what the aggregation takes the mean
-            over) the whole optimizer step has, where it is split into several requests; None takes
-            the mean over each request by itself.
+            over) the whole optimizer step has, where it is split into several requests, as
+            :meth:`over_step` counts them; None takes the mean over each request by itself.
     """
 
     aggregation: Aggregation = option("sum", static=True)
@@ -57,6 +61,33 @@ class TokenObjective(LossObjective):
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:
         """The name and config of the loss, if it is a sum, as the trainers' are."""
         return super().builtin if self.aggregation == "sum" else None
+
+    def over_step(self, data: Batch | Sequence[Datum]) -> Self:
+        """Gives this objective for a step whose data are sent in several requests.
+
+        Args:
+            data: all datums of the step, with ``weights`` if the requests have them.
+
+        Returns:
+            The same objective with ``step_count`` set: over the requests of the step, its losses
+            and gradients add up to those of one request with all the data.
+
+        Raises:
+            DataError: the datums do not divide into groups.
+
+        Example:
+            >>> import mintjax
+            >>> from mintjax import objectives
+            >>> tokens = mintjax.ModelInput.from_ints([0, 1, 2])
+            >>> data = [mintjax.Datum(tokens, {"target_tokens": [1, 2, 3]})] * 4
+            >>> objectives.ppo(aggregation="token_mean").over_step(data).step_count
+            12.0
+        """
+        batch = as_batch(data)
+        ones = Ragged.from_rows([np.ones(length, np.float32) for length in batch.lengths])
+        where = answer_mask(batch, ones)
+        count = count_parts(ones, where, self.aggregation, group_size=self.group_size)
+        return dataclasses.replace(cast("Any", self), step_count=float(count))
 
     def inputs(self, data: Batch, logprobs: Ragged, where: Ragged | None) -> list[Any]:
         """Reads what the loss is given beside the logprobs: columns, under the names it has."""
@@ -77,16 +108,16 @@ class TokenObjective(LossObjective):
 class CrossEntropyObjective(TokenObjective):
     """The loss that supervised learning sums, over a batch.
 
-    Reads ``weights``. Metrics: ``mean_nll``, the loss per unit of weight, in nats, and
-    ``weight``, their sum.
+    Reads ``weights``. Metrics: ``mean_nll``, the negative log-likelihood per unit of weight, in
+    nats, and ``weight``, their sum.
     """
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """Sums the loss, and takes its mean for the metric."""
+        """Computes the loss, and the mean for the metric."""
         weights = self.column(data, "weights")
         loss = self.reduce(logprobs.map(self.apply, weights), answer_mask(data, logprobs))
         mass = logprobs.map(_spread, weights).total()
-        nll = jax.lax.stop_gradient(logprobs.map(self.apply, weights).total())
+        nll = jax.lax.stop_gradient(logprobs.map(losses.cross_entropy, weights).total())
         return loss, {"mean_nll": nll / jnp.where(mass == 0, 1, mass), "weight": mass}
 
 
@@ -110,9 +141,12 @@ class PolicyObjective(TokenObjective):
         """Computes the loss, and its metrics."""
         where = answer_mask(data, logprobs)
         inputs = self.inputs(data, logprobs, where)
-        values = tokenwise(self.apply, logprobs, inputs, where)
-        loss = self.reduce(times_weights(values, data), where)
-        return loss, self.watch(logprobs, inputs, where)
+        values = times_weights(self.losses_of(logprobs, inputs, where), data)
+        return self.reduce(values, where), self.watch(logprobs, inputs, where)
+
+    def losses_of(self, logprobs: Ragged, inputs: list[Any], where: Ragged | None) -> Ragged:
+        """Computes the loss of each token."""
+        return tokenwise(self.apply, logprobs, inputs, where)
 
     def watch(self, logprobs: Ragged, inputs: list[Any], where: Ragged | None) -> dict[str, Array]:
         """Summarises how far the policy is from the one that sampled."""
@@ -208,6 +242,37 @@ class GeometricPolicyObjective(PolicyObjective):
         return self.reduce(values, where), self.watch(logprobs, inputs, where)
 
 
+class BatchPolicyObjective(PolicyObjective):
+    """A policy loss that looks at all tokens of a batch together.
+
+    Reads ``logprobs`` (of the sampling policy), ``advantages`` (one per token, or one per datum),
+    further columns that the loss names (one number per token, such as ``noise``) and, if there are
+    any, ``weights`` as a mask (one that is neither 0 nor 1 is a factor). Of a step in several
+    requests, each request is looked at by itself. Metrics: those of
+    :func:`mintjax.losses.policy_summary`, whose ``clip_fraction`` counts tokens that the loss drew
+    too, and ``tokens``, by whose number those of several requests are weighed.
+    """
+
+    drawn: ClassVar[Loss | None] = None
+    """Marks the tokens that the loss leaves without a gradient beside those that it clips."""
+
+    def losses_of(self, logprobs: Ragged, inputs: list[Any], where: Ragged | None) -> Ragged:
+        """Computes the loss of each token, from all of them."""
+        return together(self.apply, logprobs, inputs, where)
+
+    def watch(self, logprobs: Ragged, inputs: list[Any], where: Ragged | None) -> dict[str, Array]:
+        """Summarises how far the policy is from the one that sampled."""
+        metrics = super().watch(logprobs, inputs, where)
+        mark = type(self).drawn
+        if mark is None:
+            return metrics
+        settings = {name: getattr(self, name) for name in self.settings}
+        drawn = together(partial(mark, **settings), logprobs, inputs, where)
+        number = drawn.astype(jnp.float32).total(where)
+        share = number / jnp.maximum(metrics["tokens"], 1)
+        return metrics | {"clip_fraction": metrics["clip_fraction"] + share}
+
+
 class PenaltyObjective(TokenObjective):
     """A regulariser over a batch: every token of every datum pays, with a true gradient.
 
@@ -289,6 +354,20 @@ def sequence_policy(loss: Loss, name: str | None = None, **fixed: Any) -> type[P
         A class whose instances are objectives.
     """
     return define(SequencePolicyObjective, loss, name, **fixed)
+
+
+def batch_policy(loss: Loss, name: str | None = None, **fixed: Any) -> type[PolicyObjective]:
+    """Makes an objective of a policy loss that looks at all tokens of a batch together.
+
+    Args:
+        loss: as for :func:`policy`; it must count unmasked positions only.
+        name: of the objective; that of the loss if None.
+        fixed: as for :func:`policy`.
+
+    Returns:
+        A class whose instances are objectives.
+    """
+    return define(BatchPolicyObjective, loss, name, **fixed)
 
 
 def penalty(loss: Loss, name: str | None = None, **fixed: Any) -> type[PenaltyObjective]:

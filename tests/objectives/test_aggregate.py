@@ -1,0 +1,73 @@
+"""From tokens to one number, over one request and over a step that is split into several."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mintjax
+from mintjax import objectives
+
+# One objective of each family: a ratio per token, per sequence, and per geometric mean.
+FAMILIES = {"ppo": objectives.ppo, "gspo": objectives.gspo, "gmpo": objectives.gmpo}
+BOUNDS: dict[str, Any] = {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}
+PER_TOKEN = [
+    name
+    for name in objectives.__all__
+    if hasattr(getattr(objectives, name), "aggregation") and name != "TokenObjective"
+]
+Rows = list[np.ndarray]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[mintjax.Datum], Rows]:
+    """Two prompts with three answers each, some of which are masked in part or whole."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    lengths = draw(st.lists(st.integers(1, 9), min_size=6, max_size=6))
+    kept = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    data, logprobs = [], []
+    for length in lengths:
+        row = -rng.gamma(1.0, 1.0, length).astype(np.float32)
+        columns = {
+            "target_tokens": np.zeros(length, np.int32),
+            "logprobs": row + rng.normal(0, 0.4, length).astype(np.float32),
+            "advantages": np.full(length, rng.normal(), np.float32),
+            "weights": (rng.random(length) < kept).astype(np.float32),
+        }
+        data.append(mintjax.Datum(mintjax.ModelInput.from_ints(range(length)), columns))
+        logprobs.append(row)
+    return data, logprobs
+
+
+@pytest.mark.parametrize("how", get_args(objectives.Aggregation))
+@given(step=steps(), family=st.sampled_from(sorted(FAMILIES)))
+def test_a_step_in_two_requests_is_the_same_step(how, step, family):
+    data, logprobs = step
+    make = FAMILIES[family]
+    objective = make(aggregation=how, max_length=50.0, group_size=3, **BOUNDS)
+    whole, _ = objective(data, logprobs)
+    part = objective.over_step(data)
+    pieces = [part(data[i:j], logprobs[i:j])[0] for i, j in ((0, 3), (3, 6))]
+    present = sum((d.loss_fn_inputs["weights"].to_numpy() != 0).any() for d in data)
+    if present or how == "fixed_length":
+        np.testing.assert_allclose(sum(map(float, pieces)), float(whole), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_every_objective_of_tokens_has_every_aggregation(name):
+    for how in get_args(objectives.Aggregation):
+        objective = getattr(objectives, name)(aggregation=how, max_length=50.0, group_size=3)
+        assert objective.aggregation == how
+        assert objective.row_multiple == 3
+
+
+def test_a_step_of_prompts_that_are_cut_short_is_refused():
+    tokens = mintjax.ModelInput.from_ints([0, 1])
+    data = [mintjax.Datum(tokens, {"target_tokens": [1, 2]})] * 4
+    cut = objectives.ppo(aggregation="prompt_mean", group_size=3)
+    with pytest.raises(mintjax.errors.DataError, match="4 datums do not divide into groups of 3"):
+        cut.over_step(data)
