@@ -49,6 +49,8 @@ ELEMENTWISE = {
     "bco": Case(losses.bco, ("scores", "ref_scores", "desirable", "reward_shift")),
     "dapo": Case(losses.dapo, POLICY),
     "sapo": Case(losses.sapo, POLICY),
+    "stable_reinforce": Case(losses.stable_reinforce, POLICY),
+    "focal_cross_entropy": Case(losses.focal_cross_entropy, ("target_logprobs", "weights")),
     "dppo_kl": Case(losses.dppo_kl, POLICY),
     "masked_importance_sampling": Case(losses.masked_importance_sampling, POLICY),
     "vespo_token": Case(losses.vespo_token, ("target_logprobs", "sequence_log_ratios", POLICY[2])),
@@ -108,6 +110,7 @@ STOPS_GRADIENTS = frozenset(
         "luspo",
         "vespo",
         "vespo_token",
+        "focal_cross_entropy",
         "kl_k3_straight_through",
     }
 )

@@ -105,6 +105,7 @@ CLIPPING = {
         "dual_clip_threshold": 1.5,
     },
     "dppo": {"divergence_threshold": 0.05},
+    "stable_reinforce": {"least_ratio_threshold": 0.7, "greatest_ratio_threshold": 1.5},
 }
 
 

@@ -235,6 +235,43 @@ def test_focal_weights_fade_where_the_model_is_sure():
     assert jax.grad(lambda x: losses.focal_weights(x).sum())(jnp.log(p)).sum() == 0
 
 
+def test_focal_cross_entropy_is_the_cross_entropy_of_faded_weights():
+    lp, weights = -RNG.gamma(1.0, 1.0, (2, 50)).astype(np.float32)
+    faded = weights * np.asarray(losses.focal_weights(lp, gamma=1.5))
+    value, back = jax.vjp(lambda x: losses.focal_cross_entropy(x, weights, gamma=1.5), lp)
+    np.testing.assert_allclose(value, losses.cross_entropy(lp, faded), rtol=1e-6)
+    np.testing.assert_allclose(back(jnp.ones_like(value))[0], -faded, rtol=1e-6)
+
+
+def test_stable_reinforce_is_ppo_but_for_ratios_out_of_all_proportion():
+    d = np.linspace(-100, 100, 401).astype(np.float32)
+    for advantage in (1.0, -1.0, 0.0):
+        value, back = jax.vjp(lambda lp, a=advantage: losses.stable_reinforce(lp, 0.0, a), d)
+        slope = np.asarray(back(jnp.ones_like(value))[0])
+        held = np.exp(np.clip(d.astype(np.float64), np.log(1e-3), np.log(1e3)))
+        np.testing.assert_allclose(
+            value,
+            -np.minimum(held * advantage, np.clip(held, 0.8, 1.2) * advantage),
+            rtol=1e-5,
+        )
+        inside = (d > np.log(1e-3)) & (d < np.log(1e3))
+        moving = inside & (held <= 1.2 if advantage > 0 else held >= 0.8)
+        np.testing.assert_allclose(slope, np.where(moving, -held * advantage, 0), rtol=1e-5)
+
+
+def test_outliers_are_filtered_by_the_deviation_of_what_counts():
+    advantages = RNG.normal(size=(20, 30)).astype(np.float32)
+    advantages[3, 4] = 40.0
+    where = RNG.random((20, 30)) < 0.8
+    where[3, 4] = True
+    kept = advantages[where].astype(np.float64)
+    far = np.abs(advantages - kept.mean()) > 2.0 * kept.std(ddof=1)
+    found = losses.advantage_filter(advantages, deviations=2.0, where=where)
+    np.testing.assert_array_equal(found, where & ~far)
+    assert not found[3, 4]
+    assert losses.advantage_filter(np.full(5, 250.3, np.float32)).all()
+
+
 def test_calibration_adds_up_over_chunks():
     chances = RNG.random(500)
     came = RNG.random(500) < chances

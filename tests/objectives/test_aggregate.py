@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mintjax
@@ -20,6 +20,7 @@ PER_TOKEN = [
     for name in objectives.__all__
     if hasattr(getattr(objectives, name), "aggregation") and name != "TokenObjective"
 ]
+EXAMPLES = settings().max_examples if settings().max_examples > 100 else 4
 Rows = list[np.ndarray]
 
 
@@ -45,6 +46,7 @@ def steps(draw: st.DrawFn) -> tuple[list[mintjax.Datum], Rows]:
 
 @pytest.mark.parametrize("how", get_args(objectives.Aggregation))
 @given(step=steps(), family=st.sampled_from(sorted(FAMILIES)))
+@settings(max_examples=EXAMPLES)
 def test_a_step_in_two_requests_is_the_same_step(how, step, family):
     data, logprobs = step
     make = FAMILIES[family]

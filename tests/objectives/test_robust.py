@@ -14,7 +14,7 @@ from mintjax import objectives, testing
 from mintjax.errors import DataError
 
 GROUPS = [0, 1, 0, 2, 1, 1]
-EXAMPLES = settings().max_examples if settings().max_examples > 100 else 10
+EXAMPLES = settings().max_examples if settings().max_examples > 100 else 3
 
 
 def batch(seed: int) -> tuple[list[mintjax.Datum], list[np.ndarray], np.ndarray]:

