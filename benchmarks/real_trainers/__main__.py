@@ -23,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,13 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--cache", type=Path, default=Path.home() / ".cache" / "mintjax" / "real_trainers"
     )
     parser.add_argument("--only", action="append", default=[], help="checks with this in the name")
-    parser.add_argument("--minutes", type=float, default=15, help="for one trainer, at most")
+    parser.add_argument("--minutes", type=float, default=20, help="for one trainer, at most")
     parser.add_argument("--json", type=Path, help="a file for the rows")
     parser.add_argument("--write", action="store_true", help="keep the rows, and README's table")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(TRAINERS)
     if unknown:
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(TRAINERS)}")
+    if options.only and options.write:
+        parser.error("--write keeps what all checks say, so it goes without --only")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     cache = options.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
@@ -64,8 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         script = str(Path(checks.__file__).with_name("reference.py"))
         subprocess.run([str(reference), script, "write", str(model)], check=True)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, Torch(reference, model) as torch:
-        os.environ["XDG_CACHE_HOME"] = folder  # what is measured here is of no use to others
+    with Torch(reference, model) as torch:
         for name in options.names or TRAINERS:
             rows += _tried(TRAINERS[name], cache, model, torch, options.only, options.minutes)
     plain = [asdict(row) for row in rows]
@@ -90,6 +93,7 @@ def _tried(
         with (
             tempfile.TemporaryDirectory(prefix=f"{trainer.name}-") as directory,
             started(trainer, python, Path(directory), model) as running,
+            _cache_folder(Path(directory) / "cache"),
             checks.client(running) as service,
         ):
             stop = threading.Timer(60 * minutes, running.end)
@@ -108,6 +112,19 @@ def _tried(
         row = Row(trainer.name, "starts", "no", str(error), time.perf_counter() - began)
         _tell(row)
         return [row]
+
+
+@contextmanager
+def _cache_folder(folder: Path) -> Iterator[None]:
+    """Keeps what the client measures of this trainer out of the user's cache folder."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
 
 
 def _tell(row: Row) -> None:

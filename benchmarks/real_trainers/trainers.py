@@ -104,6 +104,7 @@ class Running:
         base_model: the name of the base model there.
         directory: its own.
         end: ends it, and all that it started.
+        has_ended: whether it is gone.
     """
 
     trainer: Trainer
@@ -111,6 +112,7 @@ class Running:
     base_model: str
     directory: Path
     end: Callable[[], object]
+    has_ended: Callable[[], bool]
 
     def adapters(self, path: str) -> Adapters:
         """Reads a sampler checkpoint that the trainer wrote.
@@ -182,7 +184,8 @@ def started(trainer: Trainer, python: Path, directory: Path, model: Path) -> Ite
     base_url = f"http://127.0.0.1:{setting.port}"
     try:
         _wait_until_ready(trainer, process, base_url, log)
-        yield Running(trainer, base_url, str(model), directory, partial(_end, process))
+        end, has_ended = partial(_end, process), lambda: process.poll() is not None
+        yield Running(trainer, base_url, str(model), directory, end, has_ended)
     finally:
         _end(process)
 

@@ -174,7 +174,7 @@ def test_the_list_passes_on_the_embedded_trainer_as_far_as_a_toy_goes(tmp_path):
     wanted = ("capabilities", "probe", "forward", "`ppo` by name", "load", "checkpoint", "sample")
     wanted += ("compute_logprobs", "vocabulary", "unload")
     with local.running_server(api_key=trainers.API_KEY) as url:
-        running = Running(toy, url, "mintjax/nano", tmp_path, lambda: None)
+        running = Running(toy, url, "mintjax/nano", tmp_path, lambda: None, lambda: False)
         with checks.client(running) as service:
             rows = checks.run(State(running, None, service), wanted, lambda row: None)
     assert {row.check: row.outcome for row in rows if row.outcome == "no"} == {}
@@ -185,13 +185,22 @@ def test_the_list_passes_on_the_embedded_trainer_as_far_as_a_toy_goes(tmp_path):
 def test_a_check_that_fails_does_not_keep_the_others_from_running(tmp_path):
     toy = Trainer("embedded", "0", Recipe(PYTHON, ()), lambda _: [], "", toy="no files to read")
     with local.running_server(api_key=trainers.API_KEY) as url:
-        running = Running(toy, url, "mintjax/huge", tmp_path, lambda: None)
+        running = Running(toy, url, "mintjax/huge", tmp_path, lambda: None, lambda: False)
         with checks.client(running) as service:
             rows = checks.run(
                 State(running, None, service), ("capabilities", "checkpoint"), lambda row: None
             )
     assert [row.outcome for row in rows] == ["yes", "left out", "no", "no"]
     assert "mintjax/huge" in rows[2].detail
+
+
+def test_no_check_waits_for_a_trainer_that_has_ended(tmp_path):
+    given = Trainer("embedded", "0", Recipe(PYTHON, ()), lambda _: [], "")
+    running = Running(given, "http://127.0.0.1:9", "a", tmp_path, lambda: None, lambda: True)
+    rows = checks.run(State(running, None, None), (), lambda row: None)
+    assert len(rows) == len(CHECKS)
+    assert {row.outcome for row in rows} == {"no"}
+    assert "has ended" in rows[0].detail
 
 
 ROWS = [
