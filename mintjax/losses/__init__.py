@@ -22,6 +22,7 @@ from mintjax.losses._aggregation import (
 from mintjax.losses._anchored import apo_down, apo_zero, bco, bco_pair, nca_pair, sppo
 from mintjax.losses._builtin import cispo, cross_entropy, dro, importance_sampling, ppo
 from mintjax.losses._catalogue import FAMILIES, Entry, catalogue
+from mintjax.losses._citations import Citation
 from mintjax.losses._clipping import clipped_tokens
 from mintjax.losses._conventions import (
     CONVENTIONS,
@@ -112,6 +113,7 @@ __all__ = [
     "FAMILIES",
     "FORMULAS",
     "POLICY_TERMS",
+    "Citation",
     "Convention",
     "Difference",
     "Divergence",

@@ -179,7 +179,7 @@ def maxrl(
 
     Reference:
         Tajwar et al. 2026, "Maximum Likelihood Reinforcement Learning", in the form of SkyRL's
-        implementation (authors and equation are not confirmed).
+        implementation (authors unconfirmed).
     """
     above = centred(rewards, where)
     (given,) = aligned(where, rewards)
@@ -216,7 +216,7 @@ def opo(rewards: ArrayLike, lengths: ArrayLike, *, where: ArrayLike | None = Non
 
     Reference:
         Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline" (arXiv:2505.23585), the optimal
-        baseline (the equation's number is not confirmed).
+        baseline.
     """
     above, tokens = aligned(where, centred(rewards, where), lengths=lengths)
     baseline = _sum(tokens * above) / jnp.maximum(_sum(tokens), 1)
@@ -302,7 +302,7 @@ def remax(
 
     Reference:
         Li et al. 2023, "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for
-        Aligning Large Language Models", algorithm 2 (its number is not confirmed).
+        Aligning Large Language Models", its algorithm.
     """
     given, greedy = aligned(where, rewards, greedy_rewards=greedy_rewards)
     return finish(given - greedy, where, rewards)

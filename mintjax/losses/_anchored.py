@@ -149,7 +149,7 @@ def nca_pair(
 
     Reference:
         Chen et al. 2024, "Noise Contrastive Alignment of Language Models with Explicit Rewards",
-        the pairwise case (the equation's number is not confirmed).
+        the pairwise case.
     """
     won, lost, beta = gains(
         where, chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores, beta

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mintjax.losses._citations import Citation, citations
 from mintjax.losses._conventions import CONVENTIONS
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -147,6 +148,7 @@ class Entry:
         when: when to use it, in the words of its docstring; empty where nothing is said.
         others: what other implementations do.
         source: where it is from.
+        citations: the numbered equations of the source, and where each number was confirmed.
         served_by: the trainers that run it by this name.
     """
 
@@ -159,6 +161,7 @@ class Entry:
     when: str
     others: str
     source: str
+    citations: tuple[Citation, ...]
     served_by: tuple[str, ...]
 
 
@@ -205,6 +208,7 @@ def _entry(name: str, family: str, function: Callable[..., Any]) -> Entry:
         when=_paragraph(body, "When to use it"),
         others=_paragraph(body, "What others do"),
         source=_plain(source),
+        citations=citations(_plain(source)),
         served_by=tuple(row.trainer for row in CONVENTIONS if name in row.losses),
     )
 

@@ -186,6 +186,7 @@ DIFFERENCES = (
         ours="none; what overflows is decided on values, so that gradients stay right",
         others={
             "verl, SkyRL's train backend, OpenRLHF, tunix": "within 20",
+            "StableReinforce": "within log 1e-3 and log 1e3: stable_reinforce",
             "TRL": "none, but in VESPO",
             "k3 in verl, SkyRL, OpenRLHF": "the estimate at most 10",
             "GSPO in verl, SkyRL, tunix": "the log-ratio at most 10",
@@ -262,14 +263,17 @@ DIFFERENCES = (
         others={"TRL": "the same", "Liger": "the other way round"},
     ),
     Difference(
-        about="Temperature",
-        ours="none in ratios: a logprob of one token cannot be rescaled; take logprobs at the "
-        "temperature that sampled. Candidates can be: generalised_jsd",
-        others={"TRL, verl": "divide logits by it before the logprobs"},
+        about="Temperature in ratios",
+        ours="none, because the logprob of one token does not tell what it is at another "
+        "temperature: that needs all logits. Ratios are right where both logprobs are of one "
+        "temperature; sample at 1 if the trainer computes logprobs at 1. Candidates can be "
+        "rescaled: generalised_jsd",
+        others={"TRL, verl, tunix": "divide logits by the temperature before they take logprobs"},
     ),
     Difference(
         about="The reference of TR-DPO",
-        ours="dpo, whose ref_logprobs column you take anew every so many steps",
+        ours="dpo, whose ref_logprobs column you take anew every so many steps, by a forward pass "
+        "of the model as it is then",
         others={"TRL": "sync_ref_model blends or replaces the reference model"},
     ),
 )

@@ -62,8 +62,7 @@ def clip_cov(
 
     Reference:
         Cui et al. 2025, "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
-        Models" (arXiv:2505.22617), the definition of Clip-Cov (the equation's number is not
-        confirmed).
+        Models" (arXiv:2505.22617), eq. 11 and 12, with the covariance of eq. 10.
     """
     values = ppo(
         target_logprobs,
@@ -164,8 +163,7 @@ def kl_cov(
 
     Reference:
         Cui et al. 2025, "The Entropy Mechanism of Reinforcement Learning for Reasoning Language
-        Models" (arXiv:2505.22617), the definition of KL-Cov (the equation's number is not
-        confirmed).
+        Models" (arXiv:2505.22617), the definition of KL-Cov, with the covariance of eq. 10.
     """
     target, sampling, advantages, weight = aligned(
         where,

@@ -65,7 +65,7 @@ def length_normalised_dpo(
 
     Reference:
         Lambert et al. 2024, "Tülu 3: Pushing Frontiers in Open Language Model Post-Training",
-        section 5.1; named in Meng et al. 2024, "SimPO", table 3.
+        section 5.1; named in Meng et al. 2024, "SimPO", among its baselines.
     """
     won, lost, beta, long, short, smoothing = gains(
         where,
@@ -127,7 +127,7 @@ def robust_dpo(
 
     Reference:
         Chowdhury et al. 2024, "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
-        eq. 12.
+        section 3.1.
     """
     logits, smoothing = margins(
         where,
@@ -188,8 +188,9 @@ def rpo(
         Array([1.554], dtype=float32)
 
     Reference:
-        Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1; as RPO in Nvidia
-        2024, "Nemotron-4 340B Technical Report", for the name only: its loss differs.
+        Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1 (equation number
+        unconfirmed); as RPO in Nvidia 2024, "Nemotron-4 340B Technical Report", for the name only:
+        its loss differs.
     """
     logits, chosen, lengths, weight = margins(
         where,
@@ -255,7 +256,8 @@ def wpo(
         Array([0.204], dtype=float32)
 
     Reference:
-        Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2 and 3.
+        Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2 for the
+        weights.
     """
     logits, won, lost, smoothing = margins(
         where,
@@ -354,7 +356,8 @@ def f_dpo(
 
     Reference:
         Wang et al. 2023, "Beyond Reverse KL: Generalizing Direct Preference Optimization with
-        Diverse Divergence Constraints", eq. 13 and table 1 (doubtful: the numbering).
+        Diverse Divergence Constraints", eq. 13 (equation number unconfirmed), and its table of
+        divergences.
     """
     if divergence not in ("reverse_kl", "forward_kl", "js", "alpha"):
         raise ValueError(f"divergence must be reverse_kl, forward_kl, js or alpha: {divergence!r}")

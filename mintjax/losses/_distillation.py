@@ -87,7 +87,8 @@ def distillation_reverse_kl(
         Array([-0.057], dtype=float32)
 
     Reference:
-        Gu et al. 2023, "MiniLLM: Knowledge Distillation of Large Language Models", eq. 1.
+        Gu et al. 2023, "MiniLLM: Knowledge Distillation of Large Language Models", eq. 1 (equation
+        number unconfirmed).
     """
     student, teacher = aligned(where, target_logprobs, teacher_logprobs=teacher_logprobs)
     if renormalise:
@@ -130,7 +131,8 @@ def brier_score(
         Array([0.205], dtype=float32)
 
     Reference:
-        Brier 1950, "Verification of Forecasts Expressed in Terms of Probability", eq. 2.
+        Brier 1950, "Verification of Forecasts Expressed in Terms of Probability", eq. 2 (equation
+        number unconfirmed).
     """
     logprobs, outcomes = aligned(where, target_logprobs, outcomes=outcomes)
     if renormalise:
@@ -244,8 +246,8 @@ def entropy_bounds(
         (Array([1.04], dtype=float32), Array([1.386], dtype=float32))
 
     Reference:
-        Cover & Thomas 2006, "Elements of Information Theory", theorems 2.6.4 and 2.7.3, applied to
-        the rest (their numbers are not confirmed).
+        Cover & Thomas 2006, "Elements of Information Theory", the entropy of a uniform distribution
+        as the greatest, applied to the rest.
     """
     (logprobs,) = aligned(where, target_logprobs)
     probability = keep(jnp.exp(logprobs), where)

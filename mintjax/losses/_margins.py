@@ -105,7 +105,7 @@ def hinge(
 
     Reference:
         Liu et al. 2023, "Statistical Rejection Sampling Improves Preference Optimization", eq. 10
-        (RSO-hinge).
+        (equation number unconfirmed), RSO-hinge.
     """
     (logits,) = margins(
         where, chosen_scores, rejected_scores, ref_chosen_scores, ref_rejected_scores, beta

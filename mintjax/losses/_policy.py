@@ -115,7 +115,7 @@ def dppo(
 
     Reference:
         Qi et al. 2026, "Rethinking the Trust Region in LLM Reinforcement Learning"
-        (arXiv:2602.04879), the variant called DPPO-Binary-TV, with the threshold of the authors'
+        (arXiv:2602.04879), eq. 13 (DPPO-Binary-TV), with the threshold of the authors'
         recipe.
     """
     target, sampling, advantages, threshold = aligned(
@@ -171,8 +171,9 @@ def truncated_importance_sampling(
         Array([1., 2.], dtype=float32)
 
     Reference:
-        Ionides 2008, "Truncated Importance Sampling", eq. 3; for language models Yao et al. 2025,
-        "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+        Ionides 2008, "Truncated Importance Sampling", eq. 3 (equation number unconfirmed); for
+        language models Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy
+        RL Training".
     """
     target, sampling, advantages, threshold = aligned(
         where,

@@ -67,7 +67,9 @@ def dpo(
     ``e = label_smoothing``. Reference scores of 0 make it reference-free.
 
     When to use it: pairs, and a reference model near the policy. TR-DPO is this loss with a
-    reference that is taken anew every so many steps.
+    reference that is a schedule: every so many steps (its hard update), save the weights, and take
+    the reference scores of what follows from these, such as by a forward pass of all pairs. Its
+    soft update, a moving average of weights, needs a trainer that averages weights.
 
     What others do: TRL, Liger, OpenRLHF and the Tinker cookbook have this form; TRL smooths labels
     in its robust form only.
@@ -208,8 +210,8 @@ def orpo(
         Array([1.009], dtype=float32)
 
     Reference:
-        Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
-        eq. 6 and 7, with the odds of eq. 4.
+        Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model", eq. 7,
+        with the odds of eq. 4.
     """
     chosen, rejected, chosen_lengths, rejected_lengths, weight = aligned(
         where,
@@ -272,8 +274,7 @@ def kto(
         Array([0.475], dtype=float32)
 
     Reference:
-        Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", the
-        definition of L_KTO.
+        Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 7.
     """
     gained, reference, label, kl, beta, good_weight, bad_weight = aligned(
         where,

@@ -118,7 +118,7 @@ def alphapo(
 
     Reference:
         Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment", the definition of its
-        reward and loss (the equations' numbers are not confirmed).
+        reward and loss.
     """
     chosen, rejected, long, short, beta, gamma, alpha = aligned(
         where,
@@ -178,7 +178,7 @@ def slic(
         Array([0. , 0.5], dtype=float32)
 
     Reference:
-        Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback", eq. 1.
+        Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback", section 2.
     """
     chosen, rejected, margin = aligned(
         where, chosen_scores, rejected_scores=rejected_scores, margin=margin
@@ -253,8 +253,8 @@ def unlikelihood(target_logprobs: ArrayLike, *, where: ArrayLike | None = None) 
         Array([0.933, 0.007], dtype=float32)
 
     Reference:
-        Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training", eq. 4 (the
-        equation's number is not confirmed).
+        Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training", eq. 4 (equation
+        number unconfirmed).
     """
     (target,) = aligned(where, target_logprobs)
     return finish(-log1mexp(target), where, target_logprobs)

@@ -40,8 +40,8 @@ def worst_group(
         Array(5., dtype=float32)
 
     Reference:
-        Sagawa et al. 2019, "Distributionally Robust Neural Networks for Group Shifts", eq. 3 (the
-        equation's number is not confirmed).
+        Sagawa et al. 2019, "Distributionally Robust Neural Networks for Group Shifts", eq. 3
+        (equation number unconfirmed).
     """
     (values,) = aligned(where, losses)
     (numbers,) = aligned(where, groups)
@@ -131,7 +131,8 @@ def focal_weights(
         Array([0.009, 0.903 ], dtype=float32)
 
     Reference:
-        Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4.
+        Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4 (equation number
+        unconfirmed).
     """
     logprobs, gamma = aligned(where, target_logprobs, gamma=gamma)
     unsure = jnp.maximum(-jnp.expm1(jax.lax.stop_gradient(logprobs)), 0)
@@ -173,8 +174,8 @@ def focal_cross_entropy(
         Array([9.056e-04, 2.709e+00], dtype=float32)
 
     Reference:
-        Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4, with the weight held
-        constant.
+        Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4 (equation number
+        unconfirmed), with the weight held constant.
     """
     logprobs, weights, gamma = aligned(where, target_logprobs, weights=weights, gamma=gamma)
     faded = weights * focal_weights(logprobs, gamma=gamma)

@@ -57,8 +57,8 @@ def gmpo(
         Array([-1.283], dtype=float32)
 
     Reference:
-        Zhao et al. 2025, "Geometric-Mean Policy Optimization" (arXiv:2507.20673), eq. 5 (the
-        equation's number is not confirmed).
+        Zhao et al. 2025, "Geometric-Mean Policy Optimization" (arXiv:2507.20673), eq. 5 (equation
+        number unconfirmed).
     """
     log_ratios = gmpo_log_ratios(
         target_logprobs,
@@ -104,8 +104,8 @@ def gmpo_log_ratios(
         ValueError: the shapes do not fit, or the low threshold is above the high one.
 
     Reference:
-        Zhao et al. 2025, "Geometric-Mean Policy Optimization" (arXiv:2507.20673), eq. 5 (the
-        equation's number is not confirmed).
+        Zhao et al. 2025, "Geometric-Mean Policy Optimization" (arXiv:2507.20673), eq. 5 (equation
+        number unconfirmed).
     """
     check_bounds(clip_low_threshold, clip_high_threshold)
     target, sampling, advantages, low, high = aligned(
@@ -166,7 +166,7 @@ def luspo(
 
     Reference:
         Liu et al. 2026, "Length-Unbiased Sequence Policy Optimization", as TRL's paper index has it
-        (authors and equation are not confirmed).
+        (authors unconfirmed).
     """
     tokens = gspo(
         target_logprobs,

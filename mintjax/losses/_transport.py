@@ -55,7 +55,7 @@ def aot(
 
     Reference:
         Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", the
-        paired case (the equation's number is not confirmed).
+        paired case.
     """
     chosen, rejected, ref_chosen, ref_rejected, beta, smoothing = aligned(
         where,
@@ -116,7 +116,7 @@ def aot_unpaired(
 
     Reference:
         Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", the
-        unpaired case (the equation's number is not confirmed).
+        unpaired case.
     """
     won, lost, beta, smoothing = gains(
         where,

@@ -115,8 +115,7 @@ def sapo(
         Array([-2.   , -3.993], dtype=float32)
 
     Reference:
-        Gao et al. 2025, "Soft Adaptive Policy Optimization" (arXiv:2511.20347), the definition of
-        its gate (the equation's number is not confirmed).
+        Gao et al. 2025, "Soft Adaptive Policy Optimization" (arXiv:2511.20347), eq. 5.
     """
     check_positive(
         "sapo",
@@ -325,7 +324,7 @@ def masked_importance_sampling(
     Reference:
         Ring-1T, Ling team 2025, "Every Step Evolves: Scaling Reinforcement Learning for
         Trillion-Scale Thinking Model", the section on IcePop (the bounds are those of its release
-        notes; not confirmed).
+        notes, unconfirmed).
     """
     check_bounds(clip_low_threshold, clip_high_threshold)
     target, sampling, advantages, low, high = aligned(

@@ -123,8 +123,8 @@ def off_policy_mask(
                [False]], dtype=bool)
 
     Reference:
-        DeepSeek-AI 2025, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
-        the section on off-policy sequence masking.
+        DeepSeek-AI 2025, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", eq.
+        9.
     """
     target, sampling, advantages, threshold = aligned(
         where,

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 from mintjax import losses, objectives
+from mintjax.losses._citations import CONFIRMED, MARK, citations
 
 ENTRIES = {entry.name: entry for entry in losses.catalogue()}
 WITHOUT_A_FORMULA = {"policy_summary", "preference_summary", "calibration_summary"}
@@ -38,6 +39,37 @@ def test_an_entry_says_formula_inputs_source_and_when(name):
     if entry.family not in ("diagnostics",) and not split:
         assert entry.when, name
         assert entry.others, name
+
+
+CITED = {(name, c.work, c.number): c for name, entry in ENTRIES.items() for c in entry.citations}
+
+
+@pytest.mark.parametrize("key", CITED, ids=lambda key: f"{key[0]}-{key[2]}")
+def test_the_number_of_an_equation_is_confirmed_or_marked(key):
+    cited = CITED[key]
+    assert bool(cited.confirmed_by) != cited.marked, cited
+
+
+def test_every_number_is_read_and_every_confirmation_is_of_one():
+    for entry in ENTRIES.values():
+        assert ("eq." in entry.source) == bool(entry.citations), entry.source
+        assert entry.source.count("unconfirmed") == entry.source.count("unconfirmed)")
+    cited = {(c.work, c.number) for c in CITED.values()}
+    confirmed = {(work, n) for work, numbers in CONFIRMED.items() for n in numbers}
+    assert confirmed <= cited
+    assert len(CITED) > 50
+
+
+def test_citations_are_read_with_their_marks():
+    source = f'A 2020, "One", eq. 3 {MARK}, and eq. 4.7; B, "Two", eq. 1, 2 and 5, in section 6.'
+    read = [(c.work, c.number, c.marked) for c in citations(source)]
+    assert read == [
+        ("One", "3", True),
+        ("One", "4.7", False),
+        ("Two", "1", False),
+        ("Two", "2", False),
+        ("Two", "5", False),
+    ]
 
 
 def test_what_trainers_serve_is_told_from_the_table():
