@@ -29,11 +29,22 @@ from mintjax.errors import (
 )
 from mintjax.protocol import messages
 from mintjax.step.facts import TrainerFacts
+from mintjax.types import ServerCapabilities, SupportedModel
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("mintjax.client")
+
+
+class _Offered(msgspec.Struct):
+    model_name: str | None = None
+    model_id: str | None = None
+    max_context_length: int | None = None
+
+
+class _Capabilities(msgspec.Struct):
+    supported_models: list[_Offered]
 
 
 class _Unloading(msgspec.Struct):
@@ -143,6 +154,26 @@ class Connection:
         request = Request(path, messages.encode(message))
         await self.transport.submit(request)
         return await retrieve(self.transport, request, as_type, check)
+
+    async def capabilities(self) -> ServerCapabilities:
+        """Asks which base models the trainer offers; hatchery calls their names ``model_id``.
+
+        Raises:
+            APIResponseError: a model has neither name.
+        """
+        path = "get_server_capabilities"
+        answer = await self.transport.call(Request(path, method="GET"), _Capabilities)
+        models: list[SupportedModel] = []
+        for i, one in enumerate(answer.supported_models):
+            name = one.model_name or one.model_id
+            if name is None:
+                raise APIResponseError(
+                    f"{self.transport.address}: the answer to {path} gives no name to model {i}"
+                )
+            models.append(
+                SupportedModel(model_name=name, max_context_length=one.max_context_length)
+            )
+        return ServerCapabilities(supported_models=models)
 
     async def unload(self, model_id: str) -> None:
         """Has the trainer let go of a model.

@@ -14,7 +14,6 @@ from mintjax.client.futures import APIFuture, Limited, NotCopyable, both
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
 from mintjax.client.training import TrainingClient, make_model, probe
-from mintjax.client.transport import Request
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.protocol import messages
 from mintjax.step.reduction import Reduction
@@ -214,9 +213,7 @@ class ServiceClient(NotCopyable):
         Args:
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
         """
-        request = Request("get_server_capabilities", method="GET")
-        call = self._connection.transport.call
-        return self._connection.limited(timeout, call, request, ServerCapabilities)
+        return self._connection.limited(timeout, self._connection.capabilities)
 
     get_server_capabilities, get_server_capabilities_async = both(
         _get_server_capabilities, ServerCapabilities

@@ -26,7 +26,14 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.protocol import protobuf
-from mintjax.types import AdamParams, ModelInput, SampledSequence, SampleResponse, SamplingParams
+from mintjax.types import (
+    AdamParams,
+    ModelInput,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    SupportedModel,
+)
 
 from .data import DATA
 from .double import ADDRESS, Answer, Hold
@@ -315,6 +322,18 @@ def test_prompt_logprobs_are_one_for_each_token(service, trainer):
         with pytest.raises(APIResponseError, match=words):
             sampler.compute_logprobs(ModelInput.from_ints([1, 2])).result(5)
         trainer.faults.clear()
+
+
+def test_base_models_are_read_under_either_name(service, trainer):
+    models = [{"model_name": "a", "max_context_length": 8}, {"model_id": "b"}]  # as hatchery has it
+    trainer.faults["get_server_capabilities"] = [Answer(200, {"supported_models": models})]
+    assert service.get_server_capabilities().supported_models == [
+        SupportedModel(model_name="a", max_context_length=8),
+        SupportedModel(model_name="b"),
+    ]
+    trainer.faults["get_server_capabilities"] = [Answer(200, {"supported_models": [{}]})] * 9
+    with pytest.raises(APIResponseError, match="gives no name to model 0"):
+        service.get_server_capabilities()
 
 
 def test_a_first_prompt_token_that_is_left_out_has_no_logprob(service, trainer):
