@@ -246,7 +246,8 @@ class Transport:
         answered = isinstance(error, APIStatusError)
         if request.request_id:
             what = f"accepted (request {request.request_id}), and its result never came"
-            may, answered = "has probably", answered and repeats != "until the deadline"
+            answered = answered and repeats != "until the deadline"
+            may = "may or may not have" if answered else "has probably"  # or it says that it failed
         if request.in_doubt and request.mutates and not answered:
             error = errors.AmbiguousRequestError(
                 f"{request.path} was {what} ({tried}; last: {error}). It {may} been applied: "

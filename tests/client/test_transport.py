@@ -232,6 +232,15 @@ def test_a_final_status_of_a_result(client, trainer, status):
     client.forward(DATA).result(5)
 
 
+def test_a_failure_that_is_told_by_a_status_is_not_called_probable(client, trainer):
+    words = "Loss functions ['gspo'] are not supported by the JAX backend"  # SkyRL 0.4
+    trainer.faults["retrieve_future/request-1"] = [Answer(400, {"detail": words})]
+    with pytest.raises(BadRequestError) as caught:
+        client.forward_backward(DATA, "gspo").result(5)
+    assert "forward_backward may or may not have been applied" in str(caught.value)
+    assert caught.value.may_have_been_applied
+
+
 def test_a_proxys_400_is_borne_with_only_so_often(client, trainer):
     trainer.faults["optim_step"] = [Answer(400)] * 10
     with pytest.raises(BadRequestError):
