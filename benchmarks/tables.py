@@ -142,7 +142,7 @@ def real_trainers(rows: Rows) -> str:
 
 ABOUT_A_TRAINER = ("versions", "starts")
 """Rows that say something of a trainer as a whole."""
-LONGEST_CELL = 50  # characters; longer ones become notes
+LONGEST_CELL = 70  # characters; longer ones become notes
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:

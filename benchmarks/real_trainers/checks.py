@@ -296,7 +296,9 @@ def capabilities(state: State) -> str:
     offered = [one.model_name for one in state.service.get_server_capabilities().supported_models]
     if not offered:
         raise WrongError("it offers nothing")
-    return "yes" if state.running.base_model in offered else f"{len(offered)}, not the one it has"
+    if state.running.base_model not in offered:
+        return f"{len(offered)} names, without this model's"
+    return "yes"
 
 
 def probe(state: State) -> str:
