@@ -33,6 +33,7 @@ LARGEST_NORM_ERROR = 1e-3
 LOGPROB_ERROR = 1e-3
 """How far a logprob may be from torch's, in nats; trainers compute in float32."""
 
+MANY_MODELS = 10
 POLICY = RetryPolicy(
     deadline=60.0, first_contact=20.0, poll_timeout=30.0, silence=60.0, result=180.0, blocking=240.0
 )
@@ -583,6 +584,21 @@ def unknown_token(state: State) -> str:
     return f"{words} ({seconds:.1f} s)"
 
 
+def no_room(state: State) -> str:
+    """A trainer that has no room for another model says so in words, and has room again later."""
+    made: list[Any] = []
+    try:
+        for _ in range(MANY_MODELS):
+            made.append(state.service.create_lora_training_client(state.running.base_model, rank=8))
+        words = f"room for {MANY_MODELS} more"
+    except mintjax.errors.APIError as error:
+        words = str(error).splitlines()[0]
+    for model in made:
+        model.unload().result(60)
+    state.service.create_lora_training_client(state.running.base_model, rank=8).unload().result(60)
+    return words
+
+
 def demo(state: State) -> str:
     """``mintjax demo --base-url`` runs to its end."""
     command = [sys.executable, "-m", "mintjax", "demo", "--json", "--steps", "2"]
@@ -641,6 +657,7 @@ CHECKS: list[Check] = [
     Check("sample", sample),
     Check("compute_logprobs", prompt_logprobs),
     Check("a token beyond the vocabulary", unknown_token),
+    Check("more models than there is room for", no_room),
     Check("`mintjax demo --base-url`", demo),
     Check("unload_model", unload),
 ]

@@ -256,10 +256,9 @@ class Transport:
         elif isinstance(error, errors.APIConnectionError):
             error = type(error)(f"{error}; {tried}")
         elif isinstance(error, APIStatusError) and request.may_have_been_applied:
-            error = type(error)(
-                error.status_code,
-                f"{error.message}. {request.path} {may} been applied ({tried}): {RECOVERY}",
-            )
+            words = f"{error.message}. {request.path} {may} been applied ({tried})"
+            words += f": {RECOVERY}" if request.mutates else ""
+            error = type(error)(error.status_code, words)
         elif patience.attempts > 1:
             error.add_note(tried)
         error.may_have_been_applied = request.may_have_been_applied
@@ -412,6 +411,8 @@ class Transport:
                 "; the trainer's log says why it cannot give this result. One reason is a token "
                 "beyond the vocabulary, whose logprob is no number"
             )
+        if status == 400 and "adapters" in words:
+            words += " (models that were made and not unloaded take up their places)"
         if status == 400 and request.path == "load_weights":
             words += (
                 " (a trainer that loads into new models only, such as SkyRL 0.4, takes the path by "

@@ -232,6 +232,15 @@ def test_a_final_status_of_a_result(client, trainer, status):
     client.forward(DATA).result(5)
 
 
+def test_a_trainer_without_room_for_a_model_says_what_takes_it_up(service, trainer):
+    words = "Maximum number of LoRA adapters (8) reached"  # skyrl-tx 0.3
+    trainer.faults["retrieve_future"] = [Answer(400, {"detail": words})]
+    with pytest.raises(BadRequestError, match="not unloaded take up their places") as caught:
+        service.create_lora_training_client("tiny")
+    assert words in str(caught.value)
+    assert "checkpoint" not in str(caught.value)  # there is nothing to go on from
+
+
 def test_a_failure_that_is_told_by_a_status_is_not_called_probable(client, trainer):
     words = "Loss functions ['gspo'] are not supported by the JAX backend"  # SkyRL 0.4
     trainer.faults["retrieve_future/request-1"] = [Answer(400, {"detail": words})]
