@@ -2,6 +2,12 @@
 
 try:
     from mintjax.local.engine import Engine
+    from mintjax.local.scripted import (
+        ScriptedPass,
+        ScriptedStep,
+        ScriptedTrainer,
+        scripted_trainer,
+    )
     from mintjax.local.server import running_server, serve, trainer
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -17,7 +23,11 @@ from mintjax.local.model import BASE_MODELS
 __all__ = [
     "BASE_MODELS",
     "Engine",
+    "ScriptedPass",
+    "ScriptedStep",
+    "ScriptedTrainer",
     "running_server",
+    "scripted_trainer",
     "serve",
     "tokenizer",
     "trainer",
