@@ -3,10 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mintjax import errors, gradients
+from mintjax import errors, gradients, types
 from mintjax.client import APIFuture, RetryPolicy, SamplingClient, ServiceClient, TrainingClient
 from mintjax.client.connection import installed_version
 from mintjax.gradients import LogprobGradients, value_and_logprob_grads
+from mintjax.left_out import NAMES, missing
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
 from mintjax.remote.logprobs import RemoteLogprobs, remote_logprobs
@@ -17,10 +18,12 @@ from mintjax.types import (
     AdamParams,
     CustomStepOutput,
     Datum,
+    EncodedTextChunk,
     ForwardBackwardOutput,
     LoraConfig,
     ModelInput,
     OptimStepResponse,
+    SampledSequence,
     SampleResponse,
     SamplingParams,
 )
@@ -35,6 +38,7 @@ __all__ = [
     "Batch",
     "CustomStepOutput",
     "Datum",
+    "EncodedTextChunk",
     "ForwardBackwardOutput",
     "LogprobGradients",
     "LoraConfig",
@@ -45,6 +49,7 @@ __all__ = [
     "RemoteLogprobs",
     "RetryPolicy",
     "SampleResponse",
+    "SampledSequence",
     "SamplingClient",
     "SamplingParams",
     "ServiceClient",
@@ -56,9 +61,22 @@ __all__ = [
     "objectives",
     "remote_logprobs",
     "remote_optimizer",
+    "types",
     "value_and_logprob_grads",
 ]
 
+_ERRORS_OF_THE_SDK = {
+    **{name: name for name in ("APIError", "APIConnectionError", "APIStatusError")},
+    **{name: name for name in ("APITimeoutError", "AuthenticationError", "BadRequestError")},
+    **{name: name for name in ("BillingError", "InternalServerError", "NotFoundError")},
+    **{name: name for name in ("RateLimitError", "RequestFailedError")},
+    "APIResponseValidationError": "APIResponseError",
+    "ConflictError": "BadRequestError",
+    "PermissionDeniedError": "AuthenticationError",
+    "TinkerError": "MintjaxError",
+    "UnprocessableEntityError": "BadRequestError",
+}
+_TYPES_OF_THE_SDK = ("ModelID", "ModelInputChunk", "StopReason", "TensorDtype")
 _ON_FIRST_USE = ("bench", "interop", "local", "losses", "mint", "objectives", "testing")
 
 
@@ -68,7 +86,11 @@ def __getattr__(name: str) -> Any:
         return installed_version()
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"mintjax.{name}")
-    raise AttributeError(f"module 'mintjax' has no attribute {name!r}")
+    if name in _ERRORS_OF_THE_SDK:
+        return getattr(errors, _ERRORS_OF_THE_SDK[name])
+    if name in _TYPES_OF_THE_SDK:
+        return getattr(types, name)
+    raise missing("module 'mintjax'", name, NAMES)
 
 
 def __dir__() -> list[str]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import DataError
+from mintjax.left_out import NAMES, missing
 from mintjax.tensors import TensorData, numbers_of, to_tensor
 
 LossFnName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+LossFnType: TypeAlias = str
+StopReason = Literal["stop", "length"]
+TensorDtype = Literal["float32", "int64"]
+ModelID: TypeAlias = str
 
 
 class EncodedTextChunk(msgspec.Struct, frozen=True):
@@ -42,6 +47,9 @@ class EncodedTextChunk(msgspec.Struct, frozen=True):
         return len(self.tokens)
 
 
+ModelInputChunk: TypeAlias = EncodedTextChunk
+
+
 class ModelInput(msgspec.Struct, frozen=True):
     """The tokens that the model reads, in chunks.
 
@@ -66,6 +74,19 @@ class ModelInput(msgspec.Struct, frozen=True):
                 field="model_input",
             )
         return cls([EncodedTextChunk(cast("list[int]", array.tolist()))])
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        """No token."""
+        return cls([])
+
+    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+        """The same tokens, and those of another ``chunk`` behind them."""
+        return ModelInput([*self.chunks, _as_text(chunk)])
+
+    def append_int(self, token: int) -> ModelInput:
+        """The same tokens, and another ``token`` behind them."""
+        return self.append(EncodedTextChunk([token]))
 
     def to_ints(self) -> list[int]:
         """All tokens as one list."""
@@ -294,8 +315,9 @@ class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
     Args:
         loss_fn_outputs: one dict of arrays per datum, in the order of the data; ``"logprobs"`` has
             the shape of that datum's ``target_tokens``, in nats.
-        metrics: numbers by name. A trainer's own end in how they combine (``"loss:sum"``); a custom
-            step adds the objective's, ``"loss"`` among them.
+        metrics: numbers by name. A trainer's own end in how they combine (``"loss:sum"``). A custom
+            step has the objective's, the loss as ``"loss"`` and ``"loss:sum"``, and the trainer's
+            sum as ``"surrogate_loss:sum"``.
         loss_fn_output_type: what the trainer calls its records.
     """
 
@@ -401,7 +423,17 @@ class SampledSequence(msgspec.Struct, kw_only=True):
 
     tokens: list[int]
     logprobs: list[float] | None = None
-    stop_reason: Literal["stop", "length"] = "length"
+    stop_reason: StopReason = "length"
+
+    @property
+    def tokens_np(self) -> npt.NDArray[np.int32]:
+        """The tokens as an array, shape ``[T]``."""
+        return np.asarray(self.tokens, np.int32)
+
+    @property
+    def logprobs_np(self) -> npt.NDArray[np.float32] | None:
+        """The logprobs as an array, shape ``[T]``, or None where the trainer gave none."""
+        return None if self.logprobs is None else np.asarray(self.logprobs, np.float32)
 
 
 class SampleResponse(msgspec.Struct, kw_only=True):
@@ -414,6 +446,12 @@ class SampleResponse(msgspec.Struct, kw_only=True):
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
+
+    @property
+    def prompt_logprobs_np(self) -> npt.NDArray[np.float32] | None:
+        """The prompt's logprobs as an array, shape ``[T]``, with NaN in place of None."""
+        given = self.prompt_logprobs
+        return None if given is None else np.asarray(given, np.float32)
 
 
 class ModelData(msgspec.Struct, kw_only=True):
@@ -464,3 +502,13 @@ class ServerCapabilities(msgspec.Struct, kw_only=True):
     """
 
     supported_models: list[SupportedModel]
+
+
+GetServerCapabilitiesResponse: TypeAlias = ServerCapabilities
+SaveWeightsForSamplerResponse: TypeAlias = SaveWeightsResponse
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        raise missing("module 'mintjax.types'", name, NAMES)

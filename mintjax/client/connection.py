@@ -209,7 +209,12 @@ class Connection:
             if self.transport.session_id is None:
                 self.limits = await self._client_config()
                 metadata = self.settings.user_metadata or {}
-                request = messages.CreateSessionRequest(self._version, user_metadata=metadata)
+                request = messages.CreateSessionRequest(
+                    self._version,
+                    user_metadata=metadata,
+                    project_id=self.settings.project_id or msgspec.UNSET,
+                    display_name=self.settings.display_name or msgspec.UNSET,
+                )
                 answer = await self.ask("create_session", request, messages.CreateSessionResponse)
                 for kind in ("info", "warning", "error"):
                     if message := getattr(answer, f"{kind}_message"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from mintjax.step.routes import Backward, shortcut
 from mintjax.types import CustomStepOutput, ForwardBackwardOutput
 
 logger = logging.getLogger("mintjax.client")
+
+_SUM = "loss:sum"
 
 
 async def custom_step(
@@ -115,13 +118,22 @@ async def custom_step(
     _warn_once(facts, output)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
-        metrics={**output.metrics, **metrics},  # the objective's win
+        metrics=_named(output.metrics, metrics),
         loss_fn_output_type=output.loss_fn_output_type,
         route=backward.route,
         forward_seconds=forward_seconds,
         client_seconds=turn.computing_seconds,
         backward_seconds=backward_seconds,
     )
+
+
+def _named(trainers: Mapping[str, float], objectives: Mapping[str, float]) -> dict[str, float]:
+    """Joins metrics; those of the objective win, and ``"loss:sum"`` is its loss.
+
+    As in the official SDK, the trainer's sum is that of what carried the gradient.
+    """
+    carried = {f"surrogate_{_SUM}" if name == _SUM else name: trainers[name] for name in trainers}
+    return {**carried, **objectives, _SUM: objectives["loss"]}
 
 
 def logprobs(output: ForwardBackwardOutput) -> list[npt.NDArray[np.float32]]:

@@ -10,9 +10,10 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar
 
 from mintjax.errors import APITimeoutError, ClosedError, NotCopyableError
+from mintjax.left_out import SdkMethods
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +30,25 @@ class NotCopyable:
             "of a checkpoint: create_training_client_from_state_with_optimizer(path), or "
             "create_sampling_client(model_path=path)"
         )
+
+
+class MadeClient(NotCopyable, SdkMethods):
+    """A client whose ``result()``, and which awaited, is itself.
+
+    The official SDK returns a future of a client. Here a method that makes one waits for it, and a
+    script that asks for the result goes on as it is.
+    """
+
+    def result(self, timeout: float | None = None) -> Self:
+        """Returns itself at once."""
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> Self:
+        """Returns itself at once."""
+        return self
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.result_async().__await__()
 
 
 class APIFuture(NotCopyable, concurrent.futures.Future[T]):
@@ -122,6 +142,14 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
         if not self.done():
             raise _late(timeout)
         return self.result()
+
+    async def coroutine(self) -> T:
+        """Waits for the result, as a coroutine, which ``asyncio.create_task`` asks for."""
+        return await self.result_async()
+
+    def future(self) -> concurrent.futures.Future[T]:
+        """Returns itself, because it is a ``concurrent.futures.Future``."""
+        return self
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()

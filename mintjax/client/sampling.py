@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture, NotCopyable, awaited
+from mintjax.client.futures import APIFuture, MadeClient, awaited
 from mintjax.client.passes import MAX_LOGPROB
 from mintjax.errors import APIResponseError, DataError
 from mintjax.protocol import messages
@@ -21,7 +21,7 @@ from mintjax.types import (
 )
 
 
-class SamplingClient(NotCopyable):
+class SamplingClient(MadeClient):
     """Samples from one set of weights, which stays as it was when this was made.
 
     Made by :meth:`ServiceClient.create_sampling_client` and

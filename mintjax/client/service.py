@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any, Self, TypeVar
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 import msgspec
@@ -15,6 +16,7 @@ from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
 from mintjax.client.training import TrainingClient, make_model, probe
 from mintjax.errors import APIStatusError, ConfigError, DataError
+from mintjax.left_out import SdkMethods, refuse
 from mintjax.protocol import messages
 from mintjax.step.reduction import Reduction
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
@@ -34,7 +36,7 @@ class _WeightsInfoRequest(msgspec.Struct):
     tinker_path: str
 
 
-class ServiceClient(NotCopyable):
+class ServiceClient(NotCopyable, SdkMethods):
     """A session with a trainer; makes training and sampling clients.
 
     It starts one thread, which does everything that goes over the network; the session is opened
@@ -50,6 +52,8 @@ class ServiceClient(NotCopyable):
             trainer that does not keep the order of ``seq_id``.
         max_response_bytes: refuse larger answers.
         user_metadata: sent with the session.
+        project_id: of the session, where the trainer knows projects; ``TINKER_PROJECT_ID`` if None.
+        display_name: of the session, where the trainer shows one.
         on_progress: called in the client's thread with each :class:`Progress`; must not block.
         allow_insecure_http: allow ``http://`` to another machine, where anyone on the way can read
             the key.
@@ -69,12 +73,19 @@ class ServiceClient(NotCopyable):
         pipelined: bool = True,
         max_response_bytes: int = 1 << 30,
         user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        display_name: str | None = None,
         on_progress: Callable[[Progress], object] | None = None,
         allow_insecure_http: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if not timeout > 0:
             raise ConfigError(f"timeout must be above 0 seconds, not {timeout}")
+        if base_url is not None and not isinstance(base_url, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                "base_url must be a string; where the official SDK takes user_metadata first, pass "
+                "ServiceClient(user_metadata=...)"
+            )
         url, key = resolve(base_url, api_key, allow_insecure_http=allow_insecure_http)
         settings = Settings(
             url=url,
@@ -84,6 +95,8 @@ class ServiceClient(NotCopyable):
             pipelined=pipelined,
             max_response_bytes=max_response_bytes,
             user_metadata=user_metadata,
+            project_id=project_id or os.environ.get("TINKER_PROJECT_ID"),
+            display_name=display_name,
             transport=transport,
             on_progress=on_progress,
         )
@@ -103,6 +116,7 @@ class ServiceClient(NotCopyable):
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: dict[str, str] | None = None,
+        optimizer: Any = None,
         *,
         timeout: float | None = None,
     ) -> Limited[TrainingClient]:
@@ -116,6 +130,7 @@ class ServiceClient(NotCopyable):
             train_attn: adapt the attention projections.
             train_unembed: adapt the output projection.
             user_metadata: sent with the model.
+            optimizer: the official SDK's; AdamW is the one there is.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
@@ -123,6 +138,7 @@ class ServiceClient(NotCopyable):
             APIError: the trainer cannot be reached, or refuses.
             APITimeoutError: it takes longer than the timeout.
         """
+        _refuse_optimizer(optimizer)
         base_model = base_model or from_environment("BASE_MODEL")
         if not base_model:
             raise DataError("none was given, nor is TINKER_BASE_MODEL set", field="base_model")
@@ -144,7 +160,10 @@ class ServiceClient(NotCopyable):
     def _create_training_client_from_state(
         self,
         path: str,
+        base_model: str | None = None,
         user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: Any = None,
         *,
         timeout: float | None = None,
     ) -> Limited[TrainingClient]:
@@ -152,13 +171,18 @@ class ServiceClient(NotCopyable):
 
         Args:
             path: ``tinker://<model>/weights/<name>``.
+            base_model: in place of the checkpoint's own, where the two go together.
             user_metadata: sent with the model.
+            weights_access_token: lets a checkpoint of another account be read.
+            optimizer: the official SDK's; AdamW is the one there is.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
             APIError: the trainer cannot be reached, or knows no such path.
         """
-        return self._connection.limited(timeout, self._from_state, path, user_metadata, False)
+        _refuse_optimizer(optimizer)
+        run = self._from_state(path, base_model, user_metadata, weights_access_token, False)
+        return self._connection.limited(timeout, run)
 
     create_training_client_from_state, create_training_client_from_state_async = both(
         _create_training_client_from_state, TrainingClient
@@ -167,12 +191,23 @@ class ServiceClient(NotCopyable):
     def _create_training_client_from_state_with_optimizer(
         self,
         path: str,
+        base_model: str | None = None,
         user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
         *,
         timeout: float | None = None,
     ) -> Limited[TrainingClient]:
-        """Makes a model with the weights and the optimizer's state of a path."""
-        return self._connection.limited(timeout, self._from_state, path, user_metadata, True)
+        """Makes a model with the weights and the optimizer's state of a path.
+
+        Args:
+            path: ``tinker://<model>/weights/<name>``.
+            base_model: in place of the checkpoint's own, where the two go together.
+            user_metadata: sent with the model.
+            weights_access_token: lets a checkpoint of another account be read.
+            timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+        """
+        run = self._from_state(path, base_model, user_metadata, weights_access_token, True)
+        return self._connection.limited(timeout, run)
 
     (
         create_training_client_from_state_with_optimizer,
@@ -183,6 +218,8 @@ class ServiceClient(NotCopyable):
         self,
         model_path: str | None = None,
         base_model: str | None = None,
+        retry_config: None = None,
+        record_stability_info: Literal[False] = False,
         *,
         timeout: float | None = None,
     ) -> Limited[SamplingClient]:
@@ -191,11 +228,14 @@ class ServiceClient(NotCopyable):
         Args:
             model_path: a path that ``save_weights_for_sampler`` gave.
             base_model: name of a base model, if there is no path.
+            retry_config: the official SDK's; left out.
+            record_stability_info: the official SDK's; left out.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
             DataError: neither was given.
         """
+        refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         if model_path is None and base_model is None:
             raise DataError("pass model_path, or base_model", field="model_path")
         connection = self._connection
@@ -296,15 +336,32 @@ class ServiceClient(NotCopyable):
         await self._connection.session()
         return self._connection.limits
 
-    async def _from_state(
-        self, path: str, user_metadata: dict[str, str] | None, optimizer: bool
-    ) -> TrainingClient:
-        info = await self._weights_info(path)
-        flags = (info.train_unembed, info.train_mlp, info.train_attn)
-        config = LoraConfig(info.lora_rank or 32, None, *(flag is not False for flag in flags))
-        client = await make_model(self._connection, info.base_model, config, user_metadata)
-        await (client.load_state_with_optimizer if optimizer else client.load_state)(path)
-        return client
+    def _from_state(
+        self,
+        path: str,
+        base_model: str | None,
+        user_metadata: dict[str, str] | None,
+        token: str | None,
+        optimizer: bool,
+    ) -> Callable[[], Coroutine[Any, Any, TrainingClient]]:
+        if base_model is not None and not isinstance(base_model, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise DataError(
+                "it must be a name; an older official SDK takes user_metadata here, which is now "
+                "passed as user_metadata=...",
+                field="base_model",
+            )
+
+        async def run() -> TrainingClient:
+            info = await self._weights_info(path)
+            flags = (info.train_unembed, info.train_mlp, info.train_attn)
+            config = LoraConfig(info.lora_rank or 32, None, *(flag is not False for flag in flags))
+            name = base_model or info.base_model
+            client = await make_model(self._connection, name, config, user_metadata)
+            load = client.load_state_with_optimizer if optimizer else client.load_state
+            await load(path, token)
+            return client
+
+        return run
 
     async def _weights_info(self, path: str) -> _WeightsInfo:
         ask = self._connection.ask
@@ -319,6 +376,10 @@ class ServiceClient(NotCopyable):
         request = messages.ModelRequest(model_id, "get_info")
         info = await ask("get_info", request, GetInfoResponse)
         return _WeightsInfo(info.model_data.model_name, info.lora_rank)
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    refuse(optimizer=None if getattr(optimizer, "type", None) == "adamw" else optimizer)
 
 
 def _integer(name: str, value: Any) -> int:

@@ -187,6 +187,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pipelined: bool
     max_response_bytes: int
     user_metadata: dict[str, str] | None
+    project_id: str | None
+    display_name: str | None
     transport: httpx.AsyncBaseTransport | None
     on_progress: Callable[[Progress], object] | None
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -15,13 +15,15 @@ import numpy.typing as npt
 from mintjax.client.connection import Connection
 from mintjax.client.custom_step import custom_step
 from mintjax.client.custom_step import logprobs as logprobs_of
-from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, submitted, wait
+from mintjax.client.futures import APIFuture, Limited, MadeClient, both, submitted, wait
 from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, Turn
 from mintjax.client.passes import Pass
 from mintjax.client.sampling import SamplingClient
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
+from mintjax.gradients.torch import torch_if_written_for_it
+from mintjax.left_out import refuse
 from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch, as_batch, check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
@@ -45,7 +47,7 @@ T = TypeVar("T")
 _SECONDS_TO_UNLOAD = 30.0
 
 
-class TrainingClient(NotCopyable):
+class TrainingClient(MadeClient):
     """Trains one model.
 
     Made by :meth:`ServiceClient.create_lora_training_client`. Every method returns at once, and
@@ -105,8 +107,9 @@ class TrainingClient(NotCopyable):
     def forward_backward_custom(
         self,
         data: Sequence[Datum] | Batch,
-        objective: Objective,
+        loss_fn: Objective,
         *,
+        loss_type_input: Literal["logprobs"] | None = None,
         single_pass: bool = True,
         datums_in_step: int | None = None,
         step: int | None = None,
@@ -124,16 +127,20 @@ class TrainingClient(NotCopyable):
 
         Args:
             data: at least one datum, each with ``target_tokens``.
-            objective: ``(data, logprobs) -> (scalar loss, dict of scalar metrics)``, a pure
-                function that JAX can trace; ``logprobs`` holds one array per datum.
+            loss_fn: an objective, ``(data, logprobs) -> (scalar loss, dict of metrics)``: a pure
+                function that JAX can trace, where ``logprobs`` holds one row per datum. One that
+                names torch is called with a list of torch tensors, as
+                :class:`mintjax.interop.torch_objective` does.
+            loss_type_input: ``"logprobs"``, which is what an objective gets.
             single_pass: save the forward pass where it is not needed.
             datums_in_step: how many datums all passes before the next optimizer step have in all.
                 Only a trainer that averages over them must be told, and only for several passes.
             step: read the objective's schedules at this step, as its ``at_step`` does.
 
         Returns:
-            The backward pass's output; its metrics are the trainer's, overlaid by the objective's,
-            ``"loss"`` among them.
+            The backward pass's output. Its metrics are the objective's, and the loss as ``"loss"``
+            and ``"loss:sum"``. The trainer's own come with them; its ``"loss:sum"``, of what
+            carried the gradient, is ``"surrogate_loss:sum"``.
 
         Raises:
             DataError: the data cannot be used; nothing was sent.
@@ -141,8 +148,10 @@ class TrainingClient(NotCopyable):
         What the objective raises reaches the caller from the future, as it is; then there is no
         backward pass, no number is lost, and the next submission goes on.
         """
+        refuse(loss_type_input=None if loss_type_input == "logprobs" else loss_type_input)
         batch = check_data(as_batch(data).snapshot(), ["target_tokens"])
         _check_weights(batch)
+        objective = torch_if_written_for_it(loss_fn)
         if step is not None:
             objective = _at_step(objective, step)
 
@@ -209,16 +218,23 @@ class TrainingClient(NotCopyable):
 
         return wait(self._connection.limit(self._lane.submit(run, mutates=True), timeout))
 
-    def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+    def optim_step(
+        self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
+    ) -> APIFuture[OptimStepResponse]:
         """Update the weights with the accumulated gradient, and forget it.
 
         Args:
-            adam_params: the hyperparameters of this step.
+            optim_params: the hyperparameters of this step.
+            adam_params: the same, by the name that older versions of the official SDK have.
 
         Raises:
-            DataError: one of them is not finite; nothing was sent.
+            DataError: one of them is not finite, or not one of the two arguments was given; nothing
+                was sent.
         """
-        params = _finite_floats(msgspec.structs.asdict(as_params(AdamParams, adam_params)))
+        if (optim_params is None) == (adam_params is None):
+            raise DataError("pass AdamParams, once; nothing was sent", field="optim_params")
+        given = as_params(AdamParams, adam_params if optim_params is None else optim_params)
+        params = _finite_floats(msgspec.structs.asdict(given))
         request = messages.OptimStepRequest(AdamParams(**params), self.model_id)
 
         async def run(turn: Turn) -> OptimStepResponse:
@@ -242,34 +258,92 @@ class TrainingClient(NotCopyable):
             timeout, lambda: probe(connection, self.get_info().model_data.model_name)
         )
 
-    def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """Save weights and optimizer state under a name, to train on from."""
-        request = messages.SaveWeightsRequest(self.model_id, name, type="save_weights")
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Save weights and optimizer state under a name, to train on from.
+
+        Args:
+            name: of the checkpoint.
+            ttl_seconds: after which the trainer may delete it; never if None.
+            overwrite: replace a checkpoint of that name, where the trainer makes a difference.
+            user_metadata: kept with it, where the trainer keeps such.
+        """
+        request = messages.SaveWeightsRequest(
+            self.model_id,
+            name,
+            type="save_weights",
+            ttl_seconds=ttl_seconds,
+            overwrite=overwrite,
+            user_metadata=user_metadata,
+        )
         return self.submit("save_weights", request, SaveWeightsResponse, mutates=False)
 
-    def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Load the weights of a path that :meth:`save_state` gave; the optimizer starts afresh."""
-        return self._load(path, optimizer=False)
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Load the weights of a path that :meth:`save_state` gave; the optimizer starts afresh.
 
-    def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Load weights and optimizer state of a path that :meth:`save_state` gave."""
-        return self._load(path, optimizer=True)
+        Args:
+            path: of the checkpoint.
+            weights_access_token: lets a checkpoint of another account be read.
+        """
+        return self._load(path, weights_access_token, optimizer=False)
 
-    def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`."""
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Load weights and optimizer state of a path that :meth:`save_state` gave.
+
+        Args:
+            path: of the checkpoint.
+            weights_access_token: lets a checkpoint of another account be read.
+        """
+        return self._load(path, weights_access_token, optimizer=True)
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: dict[str, str] | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`.
+
+        Args are those of :meth:`save_state`.
+        """
         path = "save_weights_for_sampler"
-        request = messages.SaveWeightsForSamplerRequest(self.model_id, name, type=path)
+        request = messages.SaveWeightsForSamplerRequest(
+            self.model_id, name, type=path, ttl_seconds=ttl_seconds, user_metadata=user_metadata
+        )
         return self.submit(path, request, SaveWeightsResponse, mutates=False)
 
     def _save_weights_and_get_sampling_client(
-        self, name: str | None = None, *, timeout: float | None = None
+        self,
+        name: str | None = None,
+        retry_config: None = None,
+        record_stability_info: Literal[False] = False,
+        kind: Literal["snapshot"] = "snapshot",
+        *,
+        timeout: float | None = None,
     ) -> Limited[SamplingClient]:
         """A sampling client for the weights as they are once all that was submitted is done.
 
         Args:
             name: keep the weights under this name; for this client only if None.
+            retry_config: the official SDK's; left out.
+            record_stability_info: the official SDK's; left out.
+            kind: ``"snapshot"``: the client keeps the weights that it was made with.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
         """
+        refuse(
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
+            kind=None if kind == "snapshot" else kind,
+        )
 
         async def run(turn: Turn) -> SamplingClient:
             turn.begin()
@@ -294,14 +368,22 @@ class TrainingClient(NotCopyable):
     )
 
     def _create_sampling_client(
-        self, model_path: str, *, timeout: float | None = None
+        self,
+        model_path: str,
+        retry_config: None = None,
+        record_stability_info: Literal[False] = False,
+        *,
+        timeout: float | None = None,
     ) -> Limited[SamplingClient]:
         """A sampling client for saved weights.
 
         Args:
             model_path: what a save for a sampler gave.
+            retry_config: the official SDK's; left out.
+            record_stability_info: the official SDK's; left out.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
         """
+        refuse(retry_config=retry_config, record_stability_info=record_stability_info)
         connection = self._connection
         return connection.limited(timeout, SamplingClient.open, connection, model_path)
 
@@ -401,9 +483,13 @@ class TrainingClient(NotCopyable):
 
         return self._lane.submit(run, mutates=backward)
 
-    def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
+    def _load(
+        self, path: str, token: str | None, *, optimizer: bool
+    ) -> APIFuture[LoadWeightsResponse]:
         path_of_load = "load_weights"
-        request = messages.LoadWeightsRequest(self.model_id, path, None, optimizer, path_of_load)
+        request = messages.LoadWeightsRequest(
+            self.model_id, path, None, optimizer, path_of_load, token or msgspec.UNSET
+        )
 
         async def run(turn: Turn) -> LoadWeightsResponse:
             turn.begin()

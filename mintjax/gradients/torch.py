@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +17,71 @@ from mintjax.ragged.batch import Batch
 
 TorchLoss = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 """``(data: list[Datum], logprobs: list[torch.Tensor]) -> (torch scalar, metrics)``."""
+
+
+def torch_if_written_for_it(loss: Any) -> Any:
+    """Makes a :class:`torch_objective` of a function that names torch, and leaves others alone.
+
+    A function names torch where its code reads a global, a closure variable or an attribute that is
+    torch's, calls ``to_torch``, or imports torch; or where a function of the user's that it reaches
+    by name does. Functions of installed packages are not looked into, unless the loss is one.
+
+    Args:
+        loss: an objective, or a loss for the official SDK.
+
+    Returns:
+        What evaluates it as it is meant.
+    """
+    kind = cast("type[Any]", type(loss))
+    called: Any = loss if issubclass(kind, _FUNCTIONS) else getattr(kind, "__call__", None)  # noqa: B004
+    home = _home(called)
+    named = home not in _NEVER_TORCH and _names_torch(called, home, set())
+    return torch_objective(loss) if named else loss
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_NEVER_TORCH = ("jax", "mintjax", "optax")
+
+
+def _home(value: Any) -> str:
+    """Names the package that something was defined in."""
+    if isinstance(value, functools.partial):
+        return _home(cast("functools.partial[Any]", value).func)
+    name = value.__name__ if isinstance(value, types.ModuleType) else ""
+    return str(getattr(value, "__module__", None) or name).partition(".")[0]
+
+
+def _names_torch(value: Any, home: str, seen: set[int]) -> bool:
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, functools.partial):
+        return _names_torch(cast("functools.partial[Any]", value).func, home, seen)
+    if isinstance(value, types.MethodType):
+        value = value.__func__
+    if _home(value) == "torch":
+        return True
+    if not isinstance(value, types.FunctionType) or (_home(value) != home and _installed(value)):
+        return False
+    names = _names_in(value.__code__)
+    if "to_torch" in names or "torch" in names:
+        return True
+    reached = [value.__globals__[name] for name in names if name in value.__globals__]
+    for cell in value.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            reached.append(cell.cell_contents)
+    return any(_names_torch(one, home, seen) for one in reached)
+
+
+def _installed(function: types.FunctionType) -> bool:
+    path = function.__code__.co_filename
+    return "-packages" in path or _home(function) in sys.stdlib_module_names
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """Collects the global names and attributes that a function's code reads."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return {*code.co_names}.union(*map(_names_in, inner))
 
 
 class torch_objective:

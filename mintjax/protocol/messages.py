@@ -56,6 +56,8 @@ class CreateSessionRequest(msgspec.Struct):
     sdk_version: str
     tags: list[str] = msgspec.field(default_factory=list[str])
     user_metadata: dict[str, str] | None = msgspec.field(default_factory=dict[str, str])
+    project_id: str | msgspec.UnsetType = msgspec.UNSET
+    display_name: str | msgspec.UnsetType = msgspec.UNSET
     type: Literal["create_session"] = "create_session"
 
 
@@ -122,6 +124,9 @@ class SaveWeightsRequest(msgspec.Struct, omit_defaults=True):
     path: str | None = None
     seq_id: int | None = None
     type: str | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
 
 
 class LoadWeightsRequest(msgspec.Struct):
@@ -132,6 +137,7 @@ class LoadWeightsRequest(msgspec.Struct):
     seq_id: int | None = None
     optimizer: bool = False
     type: str | None = None
+    weights_access_token: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class SaveWeightsForSamplerRequest(msgspec.Struct, omit_defaults=True):
@@ -142,6 +148,8 @@ class SaveWeightsForSamplerRequest(msgspec.Struct, omit_defaults=True):
     sampling_session_seq_id: int | None = None
     seq_id: int | None = None
     type: str | None = None
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
 
 
 class SaveWeightsForSamplerResponse(msgspec.Struct, omit_defaults=True):

@@ -58,6 +58,6 @@ class Step(Protocol):
 class Optimizer(Protocol):
     """A trainer's optimizer."""
 
-    def optim_step(self, adam_params: AdamParams) -> Step:
+    def optim_step(self, adam_params: AdamParams, /) -> Step:
         """Update the weights with what has accumulated, and forget that."""
         ...

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ import mintjax
 from mintjax import Datum, ModelInput, objectives
 from mintjax.errors import ObjectiveError
 from mintjax.gradients.evaluate import constant_logprob_grads
-from mintjax.gradients.torch import torch_objective
+from mintjax.gradients.torch import torch_if_written_for_it, torch_objective
 
 
 def make(sizes):
@@ -94,3 +96,35 @@ def test_a_torch_loss_that_is_no_scalar_is_refused(small_torch, kind):
     objective = torch_objective(lambda data, rows: (rows[0] if kind == "row" else 1.0, {}))
     with pytest.raises(ObjectiveError, match="must be a torch scalar"):
         mintjax.value_and_logprob_grads(objective, *make([3]))
+
+
+def test_a_loss_that_names_torch_is_known_for_one(small_torch):
+    torch = small_torch
+
+    def helper(row):
+        return torch.stack([row])
+
+    def reads_torch(data, logprobs):
+        return helper(logprobs[0]).sum(), {}
+
+    def imports_it(data, logprobs):
+        import torch
+
+        return torch.stack(logprobs).sum(), {}
+
+    def converts(data, logprobs):
+        return sum((row * d["w"].to_torch()).sum() for d, row in zip(data, logprobs)), {}  # noqa: B905
+
+    class Callable:
+        def __call__(self, data, logprobs):
+            return helper(logprobs[0]), {}
+
+    def in_jax(data, logprobs):
+        return logprobs.total(), {"torch": np.zeros(())}
+
+    torch_losses = [reads_torch, imports_it, converts, Callable(), functools.partial(reads_torch)]
+    for loss in torch_losses:
+        assert isinstance(torch_if_written_for_it(loss), torch_objective), loss
+    given = torch_objective(reads_torch)
+    for loss in (in_jax, objectives.ppo(), given, lambda d, lp: in_jax(d, lp), np.sum, print):
+        assert torch_if_written_for_it(loss) is loss
