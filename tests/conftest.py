@@ -27,6 +27,8 @@ settings.register_profile(
 settings.load_profile("default")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where JAX_COMPILATION_CACHE_DIR is set, small programs are kept too, because the tests have many.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import mintjax
 from mintjax import objectives
 
+from ..examples import examples
+
 # One objective of each family: a ratio per token, per sequence, and per geometric mean.
 FAMILIES = {"ppo": objectives.ppo, "gspo": objectives.gspo, "gmpo": objectives.gmpo}
 BOUNDS: dict[str, Any] = {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}
@@ -20,7 +22,6 @@ PER_TOKEN = [
     for name in objectives.__all__
     if hasattr(getattr(objectives, name), "aggregation") and name != "TokenObjective"
 ]
-EXAMPLES = settings().max_examples if settings().max_examples > 100 else 4
 Rows = list[np.ndarray]
 
 
@@ -46,7 +47,7 @@ def steps(draw: st.DrawFn) -> tuple[list[mintjax.Datum], Rows]:
 
 @pytest.mark.parametrize("how", get_args(objectives.Aggregation))
 @given(step=steps(), family=st.sampled_from(sorted(FAMILIES)))
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=examples(2))
 def test_a_step_in_two_requests_is_the_same_step(how, step, family):
     data, logprobs = step
     make = FAMILIES[family]

@@ -13,6 +13,8 @@ import mintjax
 from mintjax import objectives, testing
 from mintjax.gradients import stats
 
+from ..examples import examples
+
 EXAMPLE = find(
     testing.batches(block=2, max_blocks=2, max_length=20, log_ratios=("small",)),
     lambda e: len(e.data) == 4,
@@ -125,6 +127,7 @@ def test_wrong_use_is_refused():
 
 
 @given(testing.batches(max_length=120, poison=True))
+@settings(max_examples=examples(3))
 def test_a_sum_obeys_the_laws(example):
     testing.check_gradient(BOTH, *example)
     testing.check_permutation(BOTH, *example)

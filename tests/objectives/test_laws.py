@@ -16,7 +16,7 @@ from .specimens import SPECIMENS, Specimen
 
 # By default some batches for those whose way of evaluation is their own. Those that are another
 # loss in the same frame are differenced once, because each costs a program or two to compile.
-ALONE, FRAMED = examples(12), examples(1)
+ALONE, FRAMED = examples(3), examples(1)
 OWN_WAY = {
     "cross_entropy",
     "ppo",
@@ -76,7 +76,7 @@ def test_every_other_loss_in_the_same_frame_obeys_every_law(name, data):
 
 
 @given(example=testing.batches(max_blocks=2, max_length=3000, poison=True))
-@settings(max_examples=100 if THOROUGH else 5)
+@settings(max_examples=100 if THOROUGH else 2)
 def test_long_rows_obey_the_laws(example):
     specimen = SPECIMENS["ppo"]
     testing.check_finite(specimen.objective, *example)

@@ -13,8 +13,9 @@ import mintjax
 from mintjax import objectives, testing
 from mintjax.errors import DataError
 
+from ..examples import examples
+
 GROUPS = [0, 1, 0, 2, 1, 1]
-EXAMPLES = settings().max_examples if settings().max_examples > 100 else 3
 
 
 def batch(seed: int) -> tuple[list[mintjax.Datum], list[np.ndarray], np.ndarray]:
@@ -36,7 +37,7 @@ def batch(seed: int) -> tuple[list[mintjax.Datum], list[np.ndarray], np.ndarray]
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=examples(3))
 def test_the_worst_group_alone_is_trained_on(seed):
     data, rows, nll = batch(seed)
     objective = objectives.worst_group(num_groups=3)
@@ -51,7 +52,7 @@ def test_the_worst_group_alone_is_trained_on(seed):
 
 
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.05, 1.0))
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=examples(3))
 def test_the_worst_share_is_the_mean_of_the_largest(seed, share):
     data, rows, nll = batch(seed)
     objective = objectives.conditional_value_at_risk(share=share)
