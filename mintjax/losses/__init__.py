@@ -59,6 +59,7 @@ from mintjax.losses._distillation import (
     entropy_bounds,
     generalised_jsd,
 )
+from mintjax.losses._logits import fused_target_logprobs, target_logprobs
 from mintjax.losses._margins import discopop, exo_pair, hinge, ipo
 from mintjax.losses._pages import conventions, describe
 from mintjax.losses._penalties import (
@@ -158,6 +159,7 @@ __all__ = [
     "fixed_length_mean",
     "focal_cross_entropy",
     "focal_weights",
+    "fused_target_logprobs",
     "gae",
     "gdpo",
     "generalised_jsd",
@@ -213,6 +215,7 @@ __all__ = [
     "slic",
     "sppo",
     "stable_reinforce",
+    "target_logprobs",
     "token_mean",
     "truncated_importance_sampling",
     "truncation_mask",

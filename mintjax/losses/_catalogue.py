@@ -107,6 +107,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "generalised_jsd",
         "brier_score",
     ),
+    "logprobs of a model of one's own": (
+        "target_logprobs",
+        "fused_target_logprobs",
+    ),
     "aggregations": (
         "token_mean",
         "sequence_mean",
