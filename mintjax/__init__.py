@@ -26,6 +26,8 @@ from mintjax.types import (
     SampledSequence,
     SampleResponse,
     SamplingParams,
+    datum,
+    with_column,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ __all__ = [
     "ServiceClient",
     "TensorData",
     "TrainingClient",
+    "datum",
     "errors",
     "gradients",
     "losses",
@@ -63,6 +66,7 @@ __all__ = [
     "remote_optimizer",
     "types",
     "value_and_logprob_grads",
+    "with_column",
 ]
 
 _ERRORS_OF_THE_SDK = {

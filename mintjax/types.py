@@ -227,6 +227,114 @@ def as_datums(data: Sequence[Any]) -> Sequence[Datum]:
     return taken
 
 
+def datum(
+    prompt: Sequence[int] | npt.NDArray[np.integer[Any]],
+    answer: Sequence[int] | npt.NDArray[np.integer[Any]],
+    *,
+    per_datum: Mapping[str, float] | None = None,
+    **columns: Any,
+) -> Datum:
+    """Makes a datum that trains on an answer to a prompt.
+
+    The model reads all tokens but the last, T in all, and each target is the token that follows.
+    ``weights`` are 1 at the answer's tokens and 0 before.
+
+    Args:
+        prompt: at least one token id.
+        answer: n >= 1 token ids.
+        per_datum: columns of a single number, such as a reward.
+        columns: a number, which is repeated at each token of the answer; or one entry for each of
+            the answer's n tokens, shape ``[n]`` or ``[n, K]``, with 0 before; or one for each of
+            the T tokens. ``weights`` can be given so too.
+
+    Returns:
+        The datum, with ``target_tokens``, ``weights`` and the columns.
+
+    Raises:
+        DataError: text in place of tokens, no token, or a column of another length.
+
+    Example:
+        >>> made = datum([7, 8], [9, 5, 3], advantages=0.5, logprobs=[-1.0, -2.0, -3.0])
+        >>> made.model_input.to_ints(), made.loss_fn_inputs["target_tokens"].tolist()
+        ([7, 8, 9, 5], [8, 9, 5, 3])
+        >>> made.loss_fn_inputs["logprobs"].tolist()
+        [0.0, -1.0, -2.0, -3.0]
+    """
+    before, after = _token_ids("prompt", prompt), _token_ids("answer", answer)
+    tokens = [*before, *after]
+    given: dict[str, Any] = {"weights": 1.0, **columns}
+    spread = {
+        name: _over_answer(name, one, len(tokens) - 1, len(after)) for name, one in given.items()
+    }
+    inputs = {"target_tokens": tokens[1:], **spread, **(per_datum or {})}
+    return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
+
+
+def _token_ids(name: str, tokens: Any) -> list[int]:
+    if isinstance(tokens, (str, bytes)):
+        raise DataError(
+            "it is text; pass the token ids that the model's tokenizer makes of it, because one "
+            "character may be several tokens",
+            field=name,
+        )
+    ids = as_model_input(tokens) if hasattr(tokens, "chunks") else ModelInput.from_ints(tokens)
+    if not ids.length:
+        raise DataError("it has no token; it needs one", field=name)
+    return ids.to_ints()
+
+
+def _over_answer(name: str, value: Any, length: int, answer: int) -> npt.NDArray[Any]:
+    array = np.asarray(to_tensor(name, value))
+    if array.ndim == 0:
+        array = np.full(answer, array)
+    if len(array) == length:
+        return array
+    if len(array) != answer:
+        raise DataError(
+            f"{len(array)} entries for an answer of {answer} tokens; it needs one number, "
+            f"{answer} entries, or {length} for the prompt too",
+            field=name,
+        )
+    spread = np.zeros((length, *array.shape[1:]), array.dtype)
+    spread[length - answer :] = array
+    return spread
+
+
+def with_column(data: Sequence[Datum], name: str, rows: Sequence[Any]) -> list[Datum]:
+    """Adds a column to datums, in place of one of that name.
+
+    ::
+
+        data = with_column(data, "ref_logprobs", reference.logprobs(data))
+
+    Args:
+        data: B datums, which stay as they are.
+        name: of the column.
+        rows: one for each datum: an entry for each token, or a single number.
+
+    Returns:
+        New datums, which share all else with ``data``.
+
+    Raises:
+        DataError: another number of rows, or a row that does not fit its datum.
+    """
+    datums, values = as_datums(data), list(rows)
+    if len(values) != len(datums):
+        raise DataError(f"{len(values)} rows for {len(datums)} datums", field=name)
+    made: list[Datum] = []
+    for i, (one, row) in enumerate(zip(datums, values, strict=True)):
+        column = to_tensor(name, row)
+        length = one.model_input.length
+        if column.ndim and len(column) != length:
+            raise DataError(
+                f"shape {list(column.shape)} does not fit the model input of {length} tokens",
+                datum=i,
+                field=name,
+            )
+        made.append(Datum(one.model_input, {**one.loss_fn_inputs, name: column}))
+    return made
+
+
 P = TypeVar("P", bound=msgspec.Struct)
 
 

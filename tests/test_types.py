@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import mintjax
 from mintjax import Datum, ModelInput, TensorData
 from mintjax.errors import DataError
+from mintjax.protocol import messages
 from mintjax.types import EncodedTextChunk
 
 
@@ -143,3 +145,58 @@ def test_model_input_refuses_what_are_no_tokens():
 def test_text_is_no_column_whatever_dtype_is_asked_for(dtype):
     with pytest.raises(DataError, match="a column must hold numbers, not "):
         TensorData(["1", "2"], dtype)
+
+
+TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+
+
+@given(prompt=TOKENS, answer=TOKENS, number=st.floats(-9, 9, width=32), whole=st.booleans())
+def test_a_datum_of_prompt_and_answer_is_that_written_by_hand(prompt, answer, number, whole):
+    tokens, before = prompt + answer, len(prompt) - 1
+    entries = [number * (i + 1) for i in range(len(tokens) - 1 if whole else len(answer))]
+    made = mintjax.datum(
+        prompt, np.array(answer), advantages=number, x=entries, mask=True, per_datum={"r": number}
+    )
+    by_hand = Datum(
+        ModelInput.from_ints(tokens[:-1]),
+        {
+            "target_tokens": tokens[1:],
+            "weights": [0.0] * before + [1.0] * len(answer),
+            "advantages": [0.0] * before + [number] * len(answer),
+            "x": [0.0] * (len(tokens) - 1 - len(entries)) + entries,
+            "mask": [False] * before + [True] * len(answer),
+            "r": number,
+        },
+    )
+    assert messages.encode(made) == messages.encode(by_hand)
+    assert made.loss_fn_inputs["mask"].dtype == bool
+
+
+def test_a_datum_refuses_text_and_columns_of_another_length():
+    with pytest.raises(DataError, match=r"field 'prompt': it is text; pass the token ids"):
+        mintjax.datum("Zürich? ", [1])
+    with pytest.raises(DataError, match=r"field 'answer': it has no token"):
+        mintjax.datum([1], [])
+    with pytest.raises(DataError, match=r"field 'logprobs': 2 entries for an answer of 3 tokens"):
+        mintjax.datum([1, 2, 3], [1, 2, 3], logprobs=[0.0, 0.0])
+    pairs = mintjax.datum([1], [2, 3], teacher=np.ones((2, 5)))
+    assert pairs.loss_fn_inputs["teacher"].shape == (2, 5)
+
+
+def test_a_column_is_added_and_the_rest_is_shared():
+    data = [mintjax.datum([1, 2], [3]), mintjax.datum([1], [2])]
+    rows = [np.array([-1, -2], np.float32), np.array([-3], np.float32)]
+    made = mintjax.with_column(data, "ref_logprobs", rows)
+    for before, after, row in zip(data, made, rows, strict=True):
+        assert "ref_logprobs" not in before.loss_fn_inputs
+        np.testing.assert_array_equal(after.loss_fn_inputs["ref_logprobs"], row)
+        assert after.loss_fn_inputs["weights"] is before.loss_fn_inputs["weights"]
+        assert after.model_input is before.model_input
+    ragged = mintjax.with_column(mintjax.Batch(data), "x", mintjax.Ragged.from_rows(rows))
+    np.testing.assert_array_equal(ragged[1].loss_fn_inputs["x"], rows[1])
+    rewards = mintjax.with_column(data, "reward", [1, 0.5])
+    np.testing.assert_array_equal(mintjax.Batch(rewards)["reward"], [1, 0.5])
+    with pytest.raises(DataError, match=r"field 'x': 1 rows for 2 datums"):
+        mintjax.with_column(data, "x", rows[:1])
+    with pytest.raises(DataError, match=r"datum 1, field 'x': shape \[2\] does not fit"):
+        mintjax.with_column(data, "x", [rows[0], rows[0]])

@@ -68,6 +68,11 @@ class RemoteLogprobs:
         return jnp.asarray(self._versions.token)
 
     @property
+    def batch(self) -> Batch:
+        """The data. An objective that is given it lays its columns out once."""
+        return self._batch
+
+    @property
     def output(self) -> ForwardBackwardOutput | None:
         """The trainer's output of the last backward pass; None before the first.
 
@@ -162,7 +167,7 @@ def remote_logprobs(trainer: Trainer, data: Sequence[Datum] | Batch) -> RemoteLo
 
     Args:
         trainer: a :class:`~mintjax.remote.trainer.Trainer`, such as a training client.
-        data: at least one datum, each with ``target_tokens``. Pass the same ``Batch`` to the
+        data: at least one datum, each with ``target_tokens``. Pass ``remote.batch`` to the
             objective to have its columns laid out once.
 
     Returns:

@@ -265,3 +265,8 @@ def test_versions_do_not_keep_a_trainer_alive(data):
     del double
     gc.collect()
     assert gone() is None
+
+
+def test_its_batch_is_the_data_that_it_was_made_of(remote, data):
+    assert list(remote.batch) == list(data)
+    assert remote.batch["weights"] is remote.batch["weights"]  # laid out once
