@@ -105,7 +105,12 @@ CLIPPING = {
         "dual_clip_threshold": 1.5,
     },
     "dppo": {"divergence_threshold": 0.05},
-    "stable_reinforce": {"least_ratio_threshold": 0.7, "greatest_ratio_threshold": 1.5},
+    "stable_reinforce": {
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 1.2,
+        "least_ratio_threshold": 0.7,
+        "greatest_ratio_threshold": 1.5,
+    },
 }
 
 
