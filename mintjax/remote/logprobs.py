@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.interpreters.ad import JVPTracer
@@ -65,7 +64,12 @@ class RemoteLogprobs:
         It counts the optimizer steps taken through :func:`mintjax.remote_optimizer`.
         """
         jax.effects_barrier()  # a compiled program may still be on its way to its callbacks
-        return jnp.asarray(self._versions.token)
+        return jax.device_put(self._versions.token)
+
+    @property
+    def batch(self) -> Batch:
+        """The data, as objectives of one's own want to see them: by column."""
+        return self._batch
 
     @property
     def batch(self) -> Batch:

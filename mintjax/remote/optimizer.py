@@ -58,8 +58,9 @@ def remote_optimizer(
 
     ``update`` applies all backward passes since the last one, so it wants a gradient of all: the
     plain sum, where there were several. It raises ``StaleError``, and sends nothing, if there was
-    none, if the gradients are of an older version of the model, scaled, or of only some of the
-    passes, or if ``params`` are not of the present version. It works under ``jit``.
+    none, if the gradients are of an older version of the model, scaled, clipped or averaged, or of
+    only some of the passes, or if ``params`` are not of the present version. It works under
+    ``jit``.
 
     Call ``init`` before the first gradient, and again once a checkpoint was loaded: what has
     accumulated before is taken as gone. ``params`` may be a pytree with the token as its one leaf,
@@ -79,8 +80,8 @@ def remote_optimizer(
 
     Raises:
         TransformationError: from ``init``, inside ``optax.chain``, ``optax.MultiSteps`` and their
-            like, which would change the receipt in place of the gradient. ``multi_transform`` and
-            ``masked`` work.
+            like, which would change the receipt in place of the gradient. ``multi_transform``,
+            ``masked`` and ``apply_if_finite`` work.
     """
     given = {
         "learning_rate": learning_rate,
@@ -116,16 +117,24 @@ def remote_optimizer(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RemoteOptimizerState]:
         token, receipts = _token(params), _token(updates)
         # A schedule is JAX code, which has no place in a callback.
-        scheduled = [schedule(state.count) for schedule in schedules.values()]
+        with jax.transfer_guard("allow"):  # of its constants
+            scheduled = [schedule(state.count) for schedule in schedules.values()]
+            count = state.count + 1
         result = jax.ShapeDtypeStruct((), np.float32)
         one = callback.call(step, result, token, receipts, *scheduled)
         tree = cast("Any", jax.tree.structure(params))
-        return tree.unflatten([one]), RemoteOptimizerState(state.count + 1)
+        return tree.unflatten([one]), RemoteOptimizerState(count)
 
     return optax.GradientTransformation(init, update)
 
 
-_PASS_GRADIENTS_ON = ("multi_transform.", "partition.", "masked.", "GradientTransformation")
+_PASS_GRADIENTS_ON = (
+    "multi_transform.",
+    "partition.",
+    "masked.",
+    "apply_if_finite.",
+    "GradientTransformation",
+)
 
 
 def _refuse_wrappers() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 import threading
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,21 +13,31 @@ import numpy as np
 
 from mintjax.errors import StaleError
 
-_CYCLE = 4096
+_EXACT = 2**24  # integers up to here, and their sums, are exact in float32
+_MANY = 32  # passes at one version, from which on receipts are small, so that more of them fit
+
+
+@functools.cache
+def _numbers(bits: int) -> Iterator[int]:
+    """Gives integers of so many bits, each once before any comes again, in no order."""
+    shuffled = np.random.default_rng(bits).permutation(2 ** (bits - 1)) + 2 ** (bits - 1)
+    return itertools.cycle(shuffled.tolist())
 
 
 class Versions:
     """The count for one trainer, of what went through the bridge.
 
-    A token is the version as a float32. A receipt is what a backward pass has for a gradient: a
-    number above zero that differs from version to version and adds up over passes, exactly so for
-    up to 2048 of them, so that a sum of receipts shows which passes it is of.
+    A token is the version as a float32. A receipt is what a backward pass has for a gradient: an
+    integer of its own, above 1000, as a float32. Sums of receipts are exact, so that the sum of all
+    passes can be told from one that lacks a pass, has one twice, or was scaled, clipped or
+    averaged, by however little.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._version = 0
         self._passes = 0
+        self._sum = 0
 
     @property
     def token(self) -> np.float32:
@@ -46,10 +58,22 @@ class Versions:
             )
 
     def receipt(self) -> np.float32:
-        """Count a backward pass at the present version."""
-        with self._lock:
+        """Count a backward pass at the present version.
+
+        Raises:
+            StaleError: there were more passes than receipts can tell apart.
+        """
+        with _lock, self._lock:
+            number = next(_numbers(18 if self._passes < _MANY else 11))
+            if self._sum + number > _EXACT:
+                raise StaleError(
+                    f"{self._passes} backward passes at version {self._version} are as many as "
+                    "their receipts can be told apart; call update more often, or give several "
+                    "datums to one pass"
+                )
             self._passes += 1
-            return np.float32(self._unit())
+            self._sum += number
+            return np.float32(number)
 
     def check_receipts(self, receipts: Any) -> None:
         """See that a sum of receipts is of all that has accumulated at the present version.
@@ -64,28 +88,25 @@ class Versions:
                 f"{why}: nothing has accumulated at version {self._version} of the trainer's "
                 "model; nothing was sent. Differentiate a loss of remote(params) first"
             )
-        if not math.isclose(given, self._passes * self._unit(), rel_tol=1e-5):
+        if given != self._sum:
             raise StaleError(
                 f"these gradients are not those of version {self._version}: "
                 f"{self._passes} backward passes have accumulated in the trainer, and it would "
-                "apply them all; nothing was sent. Pass the plain sum of their gradients, neither "
-                "those of an older version nor scaled; to drop what has accumulated, load a "
-                "checkpoint and call init again"
+                "apply them all; nothing was sent. Pass the plain sum of their gradients, each "
+                "once: neither those of an older version, nor scaled, clipped or averaged; to drop "
+                "what has accumulated, load a checkpoint and call init again"
             )
 
     def step(self) -> None:
         """Count an optimizer step."""
         with self._lock:
             self._version += 1
-            self._passes = 0
+            self._passes = self._sum = 0
 
     def forget(self) -> None:
         """Take what has accumulated as gone."""
         with self._lock:
-            self._passes = 0
-
-    def _unit(self) -> float:
-        return 1.0 + self._version % _CYCLE / _CYCLE
+            self._passes = self._sum = 0
 
 
 _versions: WeakKeyDictionary[Any, Versions] = WeakKeyDictionary()

@@ -61,7 +61,7 @@ def test_what_accumulates_is_what_the_two_phases_give(objective, compiled, engin
     remote = remote_logprobs(model, data)
     step = jax.value_and_grad(lambda p: objective(data, remote(p)), has_aux=True)
     (loss, metrics), receipt = (jax.jit(step) if compiled else step)(remote.params)
-    assert receipt == 1
+    assert receipt > 1000
     got = accumulated(engine, client)
     assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
     assert loss == pytest.approx(two_phase.loss, rel=1e-6)

@@ -109,7 +109,7 @@ def test_a_pullback_called_twice_is_two_backward_passes(loss, remote, double, da
     assert double.taken() == ["logprobs", "backward", "backward"]
     assert_rows_close(double.grads[0], expected(data, 1))
     assert_rows_close(double.grads[1], expected(data, 3))
-    assert first == second  # a receipt says which pass, not how large its gradient is
+    assert first != second  # a receipt says which pass, not how large its gradient is
 
 
 def test_the_loss_alone_may_be_compiled(remote, double, data):
@@ -132,11 +132,11 @@ def test_using_the_logprobs_often_costs_one_pass(remote, double, data):
 
 
 def test_two_calls_are_two_passes_of_each(loss, remote, double, data):
-    twice = jax.grad(lambda p: loss(p) + 5 * loss(p))(remote.params)
+    receipt = jax.grad(lambda p: loss(p) + 5 * loss(p))(remote.params)
     assert sorted(double.taken()) == ["backward", "backward", "logprobs", "logprobs"]
     total = [a + b for a, b in zip(*double.grads, strict=True)]
     assert_rows_close(total, expected(data, 6))
-    assert twice == 2 * jax.grad(loss)(remote.params)
+    assert receipt == int(receipt) > 2000
 
 
 def test_a_datum_that_the_loss_ignores_travels_with_zeros(remote, double):

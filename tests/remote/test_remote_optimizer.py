@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from mintjax.errors import StaleError, TransformationError
-from mintjax.remote.optimizer import remote_optimizer
+from mintjax.remote.optimizer import RemoteOptimizerState, remote_optimizer
+from mintjax.remote.versions import versions_of
 from mintjax.types import AdamParams
 
 STEP = ["logprobs", "backward", "optim_step"]
@@ -162,7 +163,17 @@ def test_old_gradients_are_stale(started, remote, double, loss):
 
 @pytest.mark.parametrize("passes", [1, 2, 3, 100])
 @pytest.mark.parametrize(
-    "spoil", [lambda g: 0.5 * g, lambda g: -g, lambda g: g + 1, lambda g: 0 * g]
+    "spoil",
+    [
+        lambda g: 0.5 * g,
+        lambda g: -g,
+        lambda g: g + 1,
+        lambda g: 0 * g,
+        lambda g: (1 + 1e-6) * g,
+        lambda g: jnp.clip(g, -100, 100),
+        lambda g: g * jnp.minimum(1, 1000 / jnp.abs(g)),
+        lambda g: g.astype(jnp.bfloat16).astype(jnp.float32) + 1,
+    ],
 )
 def test_gradients_that_are_not_all_there_is_are_refused(passes, spoil, started, remote, double):
     optimizer, state, _, _ = started
@@ -174,6 +185,78 @@ def test_gradients_that_are_not_all_there_is_are_refused(passes, spoil, started,
     assert double.taken() == []
     optimizer.update(grads, state, remote.params)
     assert double.taken() == ["optim_step"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_gradient_twice_is_not_two(compiled, started, remote, double, loss):
+    optimizer, state, _, _ = started
+    step = jax.jit(jax.grad(loss)) if compiled else jax.grad(loss)
+    one, other, third = (step(remote.params) for _ in range(3))
+    for wrong in (3 * one, one + 2 * other, one + other + other, 1.5 * (one + third)):
+        with pytest.raises(StaleError, match="3 backward passes have accumulated"):
+            optimizer.update(wrong, state, remote.params)
+    with pytest.raises(StaleError, match="3 backward passes"):
+        optimizer.update((one + other + third) / 3, state, remote.params)
+    assert "optim_step" not in double.taken()
+    optimizer.update(third + (other + one), state, remote.params)
+    assert double.taken() == ["optim_step"]
+
+
+def test_a_thousand_passes_are_told_apart_and_too_many_refused(double):
+    versions = versions_of(double)
+    receipts = [versions.receipt() for _ in range(2048)]
+    assert min(receipts) > 1000
+    total = np.sum(receipts, dtype=np.float32)
+    versions.check_receipts(total)
+    for wrong in (total - receipts[0] + receipts[1], total - receipts[-1] + receipts[-2]):
+        with pytest.raises(StaleError, match="2048 backward passes"):
+            versions.check_receipts(wrong)
+    with pytest.raises(StaleError, match="as many as their receipts can be told apart"):
+        _ = [versions.receipt() for _ in range(10_000)]
+    versions.step()
+    versions.check_receipts(versions.receipt())
+
+
+def test_apply_if_finite_passes_the_receipt_on(loss, remote, double):
+    optimizer = optax.apply_if_finite(remote_optimizer(double), 3)
+    params = remote.params
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = apply_updates(params, updates)
+    assert params == remote.params == 2
+    assert double.taken() == STEP * 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_under_strict_settings(compiled, loss, remote, double):
+    optimizer = remote_optimizer(double, optax.linear_schedule(1e-2, 0.0, 4))
+
+    def step(params, state):
+        grads = jax.grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    step = jax.jit(step) if compiled else step
+    for wide in (False, True):
+        with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
+            params = remote.params
+            params, _ = step(params, optimizer.init(params))
+            assert params.dtype == jnp.float32
+            jax.block_until_ready(params)
+    assert double.taken() == STEP * 2
+
+
+def test_the_bridge_moves_its_own_arrays_under_a_transfer_guard(loss, remote, double):
+    """JAX refuses its own constants of eager derivatives, and of ordered callbacks under jit."""
+    optimizer = remote_optimizer(double, optax.linear_schedule(1e-2, 0.0, 4))
+    grads = jax.grad(loss)(remote.params)
+    with jax.transfer_guard("disallow"):
+        params = remote.params
+        assert remote(params).sum().shape == (4,)
+        updates, _ = optimizer.update(grads, RemoteOptimizerState(count=jax.device_put(0)), params)
+        assert apply_updates(params, updates) == remote.params
+    assert "optim_step" in double.taken()
 
 
 def test_a_pass_left_out_is_named(started, remote, double, loss):
@@ -257,7 +340,6 @@ def test_an_update_has_no_derivative(started, remote, double, loss):
         lambda optimizer: optax.chain(optimizer, optax.scale(2.0)),
         lambda optimizer: optax.chain(optax.add_decayed_weights(0.1), optimizer),
         lambda optimizer: optax.MultiSteps(optimizer, every_k_schedule=2),
-        lambda optimizer: optax.apply_if_finite(optimizer, 3),
         lambda optimizer: optax.named_chain(("clip", optax.clip(1.0)), ("remote", optimizer)),
     ],
 )

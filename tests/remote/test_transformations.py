@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mintjax.errors import TransformationError
+from mintjax.remote.optimizer import RemoteOptimizerState, remote_optimizer
 
 ONE_STEP = ["logprobs", "backward"]
 
@@ -33,7 +34,7 @@ def test_a_compiled_step_asks_the_trainer_each_time(name, loss, remote, double):
     jax.block_until_ready(same)
     assert double.taken() == ONE_STEP
     assert again > value + 1
-    assert same == receipt > 0
+    assert same != receipt  # each pass has its own
     eager, _ = jax.value_and_grad(loss)(params)
     assert again == pytest.approx(float(eager), rel=1e-6)
     for compiled, direct in zip(double.grads[1], double.grads[2], strict=True):
@@ -111,9 +112,10 @@ def test_grad_of_a_scan_adds_up(loss, remote, double):
     receipt, _ = jax.grad(total, has_aux=True)(remote.params)
     jax.block_until_ready(receipt)
     assert double.taken().count("backward") == 3
-    one = receipt / 3
-    jax.grad(loss)(remote.params)
-    assert one == pytest.approx(1)
+    receipt += jax.grad(loss)(remote.params)
+    optimizer = remote_optimizer(double)  # takes the sum of four receipts for what it is
+    optimizer.update(receipt, RemoteOptimizerState(jnp.int32(0)), remote.params)
+    assert double.taken().count("optim_step") == 1
     for *parts, whole in zip(*double.grads, strict=True):
         np.testing.assert_allclose(sum(parts), 6 * whole, rtol=1e-5)
 
@@ -136,7 +138,7 @@ def test_vmap_over_something_else_shares_the_passes(compiled, loss, remote, doub
 
     step = jax.grad(whole)
     receipt = (jax.jit(step) if compiled else step)(remote.params)
-    assert receipt == 1
+    assert receipt > 1000
     assert double.taken() == ONE_STEP
 
 
@@ -144,7 +146,7 @@ def test_vmap_over_something_else_shares_the_passes(compiled, loss, remote, doub
 def test_jacrev_is_a_backward_pass_for_each_output(compiled, remote, double):
     step = jax.jacrev(lambda p: remote(p).sum()[:3])
     receipts = (jax.jit(step) if compiled else step)(remote.params)
-    assert receipts.tolist() == [1, 1, 1]
+    assert len(set(receipts.tolist())) == 3
     assert double.taken() == ["logprobs", "backward", "backward", "backward"]
     sums = [[float(grad.sum()) for grad in grads] for grads in double.grads]
     assert sums == [[3, 0, 0, 0], [0, 7, 0, 0], [0, 0, 5, 0]]
