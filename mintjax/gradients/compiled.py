@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
-from mintjax.gradients.contract import Metrics, Objective, evaluate, name_of
+from mintjax.gradients.contract import Metrics, Objective, Outcome, evaluate, name_of
+from mintjax.gradients.counts import count
 from mintjax.gradients.dependence import inputs_used
 from mintjax.gradients.identity import Identity, identify
+from mintjax.gradients.loops import Loops
 from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch
 from mintjax.ragged.tiling import Layout, Place
@@ -27,53 +29,6 @@ T = TypeVar("T")
 
 _LOGPROBS = ""  # their name among the columns, where "logprobs" are the sampling policy's
 _KEPT = 64  # programs held at a time, the oldest dropped first
-
-
-class Stats(NamedTuple):
-    """Counts of the work that a cache should save, since the process began.
-
-    Args:
-        compilations: programs that XLA compiled.
-        objectives: objectives that were new: mintjax's own by structure, others by value.
-        row_by_row_steps: steps whose objective took rows one by one.
-    """
-
-    compilations: int
-    objectives: int
-    row_by_row_steps: int
-
-
-_counts = dict.fromkeys(Stats._fields, 0)
-
-
-def stats() -> Stats:
-    """Counts what was compiled so far in this process.
-
-    Returns:
-        The counts as they are now; take the difference of two to see what a step compiled.
-    """
-    return Stats(**_counts)
-
-
-def count(what: str) -> None:
-    """Adds one to a count that :class:`Stats` names."""
-    _counts[what] += 1
-
-
-class Outcome(NamedTuple):
-    """The arrays that a program computes.
-
-    Args:
-        loss: the objective's value.
-        metrics: by name.
-        finite: whether the whole gradient is finite.
-        grads: with respect to each row.
-    """
-
-    loss: Array
-    metrics: Metrics
-    finite: Array | bool
-    grads: list[npt.NDArray[Any]]
 
 
 class Plan(NamedTuple):
@@ -105,6 +60,7 @@ class Program:
 
     def __init__(self, row_multiple: int | None) -> None:
         self.takes_rows = False
+        self.loops = Loops()
         self._row_multiple = row_multiple
         self._plans: dict[Any, list[Plan]] = {}
 
@@ -152,7 +108,7 @@ class Program:
             place.tiles,
             rows[0].shape[1:],
             rows[0].dtype,
-            tuple(map(_parameter_kind, identity.parameters)),
+            identity.parameter_kinds,
         )
         plans = self._plans.setdefault(key, [])
         for plan in plans:
@@ -203,11 +159,6 @@ class Program:
         closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
         return Plan(kinds, needs_logprobs, jax.jit(run))
-
-
-def _parameter_kind(value: Any) -> Any:
-    """The type of a parameter, because a trace sees whether it is a float, or an array of which."""
-    return (type(value), getattr(value, "shape", None), getattr(value, "dtype", None))
 
 
 def _kind(batch: Batch, name: str) -> Any:

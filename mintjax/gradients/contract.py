@@ -5,10 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
 from mintjax.ragged import Ragged
@@ -17,6 +18,23 @@ from mintjax.ragged.batch import Batch
 Array: TypeAlias = Any
 Objective: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 Metrics: TypeAlias = dict[str, Array]
+
+
+class Outcome(NamedTuple):
+    """The arrays that a program computes.
+
+    Args:
+        loss: the objective's value.
+        metrics: by name.
+        finite: whether the whole gradient is finite.
+        grads: with respect to each row.
+    """
+
+    loss: Array
+    metrics: Metrics
+    finite: Array | bool
+    grads: list[npt.NDArray[Any]]
+
 
 _NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from mintjax.gradients.flat import CALLS
+
 
 def inputs_used(jaxpr: Any, outputs: Iterable[int]) -> set[int]:
     """The positions of the inputs that the given outputs are computed from.
@@ -25,12 +27,7 @@ def inputs_used(jaxpr: Any, outputs: Iterable[int]) -> set[int]:
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         inner = getattr(inner, "jaxpr", inner)
         operands = equation.invars
-        if equation.primitive.name in _CALLS and len(inner.invars) == len(operands):
+        if equation.primitive.name in CALLS and len(inner.invars) == len(operands):
             operands = [operands[i] for i in inputs_used(inner, wanted)]
         needed.update(atom for atom in operands if not isinstance(atom, Literal))
     return {i for i, variable in enumerate(jaxpr.invars) if variable in needed}
-
-
-_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
-)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import DataError, NonFiniteError
-from mintjax.gradients import interpreted
-from mintjax.gradients.compiled import Outcome, Program, Stats, count, stats, with_program
-from mintjax.gradients.contract import Metrics, Objective, evaluate, name_of, users_line
-from mintjax.gradients.dependence import inputs_used
+from mintjax.gradients.compiled import Program, with_program
+from mintjax.gradients.contract import Objective, name_of
+from mintjax.gradients.counts import Stats, stats
 from mintjax.gradients.identity import Identity
 from mintjax.gradients.torch import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
@@ -59,7 +57,8 @@ def value_and_logprob_grads(
 
     ``grads[i] = d loss / d logprobs[i]``, by ``jax.value_and_grad`` under a cached ``jit``. Rows
     are laid out so that batches of other lengths meet the same compiled program; an objective that
-    takes rows one by one is evaluated with exact lengths instead: the same numbers, slower.
+    takes rows one by one is traced once for all lengths and evaluated with NumPy: the same numbers,
+    slower; :func:`mintjax.gradients.stats` counts such steps.
 
     Args:
         objective: ``(data, logprobs) -> (loss, metrics)``: a scalar, and a dict of scalars. A pure
@@ -132,7 +131,7 @@ def _evaluate(
         outcome = _in_columns_or_rows(
             objective,
             lambda program, identity: program.run(identity, batch, rows),
-            lambda identity: _row_by_row(objective, identity, batch, rows),
+            lambda program, identity: program.loops.run(objective, identity, batch, rows),
         )
         loss = np.asarray(outcome.loss).item()
         metrics = {name: float(np.asarray(value)) for name, value in outcome.metrics.items()}
@@ -167,22 +166,25 @@ def constant_logprob_grads(
         depends = _in_columns_or_rows(
             objective,
             lambda program, identity: program.needs_logprobs(identity, batch, rows),
-            lambda identity: _row_by_row_needs_logprobs(objective, identity, batch, rows),
+            lambda program, identity: program.loops.needs_logprobs(
+                objective, identity, batch, rows
+            ),
         )
     return None if depends else value_and_logprob_grads(objective, batch, rows).grads
 
 
 def _in_columns_or_rows(
-    objective: Objective, columns: Callable[[Program, Identity], T], rows: Callable[[Identity], T]
+    objective: Objective,
+    columns: Callable[[Program, Identity], T],
+    rows: Callable[[Program, Identity], T],
 ) -> T:
     def work(program: Program, identity: Identity) -> T:
         if not program.takes_rows:
             try:
                 return columns(program, identity)
-            except RowAccessError as error:
+            except RowAccessError:
                 program.takes_rows = True
-                _warn_row_by_row(objective, error)
-        return rows(identity)
+        return rows(program, identity)
 
     return with_program(objective, work)
 
@@ -210,51 +212,6 @@ def _logprob_rows(
             )
     wide = any(dtype.kind == "f" and dtype.itemsize > 4 for dtype in dtypes)
     return [row.astype(np.float64 if wide else np.float32) for row in rows]
-
-
-def _row_by_row(
-    objective: Objective, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
-) -> Outcome:
-    count("row_by_row_steps")
-    closed, tree, rows = _trace_rows(objective, identity, batch, rows)
-    (loss, metrics), grads = tree.unflatten(interpreted.evaluate(closed, rows))
-    return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
-
-
-def _row_by_row_needs_logprobs(
-    objective: Objective, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
-) -> bool:
-    closed, tree, _ = _trace_rows(objective, identity, batch, rows)
-    return bool(inputs_used(closed.jaxpr, range(tree.num_leaves - len(rows), tree.num_leaves)))
-
-
-def _trace_rows(
-    objective: Objective, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
-) -> tuple[Any, Any, list[npt.NDArray[Any]]]:
-    """The jaxpr of value and gradient, the structure of its outputs, and the rows it takes."""
-
-    def value(rows: Sequence[Any]) -> tuple[Any, Metrics]:
-        return evaluate(objective, batch, Ragged.from_rows(rows))
-
-    rows = [row.astype(jax.dtypes.canonicalize_dtype(row.dtype), copy=False) for row in rows]
-    identity.drop_traces()
-    trace: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
-    closed, shape = trace(rows)
-    return closed, cast("Any", jax.tree_util.tree_structure(shape)), rows
-
-
-def _warn_row_by_row(objective: Objective, error: RowAccessError) -> None:
-    message = (
-        f"{name_of(objective)} takes rows one by one, so every new set of lengths is traced anew, "
-        "which can cost a hundred times as much. Use the row reductions instead of a loop: "
-        "`logprobs.dot(data['weights'])` gives one score per datum, and `scores[0::2]` those "
-        "of every other one."
-    )
-    line = users_line(error)
-    if line is None or line.lineno is None:
-        warnings.warn(message, stacklevel=2)
-    else:
-        warnings.warn_explicit(message, UserWarning, line.filename, line.lineno)
 
 
 def _loss_not_finite(

@@ -87,6 +87,14 @@ class Identity:
     jitted: tuple[Any, ...] = ()
     attributes: bool = False
 
+    @property
+    def parameter_kinds(self) -> Fingerprint:
+        """The types of the parameters, because a trace sees whether one is a float or an array."""
+        kinds: list[Any] = [
+            (type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in self.parameters
+        ]
+        return tuple(kinds)
+
     def drop_traces(self) -> None:
         """Makes the user's own jitted functions read their globals and closures anew."""
         for function in self.jitted:

@@ -6,11 +6,22 @@ seconds, to run it once in NumPy milliseconds. What has no rule here is run by J
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+
+from mintjax.gradients.flat import (
+    CALLS,
+    Equation,
+    Flat,
+    replace_sizes,
+    size_of,
+    symbolic_sizes,
+)
 
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr
@@ -23,6 +34,92 @@ def evaluate(closed: ClosedJaxpr, arguments: Sequence[Array]) -> list[npt.NDArra
     """The outputs of a closed jaxpr for NumPy arguments, as NumPy arrays."""
     with np.errstate(all="ignore"):
         return _run(closed.jaxpr, closed.consts, arguments)
+
+
+class Unsupported(Exception):
+    """An equation has sizes that are symbols, and no rule here."""
+
+
+class _Step(NamedTuple):
+    rule: Rule
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    params: list[Any]  # of the rule
+    symbolic: bool  # whether some of these are to be computed from the lengths
+    dtypes: list[Any]
+    several: bool
+
+
+def prepare(flat: Flat) -> Callable[[Sequence[Array], Mapping[str, int]], list[Array]]:
+    """Readies a program whose sizes may be symbols, to be evaluated with NumPy again and again.
+
+    Returns:
+        A function of the arguments and of the size of each symbol, which gives the outputs.
+
+    Raises:
+        Unsupported: an equation with symbolic sizes has no rule here.
+    """
+    steps = [_step(flat, equation) for equation in flat.equations]
+    texts = {str(size) for step in steps for size in symbolic_sizes(step.params)}
+    last = _last_uses(flat)
+
+    def run(arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
+        known = {text: size_of(text, sizes) for text in texts}
+        values: list[Any] = [None] * len(flat.avals)
+        for slot, value in flat.constants.items():
+            values[slot] = value
+        for slot, value in zip(flat.inputs, arguments, strict=True):
+            values[slot] = value
+        with np.errstate(all="ignore"):
+            for step, unused in zip(steps, last, strict=True):
+                params = step.params
+                if step.symbolic:
+                    params = [
+                        replace_sizes(value, lambda size: known[str(size)]) for value in params
+                    ]
+                result = step.rule(*(values[slot] for slot in step.inputs), *params)
+                results = result if step.several else (result,)
+                for slot, value, dtype in zip(step.outputs, results, step.dtypes, strict=True):
+                    values[slot] = np.asarray(value, dtype)
+                for slot in unused:
+                    values[slot] = None
+        return [values[slot] for slot in flat.outputs]
+
+    return run
+
+
+def _step(flat: Flat, equation: Equation) -> _Step:
+    rule = _RULES.get(equation.name)
+    params = [equation.params[key] for key in _READ.get(equation.name, ())]
+    given = [flat.avals[slot] for slot in equation.inputs[:2]]
+    if rule is None or (equation.name in _PARTIAL and not _is_within(equation.params, *given)):
+        slots = (*equation.inputs, *equation.outputs)
+        shapes = [flat.avals[slot].shape for slot in slots]
+        if symbolic_sizes(shapes) or symbolic_sizes(list(equation.params.values())):
+            raise Unsupported(equation.name)
+        rule, params = functools.partial(_bound, equation), []
+    dtypes = [flat.avals[slot].dtype for slot in equation.outputs]
+    symbolic = bool(symbolic_sizes(params))
+    several = equation.primitive.multiple_results
+    return _Step(rule, equation.inputs, equation.outputs, params, symbolic, dtypes, several)
+
+
+def _bound(equation: Equation, *inputs: Array) -> Any:
+    functions, params = equation.primitive.get_bind_params(dict(equation.params))
+    return equation.primitive.bind(
+        *functions, *(cast("Any", jnp).asarray(x) for x in inputs), **params
+    )
+
+
+def _last_uses(flat: Flat) -> list[list[int]]:
+    """Lists, for each equation, the slots that none reads after it, so that memory is freed."""
+    seen = set(flat.outputs)
+    unused: list[list[int]] = []
+    for equation in reversed(flat.equations):
+        done = [slot for slot in (*equation.inputs, *equation.outputs) if slot not in seen]
+        seen.update(done)
+        unused.append(done)
+    return unused[::-1]
 
 
 def _run(jaxpr: Any, consts: Sequence[Array], arguments: Sequence[Array]) -> list[Array]:
@@ -48,12 +145,12 @@ def _run(jaxpr: Any, consts: Sequence[Array], arguments: Sequence[Array]) -> lis
 def _apply(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
     name, parameters = equation.primitive.name, equation.params
     inner = parameters.get("jaxpr") or parameters.get("call_jaxpr")
-    if name in _CALLS and inner is not None:
+    if name in CALLS and inner is not None:
         if hasattr(inner, "consts"):
             return _run(inner.jaxpr, inner.consts, inputs)
         return _run(inner, (), inputs)
     rule = _RULES.get(name)
-    if rule is None:
+    if rule is None or (name in _PARTIAL and not _is_within(parameters, *inputs[:2])):
         return _by_jax(jaxpr, equation, inputs)
     result = rule(*inputs, *(parameters[key] for key in _READ.get(name, ())))
     results = result if equation.primitive.multiple_results else [result]
@@ -81,6 +178,72 @@ def _by_jax(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
     run = cast("Rule", jaxpr_as_fun(ClosedJaxpr(alone, ())))
     results: list[Any] = run(*named.values())
     return [np.asarray(result) for result in results]
+
+
+def _dim_as_value(dim: int) -> Array:
+    return np.asarray(dim)
+
+
+def _starts(x: Array, sizes: Sequence[int], at: Sequence[Array]) -> tuple[slice, ...]:
+    """The slices of a window that is moved to lie within the array, as JAX moves it."""
+    lows = [min(max(int(i), 0), n - m) for i, n, m in zip(at, x.shape, sizes, strict=True)]
+    return tuple(slice(low, low + size) for low, size in zip(lows, sizes, strict=True))
+
+
+def _dynamic_slice(x: Array, *at_and_sizes: Any) -> Array:
+    *at, sizes = at_and_sizes
+    return x[_starts(x, sizes, at)]
+
+
+def _dynamic_update_slice(x: Array, update: Array, *at: Array) -> Array:
+    out = np.array(x)
+    out[_starts(x, update.shape, at)] = update
+    return out
+
+
+def _is_within(params: Mapping[str, Any], x: Any, at: Any) -> bool:
+    """Tells whether a gather or a scatter meets one window, or single numbers of one axis."""
+    numbers = params["dimension_numbers"]
+    batched = (*numbers.operand_batching_dims, *getattr(numbers, "start_indices_batching_dims", ()))
+    if "PROMISE_IN_BOUNDS" not in str(params["mode"]) or batched or params.get("update_consts"):
+        return False
+    windows = getattr(numbers, "offset_dims", None) or getattr(numbers, "update_window_dims", ())
+    if at.ndim > 1:
+        return x.ndim == 1 and not windows
+    return tuple(windows) == tuple(range(len(windows)))
+
+
+def _window(x: Array, at: Array, sizes: Sequence[int], axes: Sequence[int]) -> tuple[slice, ...]:
+    starts = [0] * x.ndim
+    for axis, start in zip(axes, at.tolist(), strict=True):
+        starts[axis] = start
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _gather(x: Array, at: Array, sizes: Sequence[int], numbers: Any) -> Array:
+    if at.ndim > 1:
+        return x[at[..., 0]]
+    taken = x[_window(x, at, sizes, numbers.start_index_map)]
+    return np.squeeze(taken, tuple(numbers.collapsed_slice_dims))
+
+
+def _scatter_add(x: Array, at: Array, update: Array, numbers: Any) -> Array:
+    out = np.array(x)
+    if at.ndim > 1:
+        np.add.at(out, at[..., 0], update)
+        return out
+    update = np.expand_dims(update, tuple(numbers.inserted_window_dims))
+    out[_window(x, at, update.shape, numbers.scatter_dims_to_operand_dims)] += update
+    return out
+
+
+def _stack(*pieces_and_axis: Any) -> Array:
+    *pieces, axis = pieces_and_axis
+    return np.stack(pieces, axis)
+
+
+def _unstack(x: Array, axis: int) -> list[Array]:
+    return list(np.moveaxis(x, axis, 0))
 
 
 def _broadcast_in_dim(
@@ -202,8 +365,6 @@ def _iota(shape: tuple[int, ...], axis: int) -> Array:
     return np.broadcast_to(np.indices(shape, sparse=True)[axis], shape)
 
 
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "checkpoint"})
-
 _RULES: dict[str, Rule] = {
     "abs": np.abs,
     "add": np.add,
@@ -225,12 +386,16 @@ _RULES: dict[str, Rule] = {
     "cumprod": _cumulative(np.cumprod),
     "cumsum": _cumulative(np.cumsum),
     "div": _div,
+    "dim_as_value": _dim_as_value,
     "dot_general": _dot_general,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
     "eq": np.equal,
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
     "floor": np.floor,
+    "gather": _gather,
     "ge": np.greater_equal,
     "gt": np.greater,
     "integer_pow": _integer_pow,
@@ -258,7 +423,9 @@ _RULES: dict[str, Rule] = {
     "reduce_prod": np.prod,
     "reduce_sum": np.sum,
     "reshape": np.reshape,
+    "rev": np.flip,
     "rsqrt": _rsqrt,
+    "scatter-add": _scatter_add,
     "select_n": _select_n,
     "sign": np.sign,
     "sin": np.sin,
@@ -267,12 +434,17 @@ _RULES: dict[str, Rule] = {
     "sqrt": np.sqrt,
     "square": np.square,
     "squeeze": np.squeeze,
+    "stack": _stack,
     "stop_gradient": _same,
     "sub": np.subtract,
     "tanh": np.tanh,
     "transpose": np.transpose,
+    "unstack": _unstack,
     "xor": np.bitwise_xor,
 }
+
+_PARTIAL = frozenset({"gather", "scatter-add"})
+"""Primitives of which a rule covers only what :func:`_is_within` tells."""
 
 # Which of an equation's parameters a rule reads; the others choose among equal results.
 _READ: dict[str, tuple[str, ...]] = {
@@ -280,15 +452,22 @@ _READ: dict[str, tuple[str, ...]] = {
     "argmin": ("axes",),
     "broadcast_in_dim": ("shape", "broadcast_dimensions"),
     "concatenate": ("dimension",),
+    "dim_as_value": ("dim",),
     "dot_general": ("dimension_numbers",),
+    "dynamic_slice": ("slice_sizes",),
+    "gather": ("slice_sizes", "dimension_numbers"),
     "integer_pow": ("y",),
     "iota": ("shape", "dimension"),
     "pad": ("padding_config",),
     "reshape": ("new_sizes",),
+    "rev": ("dimensions",),
+    "scatter-add": ("dimension_numbers",),
+    "stack": ("axis",),
     "slice": ("start_indices", "limit_indices", "strides"),
     "split": ("sizes", "axis"),
     "squeeze": ("dimensions",),
     "transpose": ("permutation",),
+    "unstack": ("axis",),
     **{name: ("axes",) for name in _RULES if name.startswith("reduce_")},
     **{name: ("axis", "reverse") for name in _RULES if name.startswith("cum")},
 }

@@ -241,8 +241,10 @@ def test_a_mistake_in_a_loss_of_ones_own_is_named_with_its_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_loss_that_takes_rows_is_measured_with_a_warning_of_one_line(tmp_path):
-    loss = "def rows(data, logprobs):\n    return sum(row.sum() for row in logprobs), {}\n"
+def test_a_loss_that_is_traced_for_each_batch_is_measured_with_a_warning_of_one_line(tmp_path):
+    loss = (
+        "def rows(data, logprobs):\n    return sum(row.sum() / len(row) for row in logprobs), {}\n"
+    )
     (tmp_path / "mine.py").write_text(loss)
     options = ("--datums", "2", "--lengths", "3:5", "--steps", "1", "--warm-up", "0")
     done = mintjax("bench", "mine:rows", *options, cwd=tmp_path)

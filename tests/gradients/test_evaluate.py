@@ -137,18 +137,6 @@ def test_a_lambda_that_unpacks_its_one_row():
     assert short.loss == pytest.approx(result.loss)
 
 
-def test_taking_rows_one_by_one_is_warned_about_once_with_what_to_do():
-    data, logprobs = make([3, 4])
-
-    def loop(_data, logprobs):
-        return sum(row.sum() for row in logprobs), {}
-
-    with pytest.warns(UserWarning, match=r"loop takes rows one by one.*logprobs.dot\(data") as told:
-        value_and_logprob_grads(loop, data, logprobs)
-    assert told[0].filename == __file__
-    value_and_logprob_grads(loop, data, logprobs)  # warnings are errors here
-
-
 @given(sizes=pairs, order=st.randoms())
 def test_datums_in_another_order_have_their_gradients_in_that_order(sizes, order):
     data, logprobs = make(sizes)

@@ -1,0 +1,392 @@
+"""Traces an objective that takes rows one by one, for all lengths at once.
+
+The length of each row is a symbol (``jax.export.symbolic_shape``), shared by a datum's columns, and
+every column is an argument. So one trace is good for every batch of as many datums with columns of
+the same kinds, as long as the objective does not choose by a length: what asks for a length as a
+Python number, or compares one with a number, is not traced so.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jax import export
+
+from mintjax.errors import DataError
+from mintjax.gradients.contract import Metrics, evaluate
+from mintjax.gradients.flat import Flat, flatten, symbolic_sizes
+from mintjax.gradients.identity import Identity
+from mintjax.ragged.batch import Batch
+from mintjax.types import Datum, ModelInput
+
+Array: TypeAlias = Any
+
+
+class NotForAllLengths(Exception):
+    """An objective cannot be traced for all lengths at once; the message says why.
+
+    Attributes:
+        kinds: of the columns that were read before that, as in :class:`Trace`.
+    """
+
+    kinds: Mapping[str, Any] = {}
+
+
+class Trace(NamedTuple):
+    """The gradient of an objective for one number of rows, of any lengths.
+
+    Args:
+        flat: its program. The inputs are the rows of logprobs, the parameters of the objective, and
+            of each column in ``kinds`` the rows, in order. The outputs are leaves of ``tree``.
+        tree: of ``((loss, metrics), gradients)``.
+        kinds: of each column that it reads, what :func:`kind_of` gives.
+        symbols: the names of the rows' lengths, in order.
+        parameters: how many parameters there are.
+    """
+
+    flat: Flat
+    tree: Any
+    kinds: dict[str, Any]
+    symbols: list[str]
+    parameters: int
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Tells whether the gradient depends on the logprobs."""
+        rows = len(self.symbols)
+        needed = set(self.flat.outputs[-rows:])
+        for equation in reversed(self.flat.equations):
+            if needed.intersection(equation.outputs):
+                needed.update(equation.inputs)
+        return bool(needed.intersection(self.flat.inputs[:rows]))
+
+    def arguments(self, batch: Batch, rows: Sequence[Array], identity: Identity) -> list[Array]:
+        """Lists the inputs of the program for a batch."""
+        columns = [row for name in self.kinds for row in batch.rows(name)]
+        return [*rows, *map(jnp_like, identity.parameters), *columns]
+
+
+def jnp_like(value: Any) -> Array:
+    """Gives a number as a NumPy array of the dtype that JAX has for it."""
+    return np.asarray(value, jax.dtypes.canonicalize_dtype(np.result_type(value)))
+
+
+def kind_of(batch: Batch, name: str) -> Any:
+    """The trailing shape of a column, None if it holds one number per datum, and its dtype.
+
+    Returns:
+        None if the datums differ in it, if one lacks it, or if JAX cannot hold its numbers.
+    """
+    try:
+        given = batch.given_rows(name)
+        if len({row.dtype for row in given}) > 1:
+            return None
+        row = batch.rows(name)[0]
+    except DataError:
+        return None
+    return (row.shape[1:] if row.ndim else None, row.dtype)
+
+
+def trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
+    """Traces the value and the gradient of an objective for all lengths at once.
+
+    Args:
+        identity: of the objective.
+        batch: B datums of the same columns, whose names and kinds are read.
+        rows: their logprobs, of which only the dtype and the trailing shape are read.
+
+    Raises:
+        NotForAllLengths: the objective needs a length as a number, the value of a column, or
+            something else that a datum of this kind does not have; or it raised an exception.
+    """
+    names = batch.names
+    kinds = {name: kind for name in names if (kind := kind_of(batch, name)) is not None}
+    notes = _Notes()
+    symbols = [f"n{i}" for i in range(len(rows))]
+    sizes = export.symbolic_shape(",".join(symbols))
+
+    def shaped(size: Any, kind: Any) -> Any:
+        trailing, dtype = kind
+        shape = () if trailing is None else (size, *trailing)
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+
+    row_kind = (rows[0].shape[1:], rows[0].dtype)
+    logprobs = [shaped(size, row_kind) for size in sizes]
+    columns = {name: [shaped(size, kind) for size in sizes] for name, kind in kinds.items()}
+
+    def value(
+        rows: Sequence[Any], parameters: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> tuple[Any, Metrics]:
+        each = [{name: column[i] for name, column in columns.items()} for i in range(len(rows))]
+        datums = [_datum(_Columns(names, own, notes), notes) for own in each]
+        data = cast("Any", _Data(names, datums, notes))
+        return evaluate(identity.rebuild(parameters), data, cast("Any", _Rows(rows)))
+
+    identity.drop_traces()
+    make: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
+    _observe(type(sizes[0]))
+    try:
+        with _watch:
+            closed, shape = make(logprobs, identity.parameters, columns)
+    except Exception as error:
+        raise _refusal(batch, notes, _reason(error)) from error
+    if notes.refused:
+        raise _refusal(batch, notes, notes.refused)
+    if _watch.seen:
+        raise NotForAllLengths(f"it chooses by the length of a row ({_watch.seen})")
+    flat = flatten(closed)
+    tree = cast("Any", jax.tree_util.tree_structure(shape))
+    if symbolic_sizes([flat.avals[slot].shape for slot in flat.outputs[: -len(rows)]]):
+        raise NotForAllLengths("its results have a length")
+    kept = {name: kind for name, kind in kinds.items() if name in notes.read}
+    flat = _keep_columns(flat, list(kinds), kept, len(rows), len(identity.parameters))
+    _check_integers(flat, len(rows) + len(identity.parameters))
+    return Trace(flat, tree, kept, symbols, len(identity.parameters))
+
+
+def _refusal(batch: Batch, notes: _Notes, reason: str) -> NotForAllLengths:
+    error = NotForAllLengths(notes.refused or reason)
+    error.kinds = {name: kind_of(batch, name) for name in notes.read}
+    return error
+
+
+def _keep_columns(
+    flat: Flat, given: list[str], kept: Mapping[str, Any], rows: int, parameters: int
+) -> Flat:
+    """Drops the inputs of columns that were not read; JAX orders those of a dict by name."""
+    first = rows + parameters
+    place = {name: first + k * rows for k, name in enumerate(sorted(given))}
+    chosen = [slot for name in kept for slot in flat.inputs[place[name] : place[name] + rows]]
+    return flat._replace(inputs=[*flat.inputs[:first], *chosen])
+
+
+_KEEPING = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+_SAFE = frozenset(
+    {
+        *("reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "concatenate"),
+        *("transpose", "select_n", "convert_element_type", "max", "min", "clamp", "copy", "stack"),
+        *("unstack", "rev", "reduce_max", "reduce_min", "split", "pad", "sort", "copy_p"),
+        *("optimization_barrier", "stop_gradient", "expand_dims", "sign"),
+    }
+)
+
+
+def _check_integers(flat: Flat, first: int) -> None:
+    """Refuses arithmetic of integer columns: NumPy has 64 bits for it, JAX may have 32.
+
+    Raises:
+        NotForAllLengths: there is such arithmetic.
+    """
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return
+    whole = {slot for slot in flat.inputs[first:] if flat.avals[slot].dtype.kind in "iu"}
+    for equation in flat.equations:
+        if not whole.intersection(equation.inputs):
+            continue
+        integers = [slot for slot in equation.outputs if flat.avals[slot].dtype.kind in "iu"]
+        if integers and equation.name not in _SAFE | _KEEPING:
+            raise NotForAllLengths("it computes with integers of a column, which may need 64 bits")
+        whole.update(integers)
+
+
+# What stands for a batch while it is traced
+
+
+class _Notes:
+    """Remembers what was read of the datums, and what was asked for that they do not have here."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, None] = {}
+        self.refused = ""
+
+    def refuse(self, reason: str) -> NoReturn:
+        self.refused = self.refused or reason
+        raise NotForAllLengths(reason)
+
+
+class _Rows(Sequence[Any]):
+    """The rows of logprobs, as a list gives them, and nothing else."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Rows(self._rows[index])
+        return self._rows[operator.index(index)]
+
+
+class _Columns(Mapping[str, Any]):
+    """The columns of one datum."""
+
+    def __init__(self, names: frozenset[str], columns: Mapping[str, Any], notes: _Notes) -> None:
+        self._names = names
+        self._columns = columns
+        self._notes = notes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        self._notes.refuse("it goes through all columns of a datum")
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        self._notes.read[name] = None
+        if name not in self._columns:
+            self._notes.refuse(f"the datums differ in the kind of the column {name!r}")
+        return self._columns[name]
+
+
+class _Unread:
+    """Stands for the tokens that a datum's model reads."""
+
+    def __init__(self, notes: _Notes) -> None:
+        object.__setattr__(self, "_refuse", notes.refuse)
+
+    def __getattribute__(self, name: str) -> Any:
+        object.__getattribute__(self, "_refuse")("it reads the model input of a datum")
+
+
+def _datum(columns: _Columns, notes: _Notes) -> Datum:
+    made = Datum(ModelInput([]))
+    msgspec.structs.force_setattr(made, "loss_fn_inputs", columns)
+    msgspec.structs.force_setattr(made, "model_input", _Unread(notes))
+    return made
+
+
+class _Data(Sequence[Any]):
+    """The datums of a batch, as :class:`mintjax.Batch` gives them one by one."""
+
+    def __init__(self, names: frozenset[str], datums: Sequence[Datum], notes: _Notes) -> None:
+        self.names = names
+        self._datums = list(datums)
+        self._notes = notes
+
+    def __len__(self) -> int:
+        return len(self._datums)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.names if isinstance(item, str) else any(item is d for d in self._datums)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._datums)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            rows: list[Any] = [datum.loss_fn_inputs[index] for datum in self._datums]
+            if rows[0].ndim:
+                self._notes.refuse("it takes rows one by one and whole columns, too")
+            return jnp.stack(rows)
+        if isinstance(index, slice):
+            return _Data(self.names, self._datums[index], self._notes)
+        return self._datums[operator.index(index)]
+
+
+# Choices by a length
+
+
+class _Watch(threading.local):
+    """Sees whether code outside JAX chooses by a symbolic length while this thread traces.
+
+    JAX takes two sizes for different where it cannot tell, so that ``if row.shape[0] == 1`` is
+    silently false (jax.readthedocs.io/en/latest/export/shape_poly.html, "Comparison of symbolic
+    dimensions is partially supported"). So the methods of a size by which one can choose tell this
+    of their callers. An order that cannot be told raises by itself.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.seen = ""
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        self.seen = ""
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+    def look(self, frame: FrameType) -> None:
+        """Notes the line of a caller that is not JAX."""
+        if not self.seen and not _is_jaxs(frame):
+            self.seen = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+_watch = _Watch()
+_CHOOSING = ("__eq__", "__ne__", "__hash__", "__str__", "__repr__", "__int__")
+
+
+@functools.cache
+def _observe(kind: type) -> None:
+    """Makes the class of symbolic sizes tell :data:`_watch` by whom its methods are called."""
+    for name in _CHOOSING:
+        setattr(kind, name, _observed(name, getattr(kind, name)))
+
+
+def _observed(name: str, method: Any) -> Any:
+    known = {"__eq__": True, "__ne__": False}.get(name)  # what is told for certain
+
+    @functools.wraps(method)
+    def observed(self: Any, *others: Any) -> Any:
+        result = method(self, *others)
+        if _watch.depth and (known is None or result is not known):
+            _watch.look(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+        return result
+
+    return observed
+
+
+_JAX = tuple(
+    str(Path(str(sys.modules[name].__file__)).parent)
+    for name in ("jax", "jaxlib")
+    if name in sys.modules
+)
+_OURS = str(Path(__file__).parents[1])
+_STANDARD = (sysconfig.get_paths()["stdlib"], "<")
+
+
+def _is_jaxs(frame: FrameType | None) -> bool:
+    """Tells whether JAX called, perhaps through the standard library."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith((*_JAX, _OURS)):
+            return True
+        if not file.startswith(_STANDARD) or "site-packages" in file:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    """Says in a few words why an objective was not traced for all lengths."""
+    cause = error.__cause__ or error
+    if isinstance(cause, NotForAllLengths):
+        return str(cause)
+    if type(cause).__name__ == "InconclusiveDimensionOperation" or "_DimExpr" in str(cause):
+        return "it needs the length of a row as a number, as len(row) and range() do"
+    if isinstance(cause, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
+        return "it needs the values of a row or a column while it is traced, as `if` and NumPy do"
+    first = (str(cause).splitlines() or [""])[0]
+    return f"{type(cause).__name__}: {first[:120]}"

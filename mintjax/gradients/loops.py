@@ -1,0 +1,136 @@
+"""Computes the gradient of an objective that takes rows one by one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from mintjax.gradients import interpreted, lengths
+from mintjax.gradients.contract import Metrics, Objective, Outcome, evaluate, name_of, users_line
+from mintjax.gradients.counts import count
+from mintjax.gradients.dependence import inputs_used
+from mintjax.gradients.identity import Identity
+from mintjax.ragged import Ragged
+from mintjax.ragged.batch import Batch
+
+Array: TypeAlias = Any
+Rows: TypeAlias = Sequence[npt.NDArray[Any]]
+
+
+class _Plan(NamedTuple):
+    """The trace of an objective for one number of rows, if it has one.
+
+    Args:
+        kinds: of each column that it reads; the plan is good for batches of the same.
+        trace: for all lengths; None if there is none.
+        run: evaluates the trace with NumPy.
+    """
+
+    kinds: Mapping[str, Any]
+    trace: lengths.Trace | None
+    run: Callable[[Sequence[Array], Mapping[str, int]], list[Array]] | None
+
+
+class Loops:
+    """Keeps the traces of an objective that takes rows one by one.
+
+    An objective is traced once for each number of rows, for all lengths at once where it can be
+    (:mod:`mintjax.gradients.lengths`), and otherwise anew for each batch.
+    """
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, list[_Plan]] = {}
+
+    def run(self, objective: Objective, identity: Identity, batch: Batch, rows: Rows) -> Outcome:
+        """Computes the loss, the metrics and the gradient with respect to each row."""
+        rows = _canonical(rows)
+        plan = self._find(objective, identity, batch, rows)
+        if plan is None or plan.trace is None or plan.run is None:
+            count("loops_traced")
+            closed, tree = _trace_batch(objective, identity, batch, rows)
+            outputs = interpreted.evaluate(closed, rows)
+        else:
+            count("loops_interpreted")
+            trace, tree = plan.trace, plan.trace.tree
+            sizes = {name: len(row) for name, row in zip(trace.symbols, rows, strict=True)}
+            outputs = plan.run(trace.arguments(batch, rows, identity), sizes)
+        (loss, metrics), grads = tree.unflatten(outputs)
+        return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
+
+    def needs_logprobs(
+        self, objective: Objective, identity: Identity, batch: Batch, rows: Rows
+    ) -> bool:
+        """Tells whether the gradient depends on the logprobs, whose shapes ``rows`` has."""
+        rows = _canonical(rows)
+        plan = self._find(objective, identity, batch, rows)
+        if plan is not None and plan.trace is not None:
+            return plan.trace.needs_logprobs
+        closed, tree = _trace_batch(objective, identity, batch, rows)
+        outputs = range(tree.num_leaves - len(rows), tree.num_leaves)
+        return bool(inputs_used(closed.jaxpr, outputs))
+
+    def _find(
+        self, objective: Objective, identity: Identity, batch: Batch, rows: Rows
+    ) -> _Plan | None:
+        if not all(map(len, rows)):
+            return None  # a symbol stands for a length of at least one
+        if any(datum.loss_fn_inputs.keys() != batch.names for datum in batch):
+            return None  # what stands for datums in a trace has the same columns in each
+        key = (
+            batch.names,
+            len(rows),
+            rows[0].shape[1:],
+            rows[0].dtype,
+            jax.dtypes.canonicalize_dtype(np.int64),
+            identity.parameter_kinds,
+        )
+        plans = self._plans.setdefault(key, [])
+        for plan in plans:
+            if all(lengths.kind_of(batch, name) == kind for name, kind in plan.kinds.items()):
+                return plan
+        try:
+            trace = lengths.trace(identity, batch, rows)
+            plan = _Plan(trace.kinds, trace, interpreted.prepare(trace.flat))
+        except lengths.NotForAllLengths as error:
+            _warn(objective, str(error), error.__cause__ or error)
+            plan = _Plan(error.kinds, None, None)
+        except interpreted.Unsupported as error:
+            _warn(objective, f"JAX's {error} is not known for symbolic lengths", error)
+            plan = _Plan({}, None, None)
+        plans.append(plan)
+        return plan
+
+
+def _canonical(rows: Rows) -> list[npt.NDArray[Any]]:
+    return [row.astype(jax.dtypes.canonicalize_dtype(row.dtype), copy=False) for row in rows]
+
+
+def _trace_batch(
+    objective: Objective, identity: Identity, batch: Batch, rows: Rows
+) -> tuple[Any, Any]:
+    """The jaxpr of value and gradient for one batch, and the structure of its outputs."""
+
+    def value(rows: Sequence[Any]) -> tuple[Any, Metrics]:
+        return evaluate(objective, batch, Ragged.from_rows(rows))
+
+    identity.drop_traces()
+    trace: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
+    closed, shape = trace(rows)
+    return closed, cast("Any", jax.tree_util.tree_structure(shape))
+
+
+def _warn(objective: Objective, reason: str, error: BaseException) -> None:
+    message = (
+        f"{name_of(objective)} takes rows one by one and is traced anew for every batch, which can "
+        f"cost a hundred times as much, because {reason}."
+    )
+    line = users_line(error)
+    if line is None or line.lineno is None:
+        warnings.warn(message, stacklevel=2)
+    else:
+        warnings.warn_explicit(message, UserWarning, line.filename, line.lineno)

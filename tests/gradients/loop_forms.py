@@ -1,0 +1,252 @@
+"""Losses as loops over rows, in the forms in which people write them, some with their columns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Form(NamedTuple):
+    """One way to write a loop.
+
+    Args:
+        loop: the objective.
+        columns: the same loss in columns, if it has such a form.
+        block: how many datums belong together.
+        candidates: whether it takes rows ``[T, K]``.
+        traced: whether it has to be traced anew for each batch.
+    """
+
+    loop: Callable[[Any, Any], Any]
+    columns: Callable[[Any, Any], Any] | None = None
+    block: int = 1
+    candidates: bool = False
+    traced: bool = False
+
+
+def weights(datum: Any) -> Any:
+    return datum.loss_fn_inputs["weights"]
+
+
+def elementwise(data: Any, logprobs: Any) -> Any:
+    total, clipped = 0.0, []
+    for datum, lp in zip(data, logprobs, strict=True):
+        ratio = jnp.exp(lp - datum.loss_fn_inputs["logprobs"])
+        advantages = datum.loss_fn_inputs["advantages"]
+        bounded = jnp.clip(ratio, 0.8, 1.2)
+        total = total - jnp.minimum(ratio * advantages, bounded * advantages).sum() / lp.shape[0]
+        clipped.append((ratio != bounded).mean())
+    return total, {"clipped": jnp.stack(clipped).mean()}
+
+
+def elementwise_columns(data: Any, logprobs: Any) -> Any:
+    ratio = (logprobs - data["logprobs"]).map(jnp.exp)
+    bounded = ratio.map(lambda r: jnp.clip(r, 0.8, 1.2))
+    surrogate = (ratio * data["advantages"]).map(jnp.minimum, bounded * data["advantages"])
+    return -surrogate.mean().sum(), {"clipped": (ratio != bounded).mean().mean()}
+
+
+def slices(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        total = total + (lp[1:] * weights(datum)[:-1]).sum() * 2 + lp[-1] ** 2 + jnp.exp(lp[0])
+        total = total + ((lp[1:] - lp[:-1]) ** 2).sum()
+    return total, {"first": logprobs[0][0]}
+
+
+def masks(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        w = weights(datum)
+        # The logarithm is infinite where the mask is zero.
+        total += jnp.where(w > 0, jnp.log(jnp.where(w > 0, w, 1)) * lp + lp**2, 0).sum()
+        total += jnp.where(datum.loss_fn_inputs["target_tokens"] == 3, lp, 0.0).sum()
+    return total, {}
+
+
+def masks_columns(data: Any, logprobs: Any) -> Any:
+    on = data["weights"] > 0
+    safe = data["weights"].map(lambda w: jnp.where(w > 0, w, 1))
+    total = (safe.map(jnp.log) * logprobs + logprobs**2).total(where=on)
+    return total + logprobs.total(where=data["target_tokens"] == 3), {}
+
+
+def cumulative(data: Any, logprobs: Any) -> Any:
+    scores = [
+        (jnp.cumsum(lp) * weights(datum)).sum() + jnp.cumsum(lp[::-1])[0]
+        for datum, lp in zip(data, logprobs, strict=True)
+    ]
+    return sum(score**2 for score in scores) / len(scores), {}
+
+
+def cumulative_columns(data: Any, logprobs: Any) -> Any:
+    scores = (logprobs.cumsum() * data["weights"]).sum() + logprobs.last()
+    return (scores**2).mean(), {}
+
+
+def running(data: Any, logprobs: Any) -> Any:
+    return sum((jnp.cumsum(lp) ** 2).mean() + jax.nn.logsumexp(lp) for lp in logprobs), {}
+
+
+def running_columns(data: Any, logprobs: Any) -> Any:
+    return (logprobs.cumsum() ** 2).mean().sum() + logprobs.logsumexp().sum(), {}
+
+
+def rows_twice(data: Any, logprobs: Any) -> Any:
+    n = len(logprobs)
+    means = [lp.mean() for lp in logprobs]
+    ring = [means[i] * logprobs[(i + 1) % n].max() for i in range(n)]
+    again = [jnp.exp(lp).mean() * means[0] for lp in logprobs]
+    return jnp.stack(ring + again).sum(), {}
+
+
+def rows_unused(data: Any, logprobs: Any) -> Any:
+    scores = [jnp.log(-lp).sum() for i, lp in enumerate(logprobs) if i % 2 == 0]
+    return jnp.asarray(scores).mean(), {}
+
+
+def pairs(data: Any, logprobs: Any) -> Any:
+    chosen, rejected = [], []
+    for chosen_datum, rejected_datum, chosen_lp, rejected_lp in zip(
+        data[::2], data[1::2], logprobs[::2], logprobs[1::2], strict=True
+    ):
+        chosen.append(jnp.dot(chosen_lp.flatten().astype(jnp.float32), weights(chosen_datum)))
+        rejected.append(jnp.dot(rejected_lp.flatten().astype(jnp.float32), weights(rejected_datum)))
+    margins = jnp.stack(chosen) - jnp.stack(rejected)
+    metrics = {"accuracy": (margins > 0).astype(jnp.float32).mean(), "margin": margins.mean()}
+    return -jax.nn.log_sigmoid(margins).mean(), metrics
+
+
+def pairs_columns(data: Any, logprobs: Any) -> Any:
+    scores = logprobs.dot(data["weights"])
+    margins = scores[::2] - scores[1::2]
+    metrics = {"accuracy": (margins > 0).mean(), "margin": margins.mean()}
+    return -jax.nn.log_sigmoid(margins).mean(), metrics
+
+
+def groups_of_four(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for start in range(0, len(data), 4):
+        scores = [lp.mean() for lp in logprobs[start : start + 4]]
+        mean = sum(scores) / 4
+        total += sum((score - mean) ** 2 for score in scores)
+        total -= jax.nn.logsumexp(jnp.stack(scores))
+    return total, {}
+
+
+def groups_of_four_columns(data: Any, logprobs: Any) -> Any:
+    scores = logprobs.mean().reshape(-1, 4)
+    centred = scores - scores.mean(1, keepdims=True)
+    return (centred**2).sum() - jax.nn.logsumexp(scores, axis=1).sum(), {}
+
+
+def nested(data: Any, logprobs: Any) -> Any:
+    scores = [lp.mean() for lp in logprobs]
+    margins = [a - b for i, a in enumerate(scores) for b in scores[i + 1 :]]
+    return sum(jax.nn.softplus(m) for m in margins) + sum(scores), {}
+
+
+def reduced(data: Any, logprobs: Any) -> Any:
+    scores = [lp.sum() * (1 + i) for i, lp in enumerate(logprobs)]
+    best = functools.reduce(jnp.maximum, scores)
+    return functools.reduce(lambda a, b: a + b * b, scores, 0.0) + best, {"best": best}
+
+
+def by_datum(data: Any, logprobs: Any) -> Any:
+    scores = {id(datum): (lp**2).sum() for datum, lp in zip(data, logprobs, strict=True)}
+    return sum(scores[id(d)] * d.loss_fn_inputs["reward"] for d in reversed(list(data))), {}
+
+
+def by_datum_columns(data: Any, logprobs: Any) -> Any:
+    return ((logprobs**2).sum() * data["reward"]).sum(), {}
+
+
+def mapped(data: Any, logprobs: Any) -> Any:
+    def one(x: Any) -> Any:
+        return jax.nn.log_sigmoid(x) * x
+
+    return jnp.array([jax.vmap(one)(lp).sum() for lp in logprobs]).mean(), {}
+
+
+def early(data: Any, logprobs: Any) -> Any:
+    if len(data) == 1:
+        return logprobs[0].sum(), {"alone": 1.0}
+    return jnp.stack([(lp * lp).mean() for lp in logprobs]).max(), {"alone": 0.0}
+
+
+COEFFICIENTS = np.array([0.5, -1.0, 2.0, 0.25, 1.5, 3.0, -0.5, 1.0])
+
+
+def closure(data: Any, logprobs: Any) -> Any:
+    scores = [lp.sum() * COEFFICIENTS[i % 8] for i, lp in enumerate(logprobs)]
+    scores = jnp.stack(scores) ** 2
+    return (scores * COEFFICIENTS[: len(data)]).sum(), {}
+
+
+def metrics(data: Any, logprobs: Any) -> Any:
+    entropies, tokens = [], []
+    total = jnp.zeros(())
+    for i, (datum, lp) in enumerate(zip(data, logprobs, strict=True)):
+        total = total + (lp * weights(datum)).sum() / jnp.maximum(weights(datum).sum(), 1)
+        entropies.append(-(jnp.exp(lp) * lp).sum() + i)
+        tokens.append((weights(datum) > 0).sum())
+    found = {"entropy": jnp.stack(entropies).mean(), "tokens": jnp.stack(tokens).sum()}
+    return -total / len(data), {**found, "worst": jnp.stack(entropies).max()}
+
+
+def candidates(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        kl = (jnp.exp(lp) * (lp - lp.mean(-1, keepdims=True))).sum(-1)
+        total = total + (kl * weights(datum)).sum() + lp.max(1).mean() + (lp[:, 0] ** 2).sum()
+        total = total + (lp * weights(datum)[:, None]).mean()
+    return total, {}
+
+
+def of_lengths(data: Any, logprobs: Any) -> Any:
+    return sum(lp.sum() / len(lp) for lp in logprobs), {}
+
+
+def alone_is_dear(data: Any, logprobs: Any) -> Any:
+    return sum(lp.sum() * (5.0 if lp.shape[0] == 1 else 1.0) for lp in logprobs), {}
+
+
+def by_value(data: Any, logprobs: Any) -> Any:
+    used = [lp.sum() for d, lp in zip(data, logprobs, strict=True) if weights(d).sum() > 1]
+    return sum(used, jnp.zeros(())), {}
+
+
+def big_numbers(data: Any, logprobs: Any) -> Any:
+    rows = zip(data, logprobs, strict=True)
+    hashes = [(d.loss_fn_inputs["target_tokens"] + 2**33) % 5 * lp for d, lp in rows]
+    return sum(h.sum() for h in hashes), {}
+
+
+FORMS = {
+    "elementwise": Form(elementwise, elementwise_columns),
+    "slices": Form(slices),
+    "masks": Form(masks, masks_columns),
+    "cumulative": Form(cumulative, cumulative_columns),
+    "running": Form(running, running_columns),
+    "rows used twice": Form(rows_twice),
+    "rows unused": Form(rows_unused),
+    "pairs": Form(pairs, pairs_columns, block=2),
+    "groups of four": Form(groups_of_four, groups_of_four_columns, block=4),
+    "nested": Form(nested),
+    "reduced": Form(reduced),
+    "by datum": Form(by_datum, by_datum_columns),
+    "mapped": Form(mapped),
+    "early": Form(early),
+    "closure": Form(closure),
+    "metrics": Form(metrics),
+    "candidates": Form(candidates, candidates=True),
+    "of lengths": Form(of_lengths, traced=True),
+    "a length compared": Form(alone_is_dear, traced=True),
+    "by value": Form(by_value, traced=True),
+    "big numbers": Form(big_numbers, traced=True),
+}

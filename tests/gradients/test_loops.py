@@ -1,0 +1,156 @@
+"""A loop over rows has the gradient of float64 and of its columns, however it is evaluated."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mintjax
+from mintjax import Batch, Datum, ModelInput, value_and_logprob_grads
+
+from .loop_forms import FORMS, Form
+
+FEW = settings(max_examples=12 if settings.default.derandomize else settings.default.max_examples)
+LENGTHS = st.one_of(st.integers(1, 4), st.sampled_from([127, 128, 129, 200]))
+
+
+def batch_of(lengths: list[int], seed: int, candidates: bool) -> tuple[list[Datum], list[Any]]:
+    rng = np.random.default_rng(seed)
+    data: list[Datum] = []
+    logprobs: list[Any] = []
+    for n in lengths:
+        shape = (n, 3) if candidates else (n,)
+        lp = -rng.exponential(size=shape).astype(np.float32)
+        inputs: dict[str, Any] = {
+            "target_tokens": rng.integers(0, 5, shape),
+            "weights": rng.choice([0.0, 0.5, 1.0], n).astype(np.float32),
+            "logprobs": lp + 0.3 * rng.standard_normal(shape).astype(np.float32),
+            "advantages": rng.standard_normal(n).astype(np.float32),
+            "reward": np.float32(rng.standard_normal()),
+        }
+        data.append(Datum(ModelInput.from_ints(range(1, n + 1)), inputs))
+        logprobs.append(lp)
+    return data, logprobs
+
+
+def in_doubles(form: Form, data: list[Datum], logprobs: list[Any]) -> Any:
+    """Plain JAX, on the rows as they are."""
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = jax.value_and_grad(lambda rows: form.loop(Batch(data), rows), has_aux=True)
+        (value, found), grads = loss([jnp.asarray(row, np.float64) for row in logprobs])
+    return float(value), {name: float(m) for name, m in found.items()}, map(np.asarray, grads)
+
+
+def assert_same(found: Any, expected: Any, name: str) -> None:
+    value, metrics, grads = expected
+    scale = max(1.0, abs(value))
+    assert found.loss == pytest.approx(value, rel=1e-4, abs=1e-4 * scale), name
+    for got, want in zip(found.grads, grads, strict=True):
+        scale = max(1.0, np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=5e-5 * scale, err_msg=name)
+    for key, metric in metrics.items():
+        assert found.metrics[key] == pytest.approx(metric, rel=1e-3, abs=1e-3), (name, key)
+
+
+@FEW
+@given(st.data(), st.sampled_from(list(FORMS)))
+def test_a_loop_means_what_its_columns_and_float64_mean(data: st.DataObject, name: str) -> None:
+    form = FORMS[name]
+    blocks = data.draw(st.integers(1, 8 // form.block // 2), label="blocks")
+    for _ in range(3):  # the first is interpreted, the others may be compiled
+        lengths = data.draw(
+            st.lists(LENGTHS, min_size=blocks * form.block, max_size=blocks * form.block),
+            label="lengths",
+        )
+        batch = batch_of(lengths, data.draw(st.integers(0, 99), label="seed"), form.candidates)
+        expected = in_doubles(form, *batch)
+        before = mintjax.gradients.stats()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is traced anew for every batch")
+            warnings.filterwarnings("ignore", ".*Explicitly requested dtype")
+            found = value_and_logprob_grads(form.loop, *batch)
+        expected = (expected[0], expected[1], list(expected[2]))
+        assert_same(found, expected, name)
+        after = mintjax.gradients.stats()
+        assert after.loops_traced - before.loops_traced == form.traced
+        if form.columns is not None:
+            assert_same(value_and_logprob_grads(form.columns, *batch), expected, "columns")
+
+
+def test_a_trace_is_used_again_for_other_lengths() -> None:
+    def loss(data: Any, logprobs: Any) -> Any:
+        return sum((lp * lp).sum() for lp in logprobs), {}
+
+    before = mintjax.gradients.stats()
+    for lengths in ([3, 4], [200, 1], [5, 6]):
+        data, logprobs = batch_of(lengths, 0, candidates=False)
+        result = value_and_logprob_grads(loss, data, logprobs)
+        for got, lp in zip(result.grads, logprobs, strict=True):
+            np.testing.assert_allclose(got, 2 * lp, rtol=1e-6)
+    assert mintjax.gradients.stats().loops_traced == before.loops_traced
+
+
+def test_a_closed_over_value_that_changes_is_seen() -> None:
+    factors = np.ones(2)
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        return sum((lp * f).sum() for lp, f in zip(logprobs, factors, strict=True)), {}
+
+    for new in (1.0, 2.0, 3.0):
+        factors[0] = new
+        data, logprobs = batch_of([3, 4], 0, candidates=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*made anew for the third time")
+            result = value_and_logprob_grads(loss, data, logprobs)
+        assert result.grads[0].tolist() == [new] * 3
+
+
+class Scaled:
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def __call__(self, data: Any, logprobs: Any) -> Any:
+        return sum((lp * self.factor).sum() for lp in logprobs), {}
+
+
+def test_a_float_attribute_that_changes_is_an_argument() -> None:
+    scaled = Scaled()
+    before = mintjax.gradients.stats()
+    for factor in (1.0, 2.0, 3.0):
+        scaled.factor = factor
+        result = value_and_logprob_grads(scaled, *batch_of([3, 4], 0, candidates=False))
+        assert result.grads[1].tolist() == [factor] * 4
+    assert mintjax.gradients.stats().objectives - before.objectives == 1
+
+
+def test_what_is_traced_for_each_batch_is_warned_about_at_the_line_that_makes_it_so() -> None:
+    def mean(data: Any, logprobs: Any) -> Any:
+        return sum(lp.sum() / len(lp) for lp in logprobs), {}
+
+    batch = batch_of([3, 4], 0, candidates=False)
+    with pytest.warns(UserWarning, match=r"mean takes rows one by one .* needs the length") as told:
+        value_and_logprob_grads(mean, *batch)
+    assert told[0].filename == __file__
+    assert told[0].lineno == mean.__code__.co_firstlineno + 1
+    value_and_logprob_grads(mean, *batch)  # warnings are errors here
+
+
+def test_datums_that_differ_in_their_columns_are_each_looked_at() -> None:
+    def loss(data: Any, logprobs: Any) -> Any:
+        rows = zip(data, logprobs, strict=True)
+        return sum(lp.sum() * (2.0 if "extra" in d.loss_fn_inputs else 1.0) for d, lp in rows), {}
+
+    for extras in ((0, 1), (0,), (1,), ()):
+        data, logprobs = batch_of([3, 4], 0, candidates=False)
+        for i in extras:
+            data[i].loss_fn_inputs["extra"] = mintjax.TensorData(np.ones(len(logprobs[i])))
+        result = value_and_logprob_grads(loss, data, logprobs)
+        assert [grad[0] for grad in result.grads] == [1.0 + (i in extras) for i in (0, 1)]
