@@ -72,11 +72,6 @@ class RemoteLogprobs:
         return self._batch
 
     @property
-    def batch(self) -> Batch:
-        """The data. An objective that is given it lays its columns out once."""
-        return self._batch
-
-    @property
     def output(self) -> ForwardBackwardOutput | None:
         """The trainer's output of the last backward pass; None before the first.
 
