@@ -10,6 +10,10 @@ Needs the ``bench`` extra. Every step has fresh lengths. In one run, interleaved
 - ``torch``: the same with ``torch.from_numpy``;
 - ``numpy``: value and gradient written by hand on concatenated rows, as the floor.
 
+Then, for 64 datums of the official SDK's, the callback of its ``forward_backward_custom``: ours
+(``mintjax.interop.sdk_loss``) against the loss in torch, both with ``backward()`` and without the
+SDK's own conversions.
+
 All four get the same arrays, in an order drawn anew each step, and their gradients are compared
 before anything is timed. JAX computes in the thread that asks (``jax_cpu_enable_async_dispatch``
 off), as README recommends on a CPU; ``--async`` leaves it as JAX has it, which hands each
@@ -33,7 +37,7 @@ import numpy as np
 import torch
 
 import mintjax
-from mintjax import Datum, ModelInput, bench, objectives
+from mintjax import Datum, ModelInput, bench, interop, objectives
 
 BETA = 0.1
 OBJECTIVES = {
@@ -184,6 +188,66 @@ def measure(
     ]
 
 
+def measure_callbacks(loss: str, datums: int, warm_up: int, steps: int) -> list[dict[str, Any]]:
+    """Measures the callback that the official SDK is given, ours and the one in torch."""
+    from tinker import types
+
+    rng, ours = np.random.default_rng(datums), interop.sdk_loss(OBJECTIVES[loss])
+
+    def theirs(data: list[Any], leaves: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+        names = COLUMNS[loss]
+        columns = {name: [d.loss_fn_inputs[name].to_torch() for d in data] for name in names}
+        return TORCH[loss](leaves, **columns), {}
+
+    def steps_of_the_sdk() -> Iterator[Any]:
+        for step in range(warm_up + steps):
+            batch = Batch(rng, uniform(rng, datums), loss)
+            data = [
+                types.Datum(
+                    model_input=types.ModelInput.from_ints([0] * len(row)),
+                    loss_fn_inputs={
+                        name: types.TensorData.from_numpy(column[i])
+                        for name, column in batch.columns.items()
+                    },
+                )
+                for i, row in enumerate(batch.rows)
+            ]
+            # Each gets leaves of its own, because a leaf's gradient adds up.
+            leaves = {
+                name: [torch.tensor(row, requires_grad=True) for row in batch.rows]
+                for name in ("sdk_loss", "torch_callback")
+            }
+            yield data, leaves
+            if step == 0:
+                both = [torch.cat([leaf.grad for leaf in one]).numpy() for one in leaves.values()]
+                scale = np.abs(both[0]).max()
+                np.testing.assert_allclose(both[1], both[0], rtol=2e-3, atol=2e-4 * scale)
+
+    def run(name: str, callback: Any, step: Any) -> None:
+        data, leaves = step
+        callback(data, leaves[name])[0].backward()
+
+    timings = bench.interleaved(
+        {
+            "sdk_loss": partial(run, "sdk_loss", ours),
+            "torch_callback": partial(run, "torch_callback", theirs),
+        },
+        steps_of_the_sdk(),
+        warm_up=warm_up,
+    )
+    return [
+        {
+            "loss": loss,
+            "datums": datums,
+            "case": "callback",
+            "implementation": name,
+            "median_ms": 1e3 * timing.quantile(0.5),
+            "compilations": 0,
+        }
+        for name, timing in timings.items()
+    ]
+
+
 def check(loss: str, batch: Batch, names: list[str]) -> None:
     """Hold the four gradients against each other."""
     results = [
@@ -264,6 +328,13 @@ def main() -> None:
             show(rows[-len(names) :])
         rows += measure(loss, 64, "long_tail", warm_up, steps, names)
         show(rows[-len(names) :])
+        rows += measure_callbacks(loss, 64, warm_up, steps)
+        ours, theirs = (row["median_ms"] for row in rows[-2:])
+        print(
+            f"{loss:14s} callback of the SDK, B=64: {ours:.3f} ms, torch {theirs:.3f} ms, "
+            f"{theirs / ours:.1f}x",
+            flush=True,
+        )
     if not options.quick:
         for datums in (64, 4096):
             rows += measure("ppo", datums, "uniform", 2, 5, ["mintjax"])

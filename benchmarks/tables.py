@@ -44,7 +44,14 @@ def gradient_cost(rows: Rows) -> str:
     counts = "".join(
         f"\n\n{row['case'].capitalize()}: {row['compilations']} compilations." for row in compiled
     )
-    return table(["datums", "implementation", *losses], lines) + counts
+    callbacks = [r for r in rows if r["implementation"] == "torch_callback"]
+    ratios = ", ".join(
+        f"{r['loss']} {r['median_ms'] / found[r['loss'], r['datums'], 'callback', 'sdk_loss']:.1f}x"
+        for r in callbacks
+    )
+    if ratios:
+        ratios = f"\n\nThe same loss in torch as the SDK's callback, beside `sdk_loss`: {ratios}."
+    return table(["datums", "implementation", *losses], lines) + counts + ratios
 
 
 def transport(rows: Rows) -> str:
