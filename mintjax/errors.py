@@ -100,6 +100,13 @@ class StaleError(MintjaxError, RuntimeError):
     """Params or gradients that do not belong to the model as the trainer has it now."""
 
 
+class UnknownReductionError(MintjaxError):
+    """It cannot be told what a trainer divides losses by, so no custom gradient is sent to it.
+
+    The message says what was measured. ``ServiceClient(reduction=...)`` says it by hand.
+    """
+
+
 class ConfigError(MintjaxError, ValueError):
     """The client cannot be set up so: a base URL, a key or an option; the message says which."""
 

@@ -33,6 +33,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory):
+    """Keeps what is measured in tests out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def engine():
     """One embedded trainer for all tests."""

@@ -44,6 +44,7 @@ def serve(
     """
     from mintjax import local
     from mintjax.protocol import messages
+    from mintjax.step.reduction import SUM, Reduction
 
     config = messages.ClientConfigResponse(
         proto_write_fwdbwd=protobuf, proto_compress_fwdbwd=compress
@@ -55,7 +56,8 @@ def serve(
         else:
             print(f"mintjax trainer at {url}", flush=True)
 
-    with local.Engine(normalise=normalise, directory=directory) as engine:
+    reduction = Reduction("weights", per_step="datums") if normalise else SUM
+    with local.Engine(reduction=reduction, directory=directory) as engine:
         local.serve(
             host,
             port,

@@ -14,8 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from mintjax.client.background import Background, begin, in_daemon_thread
-from mintjax.client.futures import APIFuture, Limited, wait
+from mintjax.client.background import Background, begin
+from mintjax.client.futures import APIFuture, Limited
 from mintjax.client.polling import retrieve
 from mintjax.client.settings import Settings
 from mintjax.client.transport import Request, Transport
@@ -62,6 +62,7 @@ class Connection:
 
     Attributes:
         facts: what was found out about the trainer.
+        measuring: held while that is found out.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -72,6 +73,7 @@ class Connection:
         self.facts = TrainerFacts()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
+        self.measuring = asyncio.Lock()
         self._opening = asyncio.Lock()
         self.background = Background(self.transport.aclose)
         self.close = weakref.finalize(self, self.background.close)
@@ -123,14 +125,6 @@ class Connection:
     def limit(self, future: APIFuture[T], timeout: float | None) -> Limited[T]:
         """Puts a limit to how long a future is waited for, as :meth:`limited` does."""
         return Limited(future, self.settings.policy.blocking if timeout is None else timeout)
-
-    def measure(self, timeout: float | None, work: Callable[[], T]) -> T:
-        """Runs a function that waits for many results, and waits for it, as :meth:`limited` has it.
-
-        Raises:
-            APITimeoutError: it takes longer than the timeout.
-        """
-        return wait(self.limited(timeout, in_daemon_thread, work, "mintjax-measurement"))
 
     async def ask(self, path: str, message: Any, as_type: type[T]) -> T:
         """Sends a request that is answered at once."""

@@ -12,11 +12,18 @@ import numpy.typing as npt
 from mintjax.client.gradients import AccumulatedGradients, refuses_loss
 from mintjax.client.lane import Turn
 from mintjax.client.passes import Pass
-from mintjax.errors import APIError, APIResponseError, DataError, RequestFailedError
+from mintjax.errors import (
+    APIError,
+    APIResponseError,
+    DataError,
+    RequestFailedError,
+    UnknownReductionError,
+)
 from mintjax.gradients import Objective, loss_and_metrics, value_and_logprob_grads
 from mintjax.ragged.batch import Batch
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.facts import TrainerFacts
+from mintjax.step.reported import returns_the_sum
 from mintjax.step.routes import Backward, shortcut
 from mintjax.types import CustomStepOutput, ForwardBackwardOutput
 
@@ -115,7 +122,7 @@ async def custom_step(
     if metrics is None:
         rows = logprobs(output)
         _, metrics = await turn.compute(lambda: loss_and_metrics(objective, data, rows))
-    _warn_once(facts, output)
+    _check_sum(facts, backward, output)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
         metrics=_named(output.metrics, metrics),
@@ -149,12 +156,18 @@ def logprobs(output: ForwardBackwardOutput) -> list[npt.NDArray[np.float32]]:
     raise APIResponseError(words)
 
 
-def _warn_once(facts: TrainerFacts, output: ForwardBackwardOutput) -> None:
-    sums = any(name.endswith("loss:sum") for name in output.metrics)
-    if facts.reduction is None and not sums and not facts.warned:
-        facts.warned = True
-        logger.warning(
-            "this trainer returns no loss:sum, so it may divide losses by weights or by numbers of "
-            "datums, which falsifies the gradient of a custom loss; service.probe() measures it, "
-            "and from then on custom steps are right"
+def _check_sum(facts: TrainerFacts, backward: Backward, output: ForwardBackwardOutput) -> None:
+    """Holds the loss that the trainer reports against the sum that was sent.
+
+    Raises:
+        UnknownReductionError: it contradicts that the trainer sums.
+    """
+    if facts.reduction is None or not facts.reduction.sums or facts.sums_reported is False:
+        return
+    if returns_the_sum(backward.loss_fn, backward.data, output, backward.config) is False:
+        raise UnknownReductionError(
+            f"the trainer reports loss:sum {output.metrics['loss:sum']:.6g}, which is not the sum "
+            f"of the losses of {backward.loss_fn} that were sent, though it is taken to sum. The "
+            "gradient that it has added may be another than the objective's: go on from a "
+            "checkpoint, after service.probe()"
         )

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from mintjax.client.connection import Connection
 from mintjax.client.lane import Turn
 from mintjax.client.passes import Pass
+from mintjax.client.reductions import Measure, reduction_of
 from mintjax.errors import APIError, RequestFailedError
 from mintjax.step.accumulated import Accumulated, Sent
-from mintjax.step.reduction import SUM, Reduction
+from mintjax.step.reduction import Reduction
 from mintjax.types import ForwardBackwardOutput, OptimStepResponse
 
 T = TypeVar("T")
@@ -22,16 +23,22 @@ class AccumulatedGradients:
     Args:
         connection: the session.
         model_id: the trainer's name of the model.
+        measure: measures what the trainer divides losses by.
     """
 
-    def __init__(self, connection: Connection, model_id: str) -> None:
+    def __init__(self, connection: Connection, model_id: str, measure: Measure) -> None:
         self.connection = connection
         self.model_id = model_id
+        self._measure = measure
         self._accumulated = Accumulated()
 
     async def reduction(self) -> Reduction:
-        """Says what the trainer divides losses by."""
-        return self.connection.facts.reduction or SUM
+        """Says what the trainer divides losses by, and measures it if nobody has.
+
+        Raises:
+            UnknownReductionError: it cannot be told.
+        """
+        return await reduction_of(self.connection, self._measure)
 
     async def datums_in_step(
         self, turn: Turn, reduction: Reduction, datums: int, announced: int | None

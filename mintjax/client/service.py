@@ -5,16 +5,17 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Literal, Self, TypeVar
 
 import httpx
 import msgspec
 
 from mintjax.client.connection import Connection
-from mintjax.client.futures import APIFuture, Limited, NotCopyable, both
+from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, wait
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
-from mintjax.client.training import TrainingClient, make_model, probe
+from mintjax.client.training import TrainingClient, make_model, measure_on, probe
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.left_out import SdkMethods, refuse
 from mintjax.protocol import messages
@@ -57,6 +58,10 @@ class ServiceClient(NotCopyable, SdkMethods):
         on_progress: called in the client's thread with each :class:`Progress`; must not block.
         allow_insecure_http: allow ``http://`` to another machine, where anyone on the way can read
             the key.
+        reduction: what the trainer divides losses by, where you know it; it is not measured then.
+        measure: measure that before the first custom step, by a few steps on a throwaway model,
+            where nobody says it. If False, gradients of custom losses are sent as if losses were
+            summed, and arrive falsified where they are not.
         transport: in place of the network, such as ``httpx.ASGITransport(app)``.
 
     Raises:
@@ -77,6 +82,8 @@ class ServiceClient(NotCopyable, SdkMethods):
         display_name: str | None = None,
         on_progress: Callable[[Progress], object] | None = None,
         allow_insecure_http: bool = False,
+        reduction: Reduction | None = None,
+        measure: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if not timeout > 0:
@@ -99,6 +106,8 @@ class ServiceClient(NotCopyable, SdkMethods):
             display_name=display_name,
             transport=transport,
             on_progress=on_progress,
+            reduction=reduction,
+            measure=measure,
         )
         self._connection = Connection(settings)
 
@@ -285,23 +294,23 @@ class ServiceClient(NotCopyable, SdkMethods):
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Returns:
-            Whether it divides by the sum of weights, and by the number of datums.
+            The amounts that it divides by.
 
         Raises:
-            MintjaxError: it cannot be told; the message says what was measured.
+            UnknownReductionError: it cannot be told; the message says what was measured.
             DataError: no base model was given, and the trainer names none.
             APITimeoutError: it takes longer than the timeout.
         """
-        return self._connection.measure(timeout, lambda: self._probe(base_model))
+        return wait(self._connection.limited(timeout, self._probe, base_model))
 
-    def _probe(self, base_model: str | None) -> Reduction:
+    async def _probe(self, base_model: str | None) -> Reduction:
         name = base_model or from_environment("BASE_MODEL")
         if not name:
-            offered = self.get_server_capabilities().supported_models
-            if not offered:
+            answer = await self._connection.capabilities()
+            if not answer.supported_models:
                 raise DataError("the trainer names none; pass one", field="base_model")
-            name = offered[0].model_name
-        return probe(self._connection, name)
+            name = answer.supported_models[0].model_name
+        return await probe(self._connection, partial(measure_on, self._connection, name))
 
     def submit(self, path: str, message: Any, as_type: type[T]) -> APIFuture[T]:
         """Sends a request of a trainer's own that concerns no model in training.

@@ -16,6 +16,7 @@ import httpx
 import msgspec
 
 from mintjax.errors import ConfigError
+from mintjax.step.reduction import Reduction
 
 DEFAULT_BASE_URL = "https://mint.macaron.xin"
 
@@ -191,6 +192,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     display_name: str | None
     transport: httpx.AsyncBaseTransport | None
     on_progress: Callable[[Progress], object] | None
+    reduction: Reduction | None = None
+    measure: bool = True
 
 
 def resolve(

@@ -6,12 +6,14 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mintjax.client.background import in_daemon_thread
 from mintjax.client.connection import Connection
 from mintjax.client.custom_step import custom_step
 from mintjax.client.custom_step import logprobs as logprobs_of
@@ -19,6 +21,7 @@ from mintjax.client.futures import APIFuture, Limited, MadeClient, both, submitt
 from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, Turn
 from mintjax.client.passes import Pass
+from mintjax.client.reductions import Measure, measured
 from mintjax.client.sampling import SamplingClient
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
@@ -27,7 +30,7 @@ from mintjax.left_out import refuse
 from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch, as_batch, check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
-from mintjax.step.probe import measure_reduction
+from mintjax.step.probe import Measurement, confirm_reduction, measure_reduction
 from mintjax.step.reduction import Reduction
 from mintjax.types import (
     AdamParams,
@@ -65,11 +68,15 @@ class TrainingClient(MadeClient):
         model_id: the trainer's name of the model.
     """
 
-    def __init__(self, connection: Connection, model_id: str) -> None:
+    def __init__(
+        self, connection: Connection, model_id: str, base_model: str | None = None
+    ) -> None:
         self.model_id = model_id
         self._connection = connection
         self._lane = Lane(connection, model_id)
-        self._gradients = AccumulatedGradients(connection, model_id)
+        measure = partial(_measure_beside, connection, model_id, base_model)
+        self._measure = measure
+        self._gradients = AccumulatedGradients(connection, model_id, measure)
 
     def forward(
         self,
@@ -251,12 +258,9 @@ class TrainingClient(MadeClient):
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
 
         Raises:
-            MintjaxError: it cannot be told; the message says what was measured.
+            UnknownReductionError: it cannot be told; the message says what was measured.
         """
-        connection = self._connection
-        return connection.measure(
-            timeout, lambda: probe(connection, self.get_info().model_data.model_name)
-        )
+        return wait(self._connection.limited(timeout, probe, self._connection, self._measure))
 
     def save_state(
         self,
@@ -509,19 +513,53 @@ async def make_model(
     metadata = msgspec.UNSET if user_metadata is None else user_metadata  # some refuse a null
     request = messages.CreateModelRequest(session, number, base_model, config, metadata)
     made = await connection.run("create_model", request, messages.CreateModelResponse)
-    return TrainingClient(connection, made.model_id)
+    return TrainingClient(connection, made.model_id, base_model)
 
 
-def probe(connection: Connection, base_model: str) -> Reduction:
-    """Measure the trainer's reduction on a throwaway model, and remember it.
+async def probe(connection: Connection, measure: Measure) -> Reduction:
+    """Measures what the trainer divides losses by, whatever is known of it, and remembers it.
 
     Raises:
-        MintjaxError: it cannot be told.
+        UnknownReductionError: it cannot be told.
     """
-    made = connection.limited(None, make_model, connection, base_model, LoraConfig(8, 0))
-    with wait(made) as model:
-        connection.facts.reduction = measure_reduction(model)
-    return connection.facts.reduction
+    async with connection.measuring:
+        return await measured(connection, measure, anew=True)
+
+
+async def measure_on(
+    connection: Connection, base_model: str, known: Reduction | None = None
+) -> Measurement:
+    """Measures on a throwaway model, which is unloaded whatever happens.
+
+    Args:
+        connection: the session.
+        base_model: of the model.
+        known: check only whether the trainer has this reduction.
+
+    Raises:
+        UnknownReductionError: it cannot be told, or the trainer has another.
+    """
+    model = await make_model(connection, base_model, LoraConfig(8, 0))
+
+    def work() -> Measurement:
+        return measure_reduction(model) if known is None else confirm_reduction(model, known)
+
+    try:
+        return await in_daemon_thread(work, "mintjax-measurement")
+    finally:
+        with suppress(MintjaxError, TimeoutError):  # a trainer may have no such endpoint
+            await asyncio.wait_for(asyncio.wrap_future(model.unload()), _SECONDS_TO_UNLOAD)
+
+
+async def _measure_beside(
+    connection: Connection, model_id: str, base_model: str | None, known: Reduction | None
+) -> Measurement:
+    """Measures on a throwaway model of the base of another model."""
+    if base_model is None:
+        request = messages.ModelRequest(model_id, "get_info")
+        info = await connection.ask("get_info", request, GetInfoResponse)
+        base_model = info.model_data.model_name
+    return await measure_on(connection, base_model, known)
 
 
 def _finite_floats(numbers: Mapping[str, Any]) -> dict[str, float]:

@@ -57,6 +57,7 @@ def application(
     poll_seconds: float = 20.0,
     config: messages.ClientConfigResponse | None = None,
     json_passes: bool = True,
+    states_reduction: bool = True,
 ) -> Generator[Starlette]:
     """An ASGI application in front of an engine, for as long as the block lasts.
 
@@ -68,6 +69,8 @@ def application(
             chunks. The default asks for JSON; what is served does not depend on it.
         json_passes: serve passes in JSON, too. If False they are refused (415), and have to come
             as protocol buffers; ``forward`` is not found (404), as on SkyRL 0.4 and TuFT 0.2.
+        states_reduction: say in ``client/config`` what the engine divides losses by. If False,
+            clients have to measure it, as other trainers'.
 
     Raises:
         ConfigError: it would ask for what takes the extra ``protobuf`` to read.
@@ -79,7 +82,7 @@ def application(
         zstd.require()
     sequencer = Sequencer()
     access = Access(api_key)
-    endpoints = Endpoints(engine, sequencer, access, config)
+    endpoints = Endpoints(engine, sequencer, access, config, states_reduction)
     try:
         yield _Http(endpoints, sequencer, access, poll_seconds, json_passes).app()
     finally:

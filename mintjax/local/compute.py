@@ -18,6 +18,7 @@ from jax import Array
 from mintjax.errors import NonFiniteError
 from mintjax.local import loss_fns, model
 from mintjax.local.model import ModelConfig, Weights
+from mintjax.step.reduction import Unit
 from mintjax.types import Datum
 
 MAX_ROWS = 32
@@ -50,7 +51,7 @@ def run(
     loss_fn: str,
     loss_fn_config: Mapping[str, float] | None,
     *,
-    normalise: bool,
+    per_sequence: Unit | None,
     backward: bool,
 ) -> PassResult:
     """Take a built-in loss of the data and, if asked for, its gradient in the adapters.
@@ -61,7 +62,8 @@ def run(
         data: checked by :func:`mintjax.local.loss_fns.check_request`.
         loss_fn: name of the loss.
         loss_fn_config: its options.
-        normalise: divide each datum's loss by ``max(sum(weights), 1e-9)``.
+        per_sequence: divides each datum's loss, as :class:`~mintjax.step.reduction.Reduction` has
+            it.
         backward: take the gradient too.
 
     Raises:
@@ -77,7 +79,7 @@ def run(
     compute = _forward_backward if backward else _forward
     for rows in _groups(data):
         arguments = (rows.tokens, rows.targets, rows.columns, number, options)
-        outputs = compute(config, base, lora, *arguments, normalise=normalise)
+        outputs = compute(config, base, lora, *arguments, per_sequence=per_sequence)
         row_logprobs, row_losses, row_finite = jax.device_get(outputs[:3])
         _check_finite(rows.indices, row_finite, loss_fn)
         for row, i in enumerate(rows.indices):
@@ -119,13 +121,13 @@ def _loss_and_gradient(
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
     *,
-    normalise: bool,
+    per_sequence: Unit | None,
 ) -> _Outputs:
     def read(lora: Weights) -> Array:
         return model.logprobs(config, base, lora, tokens, targets)
 
     def total(logprobs: Array) -> tuple[Array, Array]:
-        rows = _row_losses(logprobs, columns, loss_fn, options, normalise)
+        rows = _row_losses(logprobs, columns, loss_fn, options, per_sequence)
         return rows.sum(), rows
 
     logprobs, pull_back = cast(tuple[Array, Callable[[Array], tuple[Weights]]], jax.vjp(read, lora))
@@ -145,14 +147,14 @@ def _loss(
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
     *,
-    normalise: bool,
+    per_sequence: Unit | None,
 ) -> _Outputs:
     logprobs = model.logprobs(config, base, lora, tokens, targets)
-    losses = _row_losses(logprobs, columns, loss_fn, options, normalise)
+    losses = _row_losses(logprobs, columns, loss_fn, options, per_sequence)
     return logprobs, losses, jnp.isfinite(losses), {}
 
 
-_STATIC = ("config", "normalise")
+_STATIC = ("config", "per_sequence")
 _forward_backward: Callable[..., _Outputs] = jax.jit(_loss_and_gradient, static_argnames=_STATIC)
 _forward: Callable[..., _Outputs] = jax.jit(_loss, static_argnames=_STATIC)
 
@@ -162,10 +164,10 @@ def _row_losses(
     columns: loss_fns.Columns,
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
-    normalise: bool,
+    per_sequence: Unit | None,
 ) -> Array:
     losses = loss_fns.token_losses(loss_fn, options, logprobs, columns)
-    return losses.sum(axis=(1, 2)) / loss_fns.row_divisors(columns, normalise)
+    return losses.sum(axis=(1, 2)) / loss_fns.row_divisors(columns, per_sequence)
 
 
 def _groups(data: Sequence[Datum]) -> Iterator[_Rows]:

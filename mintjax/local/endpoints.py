@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class Endpoints:
         sequencer: what brings its requests into order.
         access: gives out tokens.
         config: what is asked of clients.
+        states_reduction: say in ``client/config`` what the engine divides losses by.
     """
 
     def __init__(
@@ -58,11 +60,15 @@ class Endpoints:
         sequencer: Sequencer,
         access: Access,
         config: messages.ClientConfigResponse,
+        states_reduction: bool = True,
     ) -> None:
         self.engine = engine
         self._sequencer = sequencer
         self._access = access
-        self._config = config
+        stated = messages.StatedReduction(**dataclasses.asdict(engine.reduction))
+        self._config = msgspec.structs.replace(
+            config, mintjax_reduction=stated if states_reduction else None
+        )
         self._sessions = Sessions()
 
     def client_config(self) -> Answer:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import optax  # pyright: ignore[reportMissingTypeStubs]
 
 from mintjax.errors import DataError, NonFiniteError, NotFoundError
@@ -20,6 +22,7 @@ from mintjax.local.jax_settings import own_settings
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.slices import Slices, each_under, finish
 from mintjax.local.tokenizer import VOCAB_SIZE
+from mintjax.step.reduction import SUM, Reduction, amount
 from mintjax.tensors import TensorData
 from mintjax.types import (
     AdamParams,
@@ -45,6 +48,7 @@ class Model:
         optimizer: optax's state.
         gradient: accumulated by sum since the last optimizer step, in the layout of ``lora``.
         num_datums: how many datums are in ``gradient``.
+        amount: the amount of ``Reduction.per_step`` in it, by which it is divided in the end.
     """
 
     config: ModelConfig
@@ -53,6 +57,7 @@ class Model:
     optimizer: Any
     gradient: Weights
     num_datums: int = 0
+    amount: float = 0.0
 
 
 class Engine:
@@ -62,14 +67,14 @@ class Engine:
     :func:`mintjax.local.running_server` see to that.
 
     Args:
-        normalise: divide each datum's loss by ``max(sum(weights), 1e-9)``, and the gradient by the
-            number of datums accumulated before the optimizer step, as SkyRL's JAX backend does.
-            Off, losses and gradients are sums.
+        reduction: what losses are divided by. ``Reduction("weights", per_step="datums")`` is that
+            of SkyRL's JAX backend, ``Reduction(per_request="weights")`` that of hatchery. Sums of
+            weights of a datum are at least 1e-9 there, all other amounts at least 1.
         directory: where checkpoints are kept; a temporary one, removed by :meth:`close`, if None.
     """
 
-    def __init__(self, *, normalise: bool = False, directory: str | Path | None = None) -> None:
-        self.normalise = normalise
+    def __init__(self, *, reduction: Reduction = SUM, directory: str | Path | None = None) -> None:
+        self.reduction = reduction
         self._models: dict[str, Model] = {}
         self._temporary = None
         if directory is None:
@@ -403,11 +408,14 @@ class Engine:
             data,
             loss_fn,
             loss_fn_config,
-            normalise=self.normalise,
+            per_sequence=self.reduction.per_sequence,
             backward=backward,
         )
         if result.gradient is not None:
-            gradient = compute.add(state.gradient, result.gradient)
+            weights = [_weights(datum) for datum in data]
+            divisor = max(1.0, amount(self.reduction.per_request, weights))
+            new = optimizer.divided(result.gradient, divisor)
+            gradient = compute.add(state.gradient, new)
             if not math.isfinite(optimizer.norm(gradient)):
                 raise NonFiniteError(
                     f"the gradient of {loss_fn} is not finite, or too large to be squared, though "
@@ -415,16 +423,19 @@ class Engine:
                     "or log-ratios"
                 )
             self._models[model_id] = dataclasses.replace(
-                state, gradient=gradient, num_datums=state.num_datums + len(data)
+                state,
+                gradient=gradient,
+                num_datums=state.num_datums + len(data),
+                amount=state.amount + amount(self.reduction.per_step, weights),
             )
         total = float(result.losses.sum(dtype="float64"))
         return ForwardBackwardOutput(
             loss_fn_outputs=[{"logprobs": TensorData(logprobs)} for logprobs in result.logprobs],
-            metrics={} if self.normalise else {"loss:sum": total},
+            metrics={"loss:sum": total} if self.reduction.per_sequence is None else {},
         )
 
-    def _divisor(self, state: Model) -> int:
-        return max(1, state.num_datums) if self.normalise else 1
+    def _divisor(self, state: Model) -> float:
+        return 1.0 if self.reduction.per_step is None else max(1.0, state.amount)
 
     def _sampler_weights(self, source: str) -> tuple[ModelConfig, Weights]:
         if self._sampler is None or self._sampler[0] != source:
@@ -473,6 +484,12 @@ def _checked_name(name: str | None) -> str:
         return f"unnamed-{uuid.uuid4().hex}"
     checkpoints.check_name(name)
     return name
+
+
+def _weights(datum: Datum) -> npt.NDArray[Any]:
+    """The weights of a datum's targets, which are 1 where none are given."""
+    inputs = datum.loss_fn_inputs
+    return inputs.get("weights", np.ones(inputs["target_tokens"].shape, np.float32))
 
 
 def _describe(state: Model) -> Description:

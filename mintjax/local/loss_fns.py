@@ -15,6 +15,7 @@ from jax import Array
 from mintjax import losses
 from mintjax.errors import DataError
 from mintjax.ragged.batch import check_data
+from mintjax.step.reduction import Unit
 from mintjax.types import Datum
 
 _RL_INPUTS = ("target_tokens", "logprobs", "advantages")
@@ -162,11 +163,22 @@ def token_losses(
 _RL_NAMES = tuple(name for name, inputs in REQUIRED_INPUTS.items() if inputs == _RL_INPUTS)
 
 
-def row_divisors(columns: Columns, normalise: bool) -> Array:
+def row_divisors(columns: Columns, per_sequence: Unit | None) -> Array:
     """Computes the divisor of each datum's sum of token losses, ``[rows]``.
 
-    1, or ``max(sum(weights), 1e-9)`` as SkyRL's JAX backend has it.
+    The floor under sums of weights is that of SkyRL's JAX backend.
+
+    Args:
+        columns: of the datums.
+        per_sequence: what is counted in each.
     """
-    if not normalise:
-        return jnp.ones(columns.weights.shape[0])
-    return jnp.maximum(jnp.sum(columns.weights, axis=(1, 2)), 1e-9)
+    match per_sequence:
+        case "weights":
+            return jnp.maximum(jnp.sum(columns.weights, axis=(1, 2)), 1e-9)
+        case "tokens":
+            return jnp.maximum(jnp.sum(columns.real[:, :, 0], axis=1, dtype=jnp.float32), 1.0)
+        case "weighted_tokens":
+            counted = jnp.sum(columns.weights != 0, axis=(1, 2), dtype=jnp.float32)
+            return jnp.maximum(counted, 1.0)
+        case _:
+            return jnp.ones(columns.weights.shape[0])

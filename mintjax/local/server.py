@@ -25,6 +25,7 @@ def trainer(
     api_key: str | None = None,
     config: ClientConfigResponse | None = None,
     json_passes: bool = True,
+    states_reduction: bool = True,
 ) -> Generator[ServiceClient]:
     """The embedded trainer inside this process, without a socket.
 
@@ -34,13 +35,20 @@ def trainer(
         api_key: as ``running_server`` has it; the client gets it.
         config: as ``running_server`` has it.
         json_passes: as ``running_server`` has it.
+        states_reduction: as ``running_server`` has it.
 
     Yields:
         A client of it.
     """
     with (
         _engine(engine) as engine,
-        application(engine, api_key=api_key, config=config, json_passes=json_passes) as app,
+        application(
+            engine,
+            api_key=api_key,
+            config=config,
+            json_passes=json_passes,
+            states_reduction=states_reduction,
+        ) as app,
     ):
         transport = httpx.ASGITransport(app)
         with ServiceClient(
@@ -58,6 +66,7 @@ def running_server(
     api_key: str | None = None,
     config: ClientConfigResponse | None = None,
     json_passes: bool = True,
+    states_reduction: bool = True,
 ) -> Generator[str]:
     """The embedded trainer on a socket, in a thread of this process.
 
@@ -69,6 +78,8 @@ def running_server(
         config: what ``client/config`` asks of clients, such as protocol buffers
             (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
         json_passes: serve passes in JSON, too; if False they are refused.
+        states_reduction: tell clients what the engine divides losses by. If False, they have to
+            measure it, as other trainers'.
 
     Yields:
         The base URL.
@@ -81,7 +92,13 @@ def running_server(
         _engine(engine) as engine,
         ExitStack() as stack,
     ):
-        app = application(engine, api_key=api_key, config=config, json_passes=json_passes)
+        app = application(
+            engine,
+            api_key=api_key,
+            config=config,
+            json_passes=json_passes,
+            states_reduction=states_reduction,
+        )
         server = _server(stack.enter_context(app))
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [listener]}, name="mintjax-server", daemon=True

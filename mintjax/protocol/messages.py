@@ -83,6 +83,20 @@ class ClientConfigRequest(msgspec.Struct):
     sdk_version: str
 
 
+class StatedReduction(msgspec.Struct):
+    """The fields of :class:`~mintjax.step.reduction.Reduction`, as the embedded trainer says them.
+
+    Args:
+        per_sequence: the amount that a datum's loss is divided by.
+        per_request: that of a request.
+        per_step: that of all requests since the optimizer step.
+    """
+
+    per_sequence: str | None = None
+    per_request: str | None = None
+    per_step: str | None = None
+
+
 class ClientConfigResponse(msgspec.Struct):
     """The flags that the client heeds; a trainer may send others, or have no such endpoint."""
 
@@ -91,6 +105,7 @@ class ClientConfigResponse(msgspec.Struct):
     parallel_fwdbwd_chunks: bool = True
     fwdbwd_max_chunk_len: int = 1024
     fwdbwd_max_chunk_bytes_count: int = 5_000_000
+    mintjax_reduction: StatedReduction | None = None
 
 
 class CreateModelRequest(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import DataError
-from mintjax.step.reduction import Reduction, amount
+from mintjax.step.reduction import Reduction, divisors
 from mintjax.tensors import TensorData
 from mintjax.types import Datum
 
@@ -43,6 +44,7 @@ def carrier(
     logprobs: Sequence[npt.NDArray[Any]] | None,
     grads: Sequence[npt.NDArray[Any]],
     datums_in_step: int,
+    sizes: Sequence[int] | None = None,
 ) -> list[Datum]:
     """Makes datums for which the trainer's ``reduction.loss_fn`` has the given gradient.
 
@@ -55,11 +57,13 @@ def carrier(
 
     Args:
         reduction: the trainer's.
-        data: the datums of one request; ``target_tokens`` is read.
+        data: the datums; ``target_tokens`` is read.
         logprobs: of the targets under the model as it is, in nats; needed for
             ``importance_sampling`` only.
         grads: ``d loss / d logprobs``, in the shape of ``target_tokens``.
         datums_in_step: how many datums are accumulated before the optimizer step, these included.
+        sizes: how many of the datums each request takes, in order; one request takes all if None.
+            They matter only where the trainer divides by an amount of a request.
 
     Returns:
         New datums with the inputs of ``reduction.loss_fn``.
@@ -68,7 +72,7 @@ def carrier(
         DataError: no factor is known to undo the divisors; the message says why.
     """
     targets = [datum.loss_fn_inputs["target_tokens"] for datum in data]
-    factors = _factors(reduction, targets, datums_in_step)
+    factors = _factors(reduction, targets, datums_in_step, sizes or [len(targets)])
     result: list[Datum] = []
     for i, (datum, grad) in enumerate(zip(data, grads, strict=True)):
         carried = TensorData.from_numpy(np.asarray(grad, np.float32) * np.float32(-factors[i]))
@@ -85,7 +89,10 @@ def carrier(
 
 
 def _factors(
-    reduction: Reduction, targets: Sequence[npt.NDArray[Any]], datums_in_step: int
+    reduction: Reduction,
+    targets: Sequence[npt.NDArray[Any]],
+    datums_in_step: int,
+    sizes: Sequence[int],
 ) -> list[float]:
     """Computes the factor of each datum's gradient."""
     units = {reduction.per_sequence, reduction.per_request, reduction.per_step}
@@ -97,19 +104,20 @@ def _factors(
             datum=wide,
             field="target_tokens",
         )
-    weights = [np.ones(row.shape, np.float32) for row in targets]
-    step = amount(reduction.per_step, weights)
-    if datums_in_step != len(targets) and reduction.per_step is not None:
-        if reduction.per_step not in ("datums", "sequences"):
-            raise DataError(
-                f"this trainer divides by {reduction.per_step} of all requests since the optimizer "
-                "step, which are not known beforehand. Send one custom step before each optimizer "
-                "step",
-                field="datums_in_step",
-            )
-        step = float(datums_in_step)
-    whole = step * amount(reduction.per_request, weights)
-    return [whole * amount(reduction.per_sequence, [row]) for row in weights]
+    others = datums_in_step - len(targets)
+    if others and reduction.per_step not in (None, "datums"):
+        raise DataError(
+            f"this trainer divides by {reduction.per_step} of all requests since the optimizer "
+            "step, which are not known beforehand. Send one custom step before each optimizer "
+            "step",
+            field="datums_in_step",
+        )
+    weights = iter([np.ones(row.shape, np.float32) for row in targets])
+    requests = [list(itertools.islice(weights, size)) for size in sizes]
+    factors = list(itertools.chain.from_iterable(divisors(reduction, requests)))
+    if others and reduction.per_step == "datums":
+        factors = [factor / len(targets) * datums_in_step for factor in factors]
+    return factors
 
 
 def _ones(targets: npt.NDArray[Any]) -> TensorData:

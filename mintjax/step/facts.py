@@ -13,12 +13,15 @@ class TrainerFacts:
 
     Args:
         reduction: what it divides losses by, once that is known.
+        unknown: why that cannot be told, if it was measured in vain.
+        sums_reported: the trainer reports the sum of what was sent, as ``loss:sum``, so that a
+            report of something else is a contradiction. None where nobody has looked yet.
         refused: losses that it does not serve by name.
         served: losses that it has served by name.
-        warned: whether the user was warned that nothing was measured.
     """
 
     reduction: Reduction | None = None
+    unknown: str | None = None
+    sums_reported: bool | None = None
     refused: set[str] = field(default_factory=set[str])
     served: set[str] = field(default_factory=set[str])
-    warned: bool = False

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +96,17 @@ class Reduction:
 SUM = Reduction()
 """What Tinker, MinT and the embedded trainer do."""
 
+_UNITS: tuple[Unit, ...] = get_args(Unit)
+_UNITS_OF_A_DATUM: tuple[Unit, ...] = ("weights", "tokens", "weighted_tokens")
+
+MEMBERS = tuple(
+    Reduction(sequence, per_request=request, per_step=step)
+    for sequence, request, step in itertools.product(
+        (None, *_UNITS_OF_A_DATUM), (None, *_UNITS), (None, *_UNITS)
+    )
+)
+"""All reductions that are known here: every product of the divisors."""
+
 _WORDS: dict[Unit, str] = {
     "weights": "the sum of weights",
     "tokens": "the number of tokens",
@@ -127,3 +139,26 @@ def amount(unit: Unit | None, weights: Sequence[npt.NDArray[Any]]) -> float:
             return float(sum(np.count_nonzero(row) for row in weights))
         case "weights":
             return float(sum(row.sum(dtype=np.float64) for row in weights))
+
+
+def divisors(
+    reduction: Reduction, requests: Sequence[Sequence[npt.NDArray[Any]]]
+) -> list[list[float]]:
+    """Computes the number by which each datum's loss is divided, in all.
+
+    Args:
+        reduction: of the trainer.
+        requests: the weights of each datum, by request, of all requests between two optimizer
+            steps.
+
+    Returns:
+        One number per datum, by request, without any floor that a trainer may put below it.
+    """
+    step = amount(reduction.per_step, [row for request in requests for row in request])
+    return [
+        [
+            step * amount(reduction.per_request, request) * amount(reduction.per_sequence, [row])
+            for row in request
+        ]
+        for request in requests
+    ]

@@ -14,6 +14,7 @@ from mintjax import cli
 from mintjax.errors import ConfigError
 from mintjax.local import Engine, running_server
 from mintjax.protocol.messages import ClientConfigResponse
+from mintjax.step.reduction import Reduction
 
 
 def run(*arguments, **environment):
@@ -117,7 +118,7 @@ def test_the_package_runs_as_a_program_and_does_nothing_when_imported(monkeypatc
 def test_probe_says_what_a_trainer_is():
     config = ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
     with (
-        Engine(normalise=True) as engine,
+        Engine(reduction=Reduction("weights", per_step="datums")) as engine,
         running_server(engine, api_key="tml-secret-key", config=config) as url,
     ):
         probe = ("probe", "--base-url", url, "--base-model", "mintjax/nano")
@@ -283,7 +284,7 @@ def test_serve_asks_clients_for_what_it_is_told(monkeypatch):
     assert seen["address"] == ("127.0.0.1", 1)
     assert (seen["config"].proto_write_fwdbwd, seen["config"].proto_compress_fwdbwd) == (True, True)
     assert seen["json_passes"] is False
-    assert seen["engine"].normalise is True
+    assert seen["engine"].reduction == Reduction("weights", per_step="datums")
     assert seen["api_key"] == "tml-secret-key"
     assert run("serve").output == "mintjax trainer at http://127.0.0.1:1\n"
     assert seen["json_passes"] is True

@@ -77,7 +77,9 @@ class Trainer:
     """The double; an ASGI application."""
 
     key: str | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None = field(
+        default_factory=lambda: {"mintjax_reduction": {}}  # it sums, and need not be measured
+    )
     faults: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     models: dict[str, list[Any]] = field(default_factory=dict)

@@ -84,6 +84,7 @@ class Forgetful(Trainer):
                 targets = given["loss_fn_inputs"]["target_tokens"]["data"]
                 pairs = zip(chunk["tokens"], targets, strict=True)
                 one["logprobs"]["data"] = [own_logprob(*pair) for pair in pairs]
+            del result["metrics"]["loss:sum"]  # which is of other logprobs
         if path == "optim_step":
             self.steps[body["model_id"]] += 1
         self.models.get(body.get("model_id", ""), []).clear()

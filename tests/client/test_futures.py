@@ -443,7 +443,7 @@ def test_a_probe_without_a_model_to_make(service, trainer, monkeypatch):
     trainer.faults["get_server_capabilities"] = [Answer(200, {"supported_models": []})]
     with pytest.raises(DataError, match=r"base_model.*names none"):
         service.probe()
-    with pytest.raises(MintjaxError, match="moved the logprob by 0"):
+    with pytest.raises(MintjaxError, match="moved a logprob by 0"):
         service.probe()  # of a model that never learns
     assert trainer.bodies("create_model")[0]["base_model"] == "tiny"
 

@@ -61,7 +61,7 @@ def test_a_non_finite_number_is_named():
 
 @pytest.fixture
 def in_parts(connect, trainer):
-    trainer.config = {"fwdbwd_max_chunk_len": 10}
+    trainer.config = {"fwdbwd_max_chunk_len": 10, "mintjax_reduction": {}}
     return connect().create_lora_training_client("tiny")
 
 

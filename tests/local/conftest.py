@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mintjax.local import Engine
+from mintjax.step.reduction import Reduction
 from mintjax.types import LoraConfig
 
 BASE_MODEL = "mintjax/nano"
@@ -14,7 +15,7 @@ BASE_MODEL = "mintjax/nano"
 
 @pytest.fixture(scope="session")
 def normalising_engine() -> Iterator[Engine]:
-    with Engine(normalise=True) as engine:
+    with Engine(reduction=Reduction("weights", per_step="datums")) as engine:
         yield engine
 
 

@@ -31,6 +31,7 @@ from mintjax.client.futures import APIFuture
 from mintjax.errors import APIError, DataError, NonFiniteError, NotSentError, RequestFailedError
 from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
+from mintjax.step.reduction import Reduction
 
 from ..examples import examples
 from .situations import CASES
@@ -276,7 +277,8 @@ def trainers() -> Iterator[dict[str, tuple[Faulty, TrainingClient]]]:
     }
     with ExitStack() as stack:
         for kind, (normalise, protobuf) in kinds.items():
-            engine = stack.enter_context(Faulty(normalise=normalise))
+            divides = Reduction("weights", per_step="datums") if normalise else Reduction()
+            engine = stack.enter_context(Faulty(reduction=divides))
             config = ClientConfigResponse(proto_write_fwdbwd=protobuf)
             service = stack.enter_context(trainer(engine, config=config))
             service.probe(NANO)

@@ -17,6 +17,7 @@ from mintjax import AdamParams, Datum, TrainingClient, value_and_logprob_grads
 from mintjax.errors import MintjaxError
 from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
+from mintjax.step.reduction import SUM, Reduction
 
 from ..examples import examples
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
@@ -37,9 +38,10 @@ def trainers() -> Iterator[dict[str, Trainer]]:
     """A summing and an averaging trainer, each in JSON and in protocol buffers."""
     made: dict[str, Trainer] = {}
     with ExitStack() as stack:
-        for reduction in ("sums", "averages"):
+        averages = Reduction("weights", per_step="datums")
+        for reduction, divisors in (("sums", SUM), ("averages", averages)):
             for encoding in ("JSON", "protobuf"):
-                engine = stack.enter_context(Engine(normalise=reduction == "averages"))
+                engine = stack.enter_context(Engine(reduction=divisors))
                 config = ClientConfigResponse(proto_write_fwdbwd=encoding == "protobuf")
                 service = stack.enter_context(trainer(engine, config=config))
                 service.probe(NANO)

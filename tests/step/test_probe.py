@@ -1,80 +1,97 @@
-import types
+"""What a trainer divides losses by is told from its movements, or it is not guessed at."""
 
 import numpy as np
 import pytest
 
-from mintjax.errors import MintjaxError
+from mintjax.errors import UnknownReductionError
 from mintjax.local import Engine, trainer
-from mintjax.step.probe import measure_reduction
-from mintjax.step.reduction import Reduction
-from mintjax.tensors import TensorData
-from mintjax.types import ForwardBackwardOutput
+from mintjax.step.probe import EXPERIMENTS, confirm_reduction, measure_reduction, predicted
+from mintjax.step.reduction import MEMBERS, Reduction
+
+from .linear import LinearTrainer, floored
+
+SKYRL = Reduction("weights", per_step="datums")
+HATCHERY = Reduction(per_request="weights")
+
+
+@pytest.mark.parametrize("reduction", [Reduction(), SKYRL, HATCHERY], ids=str)
+def test_the_embedded_trainer_is_measured_as_what_it_is(reduction):
+    with Engine(reduction=reduction) as engine, trainer(engine) as service:
+        assert service.probe("mintjax/nano") == reduction
+        assert not engine.models  # the throwaway one is unloaded
+
+
+@pytest.mark.parametrize("reduction", MEMBERS, ids=str)
+def test_every_reduction_is_told_apart_from_all_others(reduction):
+    found = measure_reduction(LinearTrainer(floored(reduction)))
+    assert found.reduction == reduction
+    assert found.error < 1e-2
+    assert found.reports_sum is None
+
+
+def test_any_two_reductions_differ_by_half_on_some_step():
+    for i, one in enumerate(MEMBERS):
+        for other in MEMBERS[:i]:
+            steps = [(predicted(one, e), predicted(other, e)) for e in EXPERIMENTS]
+            assert max(np.max(np.maximum(a / b, b / a)) for a, b in steps) >= 1.5 - 1e-9
+
+
+UNKNOWN = {
+    "the square root of tokens": lambda rs: [[np.sqrt(len(row)) for row in r] for r in rs],
+    "twice the tokens beyond 20": lambda rs: [[max(20, len(row)) for row in r] for r in rs],
+    "the longest row": lambda rs: [[max(map(len, r)) for _ in r] for r in rs],
+    "the first datum only": lambda rs: [[1 if i == 0 else 1e9 for i in range(len(r))] for r in rs],
+    "the last request only": lambda rs: [[1 if r is rs[-1] else 1e9 for _ in r] for r in rs],
+    "squares of weights": lambda rs: [[max(1.0, float((row**2).sum())) for row in r] for r in rs],
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_trainer_that_fits_no_reduction_is_not_guessed_at(name):
+    with pytest.raises(UnknownReductionError, match="none of the reductions known here"):
+        measure_reduction(LinearTrainer(UNKNOWN[name]))
 
 
 @pytest.mark.parametrize(
-    ("normalise", "reduction"), [(False, Reduction()), (True, Reduction(True, True))]
-)
-def test_the_embedded_trainer_is_measured_as_what_it_is(normalise, reduction):
-    with (
-        Engine(normalise=normalise) as engine,
-        trainer(engine) as service,
-        service.create_lora_training_client("mintjax/nano", 4, seed=0) as model,
-    ):
-        assert measure_reduction(model) == reduction
-
-
-class LinearTrainer:
-    """Moves a datum's logprob by what ``move`` says of the weights of the datums it is given."""
-
-    def __init__(self, move):
-        self.move = move
-        self.logprob = -10.0
-        self.pending = 0.0
-
-    def forward(self, data, loss_fn):
-        row = TensorData(np.full(7, self.logprob / 7))
-        return done(ForwardBackwardOutput(loss_fn_outputs=[{"logprobs": row}]))
-
-    def forward_backward(self, data, loss_fn):
-        self.pending = self.move([float(d.loss_fn_inputs["weights"][0]) for d in data])
-        return done(None)
-
-    def optim_step(self, adam_params):
-        self.logprob += self.pending
-        return done(None)
-
-
-def done(value):
-    return types.SimpleNamespace(result=lambda timeout=None: value)
-
-
-@pytest.mark.parametrize(
-    ("move", "reduction"),
+    ("trainer", "message"),
     [
-        (sum, Reduction()),
-        (np.mean, Reduction(over_datums=True)),
-        (len, Reduction(per_sequence=True)),
-        (lambda w: 1.0, Reduction(per_sequence=True, over_datums=True)),
+        (LinearTrainer(floored(Reduction()), noise=1.0), "told|known here"),
+        (LinearTrainer(lambda rs: [[np.inf for _ in r] for r in rs]), "a step moved a logprob by"),
+        (LinearTrainer(lambda rs: [[np.nan for _ in r] for r in rs]), "moved a logprob by nan"),
+        (LinearTrainer(floored(Reduction()), gain=1.3), "times as far the second time|known here"),
     ],
 )
-def test_every_convention_is_told_apart(move, reduction):
-    assert measure_reduction(LinearTrainer(move)) == reduction
+def test_what_cannot_be_measured_is_refused(trainer, message):
+    with pytest.raises(UnknownReductionError, match=message):
+        measure_reduction(trainer)
 
 
-@pytest.mark.parametrize(
-    ("move", "message"),
-    [
-        (lambda w: sum(x**2 for x in w), "twice the weight moves 4.000"),
-        (lambda w: 0.0, "a step moved the logprob by 0"),
-        (lambda w: np.nan, "a step moved the logprob by nan"),
-    ],
-)
-def test_a_trainer_that_fits_no_convention_is_not_guessed_at(move, message):
-    with pytest.raises(MintjaxError, match=message):
-        measure_reduction(LinearTrainer(move))
+def test_noise_of_16_bits_is_outweighed_by_longer_steps():
+    found = measure_reduction(LinearTrainer(floored(SKYRL), noise=5e-4))
+    assert found.reduction == SKYRL
 
 
-def test_a_trainer_that_drifts_is_not_guessed_at():
-    steps = iter(range(1, 9))
-    with pytest.raises(MintjaxError, match=r"the same step moved 4\.000 times as far"):
-        measure_reduction(LinearTrainer(lambda w: float(next(steps))))
+@pytest.mark.parametrize("reduction", [SKYRL, HATCHERY], ids=str)
+def test_a_trainer_that_refuses_a_large_eps_is_measured_within_its_limit(reduction):
+    linear = LinearTrainer(floored(reduction), most_eps=1.0)
+    linear.features = lambda datum, plain=linear.features: 0.05 * plain(datum)
+    assert measure_reduction(linear).reduction == reduction
+
+
+def as_carried(reduction):
+    """The reduction as a gradient meets it, which is carried with weights of 1 if by advantages."""
+    if reduction.loss_fn == "cross_entropy":
+        return reduction, "cross_entropy"
+    counts = {"weighted_tokens": "weights", "sequences": "datums"}
+    units = (reduction.per_sequence, reduction.per_request, reduction.per_step)
+    sequence, request, step = (counts.get(unit, unit) for unit in units)
+    return Reduction(sequence, per_request=request, per_step=step), "importance_sampling"
+
+
+@pytest.mark.parametrize("now", [Reduction(), SKYRL, HATCHERY, MEMBERS[58]], ids=str)
+def test_what_was_once_measured_is_confirmed_only_where_it_still_holds(now):
+    assert confirm_reduction(LinearTrainer(floored(now)), now).error < 1e-2
+    for other in MEMBERS:
+        if as_carried(other) != as_carried(now):
+            with pytest.raises(UnknownReductionError):
+                confirm_reduction(LinearTrainer(floored(now)), other)

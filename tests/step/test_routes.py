@@ -1,7 +1,5 @@
 """By which route a custom step reaches the trainer, and that each leads to the same place."""
 
-import logging
-
 import jax
 import numpy as np
 import pytest
@@ -177,7 +175,10 @@ def test_a_loss_that_the_trainer_refuses_by_name_is_sent_as_its_gradient(engine,
 
 @pytest.fixture(scope="module")
 def averaging():
-    with Engine(normalise=True) as engine, trainer(engine) as service:
+    with (
+        Engine(reduction=Reduction("weights", per_step="datums")) as engine,
+        trainer(engine) as service,
+    ):
         yield engine, service
 
 
@@ -270,20 +271,6 @@ def test_a_request_that_failed_does_not_bend_the_next_gradient(
         there.optim_step(AdamParams()).result()
     want = sum(gradient(engine, model, part, reinforce)[0] for part in (first, second))
     assert relative(got, want) <= 1e-3
-
-
-def test_a_trainer_that_was_not_probed_and_shows_no_sum_is_warned_of_once(caplog):
-    with (
-        Engine(normalise=True) as engine,
-        trainer(engine) as service,
-        service.create_lora_training_client(NANO, 4, seed=1) as model,
-        caplog.at_level(logging.WARNING, "mintjax"),
-    ):
-        for _ in range(2):
-            model.forward_backward_custom(make(1), reinforce).result()
-    warned = [record for record in caplog.records if "loss:sum" in record.getMessage()]
-    assert len(warned) == 1
-    assert "service.probe()" in warned[0].getMessage()
 
 
 DTYPES = [bool, np.int64, np.float16, np.float32, np.float64]
