@@ -627,6 +627,30 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """Counts the numbers of all rows, or those that ``where`` marks: an int32 scalar."""
         return jnp.sum(self.count(where))
 
+    @_moves_data
+    def quantile(self, q: Any, where: Ragged | None = None) -> Array:
+        """The ``q``-th quantile of all numbers of all rows, as ``jnp.quantile`` interpolates it.
+
+        Args:
+            q: a number in [0, 1], or an array of such.
+            where: marks what counts.
+
+        Returns:
+            One number for each ``q``; NaN where there is no number, or one of them is NaN.
+        """
+        floats = Ragged(jnp.asarray(self.tiles, self._float_dtype()), self._layout)
+        numbers = jnp.sort(floats._masked(where, jnp.inf).ravel())
+        count = self.total_count(where)
+        place = jnp.asarray(q, numbers.dtype) * jnp.maximum(count - 1, 0).astype(numbers.dtype)
+        below = jnp.floor(place).astype(jnp.int32)
+        low = jnp.take(numbers, below)
+        high = jnp.take(numbers, jnp.ceil(place).astype(jnp.int32))
+        part = place - below.astype(place.dtype)
+        # Equal infinities have no difference.
+        between = jnp.where(low == high, low, low + part * jnp.where(low == high, 0, high - low))
+        whole = (count > 0) & ~jnp.isnan(floats._masked(where, 0)).any()
+        return jnp.where(whole, between, jnp.nan)
+
     def _checked(self, where: Any) -> Ragged | None:
         """A mask; None where torch's ``.sum(-1)`` means what a reduction of rows does anyway."""
         if where is None or isinstance(where, Ragged):

@@ -478,3 +478,34 @@ def test_a_mask_is_a_weight_under_strict_promotion_too():
     with jax.numpy_dtype_promotion("strict"):
         assert x.dot(x > 1).tolist() == [2.0, 3.0]
         assert jax.jit(lambda x: x.dot(x > 1))(x).tolist() == [2.0, 3.0]
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.lists(st.lists(st.floats(-9, 9, width=32), max_size=4), min_size=1, max_size=3),
+    q=st.floats(0, 1, width=32),
+    data=st.data(),
+)
+def test_a_quantile_is_numpys_of_all_that_counts(rows, q, data):
+    arrays = [np.array(row, np.float32) for row in rows]
+    masks = [np.array([data.draw(st.booleans()) for _ in row], bool) for row in rows]
+    x, where = Ragged.from_rows(arrays), Ragged.from_rows(masks)
+    for numbers, marked in ((np.concatenate(arrays), None), (masked(arrays, masks), where)):
+        found = x.quantile(q, marked)
+        if numbers.size:
+            np.testing.assert_allclose(found, np.quantile(numbers, q), rtol=1e-5, atol=1e-5)
+        else:
+            assert np.isnan(found)
+
+
+def masked(arrays, masks):
+    return np.concatenate([row[mask] for row, mask in zip(arrays, masks, strict=True)])
+
+
+def test_a_quantile_of_what_is_not_finite():
+    x = Ragged.from_rows([np.array([1, np.inf], np.float32), np.array([np.inf], np.float32)])
+    np.testing.assert_array_equal(
+        x.quantile(np.array([0.0, 0.9, 1.0], np.float32)), [1, np.inf, np.inf]
+    )
+    assert np.isnan(Ragged.from_rows([np.array([1, np.nan], np.float32)]).quantile(0.0))
+    assert Ragged.from_rows([np.array([1, 2])]).quantile(0.5) == 1.5
