@@ -242,6 +242,11 @@ class Batch(Sequence[Datum]):
         return batch
 
     @property
+    def has_datums(self) -> bool:
+        """Tells whether datums can be taken one by one, which those of columns only cannot."""
+        return self._datums is not None
+
+    @property
     def tokens(self) -> Ragged:
         """The tokens of the model inputs, int32.
 

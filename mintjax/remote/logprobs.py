@@ -13,12 +13,12 @@ from jax.interpreters.ad import JVPTracer
 from mintjax.errors import DataError, TransformationError
 from mintjax.gradients.evaluate import not_finite
 from mintjax.ragged import Ragged, tiling
-from mintjax.ragged.batch import Batch, check_data
+from mintjax.ragged.batch import Batch, as_batch, check_data
 from mintjax.remote import callback
 from mintjax.remote.trainer import Trainer
 from mintjax.remote.versions import versions_of
 from mintjax.tensors import first_row_not_finite
-from mintjax.types import Datum, ForwardBackwardOutput
+from mintjax.types import Datum, ForwardBackwardOutput, ModelInput
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 _SCALAR = jax.ShapeDtypeStruct((), np.float32)
@@ -30,32 +30,53 @@ class RemoteLogprobs:
     :func:`remote_logprobs` makes one, and says what can be done with it.
     """
 
-    def __init__(self, trainer: Trainer, batch: Batch) -> None:
+    def __init__(self, trainer: Trainer, batch: Batch | None) -> None:
         self._trainer = trainer
         self._versions = versions_of(trainer)
         self._batch = batch
-        self._data = list(batch)
-        self._layout = batch.layout
-        self._shapes = [datum.loss_fn_inputs["target_tokens"].shape for datum in self._data]
         self._output: ForwardBackwardOutput | None = None
-        trailing = self._shapes[0][1:]
-        result = jax.ShapeDtypeStruct(
-            (len(self._layout.tile_row), tiling.TILE, *trailing), np.float32
-        )
+        self._tiles = None if batch is None else self._function(batch, ())
 
-        def primal(token: Array) -> Array:
-            return callback.call(self._forward, result, token)
+    def _function(self, batch: Batch, arrays: tuple[Array, ...]) -> Callable[..., Array]:
+        """Makes the differentiable function from the token to the tiles of the logprobs.
 
-        def forward(token: Array) -> tuple[Array, tuple[Array, Array]]:
-            tiles = primal(token)
-            return tiles, (token, tiles)
+        Args:
+            batch: the data, where they are known while tracing; else its shapes.
+            arrays: of :func:`_rebuilt`, which the function takes after the token; none where the
+                data are known.
+        """
+        layout = batch.layout
+        trailing = batch["target_tokens"].trailing_shape
+        result = jax.ShapeDtypeStruct((len(layout.tile_row), tiling.TILE, *trailing), np.float32)
 
-        def backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array]:
-            return (callback.call(self._backward, _SCALAR, *residuals, cotangent),)
+        def source(arrays: Sequence[Array]) -> Batch:
+            return _rebuilt(*arrays) if arrays else batch
+
+        def ask(token: Array, *arrays: Array) -> Array:
+            return self._forward(token, source(arrays))
+
+        def send(token: Array, tiles: Array, cotangent: Array, *arrays: Array) -> Array:
+            return self._backward(token, tiles, cotangent, source(arrays))
+
+        def primal(token: Array, *arrays: Array) -> Array:
+            return callback.call(ask, result, token, *arrays)
+
+        def forward(token: Array, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+            tiles = primal(token, *arrays)
+            return tiles, (token, tiles, *arrays)
+
+        def backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+            token, tiles, *rest = residuals
+            receipt = callback.call(send, _SCALAR, token, tiles, cotangent, *rest)
+            return (receipt, *(None for _ in rest))
 
         tiles = cast("Any", jax.custom_vjp(primal))
         tiles.defvjp(forward, backward)
-        self._tiles: Callable[[Array], Array] = tiles
+
+        def at(token: Array) -> Array:
+            return tiles(token, *arrays)
+
+        return at
 
     @property
     def params(self) -> jax.Array:
@@ -68,7 +89,13 @@ class RemoteLogprobs:
 
     @property
     def batch(self) -> Batch:
-        """The data, as objectives of one's own want to see them: by column."""
+        """The data, as objectives of one's own want to see them: by column.
+
+        Raises:
+            DataError: :func:`remote_logprobs` was given no data.
+        """
+        if self._batch is None:
+            raise DataError("remote_logprobs was given no data; pass a Batch with each call")
         return self._batch
 
     @property
@@ -81,18 +108,22 @@ class RemoteLogprobs:
         jax.effects_barrier()  # as above
         return self._output
 
-    def __call__(self, params: Array) -> Ragged:
+    def __call__(self, params: Array, data: Batch | Sequence[Datum] | None = None) -> Ragged:
         """The logprobs of the target tokens, by a forward pass.
 
         Args:
             params: the token, a float32 scalar: :attr:`params`, or what ``optax.apply_updates``
                 made of it.
+            data: other data than those that this function was made with. As a ``Batch`` that is an
+                argument of a compiled function they cost no compilation: lengths are traced, and
+                only numbers of datums and of tiles make another program.
 
         Returns:
             One row per datum, float32, in nats, of the shape of its ``target_tokens``. Lengths are
             not traced, so rows can be taken one by one under ``jit`` too.
 
         Raises:
+            DataError: there are no data, or they cannot be used.
             TypeError: ``params`` is no such scalar.
             StaleError: the trainer's model is at another version.
             TransformationError: a transformation that no trainer can follow.
@@ -107,40 +138,76 @@ class RemoteLogprobs:
                 "a remote model has derivatives in reverse mode only: use jax.grad, jax.vjp or "
                 "jax.value_and_grad instead of jvp, jacfwd or linearize"
             )
-        return Ragged(self._tiles(params), self._layout)
+        if data is None:
+            tiles = self._function(self.batch, ()) if self._tiles is None else self._tiles
+            return Ragged(tiles(params), self.batch.layout)
+        batch = as_batch(data)
+        if batch.has_datums:
+            batch = check_data(batch, ("target_tokens", "weights"))
+            return Ragged(self._function(batch, ())(params), batch.layout)
+        layout, targets = batch.layout, batch["target_tokens"].tiles
+        arrays = (layout.lengths, layout.row_start, batch.tokens.tiles, targets)
+        return Ragged(self._function(batch, arrays)(params), layout)
 
-    def _forward(self, token: Array) -> npt.NDArray[np.float32]:
+    def _forward(self, token: Array, batch: Batch) -> npt.NDArray[np.float32]:
         self._versions.check(token)
-        rows = [np.asarray(row, np.float32) for row in self._trainer.logprobs(self._data)]
-        if len(rows) != len(self._data):
+        rows = [np.asarray(row, np.float32) for row in self._trainer.logprobs(list(batch))]
+        if len(rows) != len(batch):
             raise DataError(
-                f"the trainer returned {len(rows)} rows for {len(self._data)} datums",
+                f"the trainer returned {len(rows)} rows for {len(batch)} datums",
                 field="logprobs",
             )
-        for i, (row, shape) in enumerate(zip(rows, self._shapes, strict=True)):
-            if row.shape != shape:
+        for i, (row, targets) in enumerate(zip(rows, batch.rows("target_tokens"), strict=True)):
+            if row.shape != targets.shape:
                 raise DataError(
                     f"the trainer returned shape {list(row.shape)} for targets of shape "
-                    f"{list(shape)}",
+                    f"{list(targets.shape)}",
                     datum=i,
                     field="logprobs",
                 )
-        return tiling.pack_anew(rows, self._layout, np.float32)
+        return tiling.pack_anew(rows, batch.layout, np.float32)
 
-    def _backward(self, token: Array, tiles: Array, cotangent: Array) -> np.float32:
+    def _backward(self, token: Array, tiles: Array, cotangent: Array, batch: Batch) -> np.float32:
         self._versions.check(token)
-        logprobs, grads = self._rows(tiles), self._rows(cotangent)
+        logprobs, grads = _rows(tiles, batch), _rows(cotangent, batch)
         found = first_row_not_finite(grads)
         if found is not None:
-            raise not_finite("the loss", self._batch, logprobs, grads, found)
-        self._output = self._trainer.backward(self._data, logprobs, grads)
+            raise not_finite("the loss", batch, logprobs, grads, found)
+        self._output = self._trainer.backward(list(batch), logprobs, grads)
         return self._versions.receipt()
 
-    def _rows(self, tiles: Array) -> list[npt.NDArray[np.float32]]:
-        return Ragged(np.asarray(tiles), self._layout).to_rows()
+
+def _rows(tiles: Array, batch: Batch) -> list[npt.NDArray[np.float32]]:
+    return Ragged(np.asarray(tiles), batch.layout).to_rows()
 
 
-def remote_logprobs(trainer: Trainer, data: Sequence[Datum] | Batch) -> RemoteLogprobs:
+def _rebuilt(lengths: Array, starts: Array, tokens: Array, targets: Array) -> Batch:
+    """Makes datums of the arrays that a compiled program was given.
+
+    Raises:
+        DataError: their rows do not lie as those of a batch of datums do.
+    """
+    lengths, starts = np.asarray(lengths), np.asarray(starts)
+    inputs, outputs = (
+        np.asarray(tiles).reshape(-1, *tiles.shape[2:]) for tiles in (tokens, targets)
+    )
+    data = [
+        Datum(ModelInput.from_ints(inputs[at : at + n]), {"target_tokens": outputs[at : at + n]})
+        for at, n in zip(starts.tolist(), lengths.tolist(), strict=True)
+    ]
+    batch = check_data(data, ("target_tokens",))
+    layout = batch.layout
+    if not np.array_equal(layout.row_start, starts) or len(layout.tile_row) != len(tokens):
+        raise DataError(
+            "a remote model takes whole batches; make a Batch of the datums that are wanted, "
+            "instead of a slice within a compiled function"
+        )
+    return batch
+
+
+def remote_logprobs(
+    trainer: Trainer, data: Sequence[Datum] | Batch | None = None
+) -> RemoteLogprobs:
     """A model that trains elsewhere as a function that JAX can differentiate.
 
     ``remote(params)`` runs a forward pass, and the backward rule of what is computed from it runs a
@@ -176,4 +243,5 @@ def remote_logprobs(trainer: Trainer, data: Sequence[Datum] | Batch) -> RemoteLo
     Raises:
         DataError: the data cannot be used.
     """
-    return RemoteLogprobs(trainer, check_data(data, ("target_tokens", "weights")))
+    batch = None if data is None else check_data(data, ("target_tokens", "weights"))
+    return RemoteLogprobs(trainer, batch)

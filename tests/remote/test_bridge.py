@@ -169,6 +169,58 @@ def test_float64_elsewhere_changes_nothing(x64, remote, double):
         assert [grad[:3].tolist() for grad in grads] == [[3, 3, 0]] * 4
 
 
+@pytest.mark.parametrize("trailing", [(), (2,)])
+def test_new_data_at_each_step_are_an_argument_of_one_program(double, trailing):
+    remote, traces = remote_logprobs(Echo(), None), []
+
+    @jax.jit
+    def step(params, data):
+        traces.append(1)
+
+        def loss(params):
+            logprobs = remote(params, data)
+            return (logprobs * logprobs * data["weights"]).total()
+
+        return jax.value_and_grad(loss)(params)
+
+    for lengths in ((3, 7, 5, 4), (130, 2, 1, 9), (1, 1, 200, 1)):
+        data = make(lengths, seed=sum(lengths), trailing=trailing)
+        step(remote.params, mintjax.Batch(data))[1].block_until_ready()
+        trainer = remote._trainer
+        for seen, datum, got in zip(trainer.data, data, trainer.grads[-1], strict=True):
+            assert seen.model_input.to_ints() == datum.model_input.to_ints()
+            targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+            np.testing.assert_array_equal(seen.loss_fn_inputs["target_tokens"], targets)
+            weights = datum.loss_fn_inputs["weights"].to_numpy()
+            np.testing.assert_allclose(got, 2 * weights * -(targets / 256 + 1), rtol=1e-6)
+        direct = jax.grad(lambda p, data=data: remote(p, data).map(jnp.square).total())
+        assert direct(remote.params) > 0
+    assert len(traces) == 1
+
+
+class Echo(Double):
+    """Answers logprobs that tell the targets, and keeps the data it was given."""
+
+    def logprobs(self, data):
+        self.data = data
+        return [
+            -(np.float32(datum.loss_fn_inputs["target_tokens"].to_numpy()) / 256 + 1)
+            for datum in data
+        ]
+
+
+def test_a_slice_of_an_argument_and_columns_without_tokens_are_refused():
+    remote = remote_logprobs(Echo())
+    step = jax.jit(lambda p, data: remote(p, data[2:]).total())
+    with pytest.raises(mintjax.ragged.RowAccessError):
+        step(remote.params, mintjax.Batch(make()))
+    padded = mintjax.Batch.from_padded({"target_tokens": np.ones((2, 3), int)}, lengths=[1, 3])
+    with pytest.raises(mintjax.ragged.RowAccessError):
+        remote(remote.params, padded)
+    with pytest.raises(DataError, match="given no data"):
+        remote(remote.params)
+
+
 # What goes wrong
 
 
