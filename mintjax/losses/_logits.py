@@ -74,8 +74,8 @@ def fused_target_logprobs(
 
     Args:
         hidden: the last hidden states, after the final norm, ``[..., D]``.
-        unembedding: the matrix that makes logits of them, ``[D, V]``; the transpose of a table of
-            embeddings ``[V, D]``.
+        unembedding: the matrix that makes logits of them, of shape ``[D, V]``: the transpose of a
+            table of embeddings ``[V, D]``.
         targets: ids of tokens, integers ``[...]``, or of K candidates at every position,
             ``[..., K]``. Leading axes are those of the hidden states.
         chunk_size: how many positions' logits to hold at a time; None takes as many as make
