@@ -5,6 +5,7 @@
 Needs the ``bench`` extra. Every step has fresh lengths. In one run, interleaved, it times
 
 - ``mintjax``: ``value_and_logprob_grads`` from and to lists of NumPy arrays;
+- ``list``: the same with the loss as a loop over a list (``benchmarks.list_forms``);
 - ``sdk``: torch as the official SDK does it: ``torch.tensor(list)`` for each row of logprobs, a
   loop over rows, ``loss.backward()`` to a list of leaves;
 - ``torch``: the same with ``torch.from_numpy``;
@@ -14,7 +15,7 @@ Then, for 64 datums of the official SDK's, the callback of its ``forward_backwar
 (``mintjax.interop.sdk_loss``) against the loss in torch, both with ``backward()`` and without the
 SDK's own conversions.
 
-All four get the same arrays, in an order drawn anew each step, and their gradients are compared
+All get the same arrays, in an order drawn anew each step, and their gradients are compared
 before anything is timed. JAX computes in the thread that asks (``jax_cpu_enable_async_dispatch``
 off), as README recommends on a CPU; ``--async`` leaves it as JAX has it, which hands each
 computation to another thread.
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 
 import mintjax
+from benchmarks.list_forms import LISTS
 from mintjax import Datum, ModelInput, bench, interop, objectives
 
 BETA = 0.1
@@ -83,6 +85,10 @@ class Batch:
 
 def with_mintjax(loss: str, batch: Batch) -> list[Any]:
     return mintjax.value_and_logprob_grads(OBJECTIVES[loss], batch.data, batch.rows).grads
+
+
+def with_list(loss: str, batch: Batch) -> list[Any]:
+    return mintjax.value_and_logprob_grads(LISTS[loss], batch.data, batch.rows).grads
 
 
 def with_torch(loss: str, batch: Batch, leaves: list[torch.Tensor]) -> list[Any]:
@@ -138,6 +144,7 @@ def numpy_tokens(
 
 IMPLEMENTATIONS = {
     "mintjax": with_mintjax,
+    "list": with_list,
     "sdk": with_sdk,
     "torch": with_torch_from_numpy,
     "numpy": with_numpy,
@@ -249,7 +256,7 @@ def measure_callbacks(loss: str, datums: int, warm_up: int, steps: int) -> list[
 
 
 def check(loss: str, batch: Batch, names: list[str]) -> None:
-    """Hold the four gradients against each other."""
+    """Holds the gradients against each other."""
     results = [
         np.concatenate([np.asarray(g) for g in IMPLEMENTATIONS[n](loss, batch)]) for n in names
     ]
@@ -299,7 +306,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     ours = by["mintjax"]
     line = f"{ours['loss']:14s} B={ours['datums']:<5d} {ours['case']:10s}"
     line += f" {ours['median_ms']:8.3f} ms {ours['compilations']:3d} compiled"
-    for name in ("sdk", "torch", "numpy"):
+    for name in ("list", "sdk", "torch", "numpy"):
         if name in by:
             theirs = by[name]["median_ms"]
             line += f"   {name} {theirs:8.2f} ms, {theirs / ours['median_ms']:5.1f}x"

@@ -40,6 +40,28 @@ class Unsupported(Exception):
     """An equation has sizes that are symbols, and no rule here."""
 
 
+class _Text(str):
+    """The text of a symbolic size, which is faster to look up than the size."""
+
+    __slots__ = ()
+
+
+def _texts(value: Any) -> list[str]:
+    if type(value) is _Text:
+        return [value]
+    if type(value) in (tuple, list):
+        return [text for item in value for text in _texts(item)]
+    return []
+
+
+def _filled(value: Any, known: Mapping[str, int]) -> Any:
+    if type(value) is _Text:
+        return known[value]
+    if type(value) is tuple:
+        return tuple([_filled(item, known) for item in cast("Sequence[Any]", value)])
+    return value
+
+
 class _Step(NamedTuple):
     rule: Rule
     inputs: tuple[int, ...]
@@ -60,7 +82,7 @@ def prepare(flat: Flat) -> Callable[[Sequence[Array], Mapping[str, int]], list[A
         Unsupported: an equation with symbolic sizes has no rule here.
     """
     steps = [_step(flat, equation) for equation in flat.equations]
-    texts = {str(size) for step in steps for size in symbolic_sizes(step.params)}
+    texts = {text for step in steps for text in _texts(step.params)}
     last = _last_uses(flat)
 
     def run(arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
@@ -74,9 +96,7 @@ def prepare(flat: Flat) -> Callable[[Sequence[Array], Mapping[str, int]], list[A
             for step, unused in zip(steps, last, strict=True):
                 params = step.params
                 if step.symbolic:
-                    params = [
-                        replace_sizes(value, lambda size: known[str(size)]) for value in params
-                    ]
+                    params = [_filled(value, known) for value in params]
                 result = step.rule(*(values[slot] for slot in step.inputs), *params)
                 results = result if step.several else (result,)
                 for slot, value, dtype in zip(step.outputs, results, step.dtypes, strict=True):
@@ -100,6 +120,7 @@ def _step(flat: Flat, equation: Equation) -> _Step:
         rule, params = functools.partial(_bound, equation), []
     dtypes = [flat.avals[slot].dtype for slot in equation.outputs]
     symbolic = bool(symbolic_sizes(params))
+    params = [replace_sizes(value, lambda size: _Text(str(size))) for value in params]
     several = equation.primitive.multiple_results
     return _Step(rule, equation.inputs, equation.outputs, params, symbolic, dtypes, several)
 
