@@ -69,9 +69,9 @@ async def custom_step(
     forward_seconds = 0.0
 
     def encoded(backward: Backward) -> tuple[Backward, Pass]:
-        return backward, Pass(
-            limits, backward.data, backward.loss_fn, backward.config, backward=True
-        )
+        given = Pass(limits, backward.data, backward.loss_fn, backward.config, backward=True)
+        given.check_scaled_for(reduction)
+        return backward, given
 
     def find() -> tuple[Backward, Pass] | None:
         found = shortcut(objective, data, reduction, facts.refused | avoid, total)

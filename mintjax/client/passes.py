@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 
 from mintjax.client.metrics import combine_metrics
-from mintjax.errors import APIResponseError, NonFiniteError
+from mintjax.errors import APIResponseError, DataError, NonFiniteError
 from mintjax.protocol import messages
 from mintjax.protocol.protobuf import EncodedData, encode_datum
+from mintjax.step.reduction import Reduction
 from mintjax.tensors import TensorData, check_finite, first_row_not_finite
 from mintjax.types import Datum, ForwardBackwardOutput
 
@@ -104,6 +105,19 @@ class Pass:
         self.datums = len(data)
         self._config = None if config is None else dict(config)
         self._chunks = chunks(data, limits)
+
+    def check_scaled_for(self, reduction: Reduction) -> None:
+        """Checks that the pass is divided by what its gradient was scaled for.
+
+        Raises:
+            DataError: the trainer divides by an amount of a request, and there are several.
+        """
+        if reduction.per_request is not None and len(self._chunks) > 1:
+            raise DataError(
+                f"this trainer divides by {reduction.per_request} of a request, and these datums "
+                f"are too many for one: they would go in {len(self._chunks)} requests. Send fewer "
+                "in a custom step"
+            )
 
     def messages(
         self, model_id: str

@@ -220,6 +220,7 @@ class TrainingClient(MadeClient):
             turn.begin()
             limits = self._connection.limits
             given = Pass(limits, carried, reduction.loss_fn, backward=True)
+            given.check_scaled_for(reduction)
             scaled_for = None if reduction.per_step is None else total
             return await self._gradients.send(turn, given, scaled_for=scaled_for)
 

@@ -11,9 +11,10 @@ import pytest
 from mintjax import AdamParams, Datum, ModelInput, ServiceClient, objectives
 from mintjax.client import remembered
 from mintjax.client.reductions import PROMISE_A_SUM
-from mintjax.errors import MintjaxError, UnknownReductionError
+from mintjax.errors import DataError, MintjaxError, UnknownReductionError
 from mintjax.local import Engine, running_server, trainer
 from mintjax.local.engine import Engine as EngineType
+from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.step.reduction import SUM, Reduction
 
 from .double import ADDRESS, KEY, QUICK, Trainer
@@ -225,3 +226,21 @@ def test_throwaway_models_are_unloaded_when_the_trainer_fails(engine, monkeypatc
         monkeypatch.undo()
         assert service.probe(NANO) == SUM
     assert AdamParams().eps <= 1
+
+
+@pytest.mark.parametrize("way", ["custom step", "backward"])
+def test_a_pass_in_several_requests_is_refused_where_each_is_divided_by_itself(way):
+    config = ClientConfigResponse(fwdbwd_max_chunk_len=3)
+    with (
+        Engine(reduction=HATCHERY) as engine,
+        trainer(engine, config=config) as service,
+        service.create_lora_training_client(NANO, 4, seed=1) as model,
+    ):
+        rows = model.logprobs(make())
+        ways = {
+            "custom step": lambda: model.forward_backward_custom(make(), PAIRWISE).result(),
+            "backward": lambda: model.backward(make(), rows, rows),
+        }
+        with pytest.raises(DataError, match="they would go in 2 requests"):
+            ways[way]()
+        assert engine.model(model.model_id).num_datums == 0
