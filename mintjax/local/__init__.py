@@ -18,11 +18,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from mintjax.local import tokenizer
+from mintjax.local.limits import Limits
 from mintjax.local.model import BASE_MODELS
 
 __all__ = [
     "BASE_MODELS",
     "Engine",
+    "Limits",
     "ScriptedPass",
     "ScriptedStep",
     "ScriptedTrainer",

@@ -12,9 +12,10 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -31,6 +32,7 @@ from mintjax.local.answers import RepeatKeys
 from mintjax.local.checkpoints import StorageError
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
 from mintjax.local.engine import Engine
+from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.sequencer import (
     ForgottenError,
     MissingNumberError,
@@ -45,9 +47,6 @@ M = TypeVar("M")
 
 logger = logging.getLogger("mintjax.local")
 
-MISSING_SECONDS = 600.0
-"""How long a request waits for the ``seq_id`` before it. Clients try for 5 minutes."""
-
 
 @contextmanager
 def application(
@@ -58,6 +57,7 @@ def application(
     config: messages.ClientConfigResponse | None = None,
     json_passes: bool = True,
     states_reduction: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[Starlette]:
     """An ASGI application in front of an engine, for as long as the block lasts.
 
@@ -71,6 +71,7 @@ def application(
             as protocol buffers; ``forward`` is not found (404), as on SkyRL 0.4 and TuFT 0.2.
         states_reduction: say in ``client/config`` what the engine divides losses by. If False,
             clients have to measure it, as other trainers'.
+        limits: bounds on what clients can make the trainer hold.
 
     Raises:
         ConfigError: it would ask for what takes the extra ``protobuf`` to read.
@@ -82,9 +83,9 @@ def application(
         zstd.require()
     sequencer = Sequencer()
     access = Access(api_key)
-    endpoints = Endpoints(engine, sequencer, access, config, states_reduction)
+    endpoints = Endpoints(engine, sequencer, access, config, states_reduction, limits)
     try:
-        yield _Http(endpoints, sequencer, access, poll_seconds, json_passes).app()
+        yield _Http(endpoints, sequencer, access, poll_seconds, json_passes, limits).app()
     finally:
         sequencer.close()
 
@@ -97,12 +98,14 @@ class _Http:
         access: Access,
         poll_seconds: float,
         json_passes: bool,
+        limits: Limits,
     ) -> None:
         self._do = endpoints
         self._sequencer = sequencer
         self._access = access
         self._poll_seconds = poll_seconds
         self._json_passes = json_passes
+        self._limits = limits
 
     def app(self) -> Starlette:
         do = self._do
@@ -110,11 +113,12 @@ class _Http:
             self._get("healthz", do.healthz),
             self._get("get_server_capabilities", do.get_server_capabilities),
             self._get("sessions/{session_id}", do.get_session),
+            self._post("sessions/{session_id}/finish", None, do.finish_session),
             self._get("samplers/{sampler_id}", do.get_sampler),
-            self._post("client/config", None, lambda _: do.client_config()),
+            self._post("client/config", None, do.client_config),
             self._route("auth/token", "POST", self._auth_token),
             self._post("cancel_future", messages.FutureRetrieveRequest, self._cancel_future),
-            self._post("telemetry", None, lambda _: do.telemetry()),
+            self._post("telemetry", None, do.telemetry),
             self._post("create_session", messages.CreateSessionRequest, do.create_session),
             self._post("session_heartbeat", messages.SessionHeartbeatRequest, do.session_heartbeat),
             self._post("get_info", messages.ModelRequest, do.get_info),
@@ -159,15 +163,22 @@ class _Http:
 
         return self._route(path, "GET", respond)
 
-    def _post(self, path: str, as_type: type[M] | None, answer: Callable[[M], Answer]) -> Route:
+    def _post(self, path: str, as_type: type[Any] | None, answer: Callable[..., Answer]) -> Route:
         """A request that is answered at once; ``as_type`` None for one whose body says nothing."""
 
         async def respond(request: Request) -> Response:
-            body = await bodies.content(request)
-            message: Any = None if as_type is None else bodies.decode(request, body, as_type)
-            return _json(answer(message))
+            body = await bodies.content(request, self._limits)
+            if as_type is None:
+                return _json(answer(**request.path_params))
+            return _json(answer(self._read(request, body, as_type), **request.path_params))
 
         return self._route(path, "POST", respond)
+
+    def _read(self, request: Request, body: bytes, as_type: type[M]) -> M:
+        body = bodies.decompressed(request, body, self._limits)
+        message = bodies.decode(request, body, as_type)
+        self._do.note_sender(message)
+        return message
 
     def _queued(
         self,
@@ -183,8 +194,13 @@ class _Http:
         Where a pass may be ``forward_only``, it may be a protocol buffer.
         """
 
-        async def respond(request: Request) -> Response:
-            body = await bodies.content(request)
+        def accept(request: Request, sent: bytes) -> Response:
+            header = request.headers.get("x-idempotency-key")
+            key = None if header is None else (path, header)
+            content = path.encode() + b"\n" + sent
+            if (seen := self._sequencer.find(key, content)) is not None:
+                return _json(messages.UntypedFuture(seen))
+            body = bodies.decompressed(request, sent, self._limits)
             as_protobuf = forward_only is not None and bodies.is_protobuf(request)
             try:
                 if as_protobuf:
@@ -195,6 +211,7 @@ class _Http:
                     )
                 else:
                     message = bodies.decode(request, body, as_type)
+                self._do.note_sender(message)
                 if forward_only is not None and isinstance(message, messages.ForwardRequest):
                     run = forward_only(message)
                 else:
@@ -203,23 +220,25 @@ class _Http:
             except MintjaxError:
                 self._reject(bodies.number_of(request, body))
                 raise
-            header = request.headers.get("x-idempotency-key")
-            try:
-                request_id = self._sequencer.submit(
-                    partial(_work, path, run, as_protobuf),
-                    line=line,
-                    number=number,
-                    key=None if header is None else (path, header),
-                    content=path.encode() + b"\n" + body,
-                    interleaved=isinstance(message, messages.SampleRequest),
-                )
-            except OtherContentError as error:
-                return _refusal(409, f"seq_id: {error}")
+            request_id = self._sequencer.submit(
+                partial(_work, path, run, as_protobuf),
+                line=line,
+                number=number,
+                key=key,
+                content=content,
+                interleaved=isinstance(message, messages.SampleRequest),
+            )
             accepted = messages.UntypedFuture(request_id)
             if isinstance(message, messages.SampleRequest):
                 names = (f"{request_id}:{i}" for i in range(message.num_samples))
                 accepted.sample_sequence_ids = list(names)
             return _json(accepted)
+
+        async def respond(request: Request) -> Response:
+            sent = await bodies.content(request, self._limits)
+            if len(sent) < bodies.LARGE_BYTES:
+                return accept(request, sent)
+            return await run_in_threadpool(accept, request, sent)
 
         return self._route(path, "POST", respond)
 
@@ -235,6 +254,10 @@ class _Http:
                 return _refusal(401, "X-API-Key: missing or wrong; this trainer requires its key")
             try:
                 return await respond(request)
+            except ClientDisconnect:
+                return _refusal(400, "the body ended early")  # which nobody reads
+            except OtherContentError as error:
+                return _refusal(409, f"seq_id: {error}")
             except APIStatusError as error:
                 return _refusal(error.status_code, error.message)
             except MintjaxError as error:
@@ -246,8 +269,8 @@ class _Http:
         return Route(f"/api/v1/{path}", endpoint, methods=[method])
 
     async def _retrieve_future(self, request: Request) -> Response:
-        body = await bodies.content(request)
-        question = bodies.decode(request, body, messages.FutureRetrieveRequest)
+        body = await bodies.content(request, self._limits)
+        question = self._read(request, body, messages.FutureRetrieveRequest)
         request_id = question.request_id
         try:
             future = self._sequencer.result(request_id)
@@ -258,13 +281,15 @@ class _Http:
             return _refusal(404, f"request_id: the result of {request_id!r} is no longer kept")
         if not future.done():
             await _wait(future, self._poll_seconds)
-        self._sequencer.give_up(request_id, MISSING_SECONDS)
+        self._sequencer.give_up(request_id, self._limits.missing_seconds)
         if not future.done():
             awaited = self._sequencer.waits_for(request_id)
             reason = None if awaited is None else f"seq_id {awaited} has not arrived"
             return _json(messages.TryAgain(request_id, "active", reason))
         self._sequencer.retrieved(request_id)
-        return _outcome(request, future)
+        if _size(future) < bodies.LARGE_BYTES:
+            return _outcome(request, future)
+        return await run_in_threadpool(_outcome, request, future)
 
     async def _auth_token(self, request: Request) -> Response:
         return _json({"jwt": self._access.token(request.headers.get("x-api-key"))})
@@ -320,6 +345,10 @@ async def _wait(future: Future[bytes], seconds: float) -> None:
     future.add_done_callback(wake)
     with suppress(TimeoutError):
         await asyncio.wait_for(done.wait(), seconds)
+
+
+def _size(future: Future[bytes]) -> int:
+    return 0 if future.cancelled() or future.exception() is not None else len(future.result())
 
 
 def _outcome(request: Request, future: Future[bytes]) -> Response:

@@ -10,13 +10,16 @@ from starlette.requests import Request
 
 from mintjax.errors import BadRequestError, ConfigError, DataError
 from mintjax.local.endpoints import Answer
+from mintjax.local.limits import Limits
 from mintjax.protocol import messages, protobuf, zstd
 from mintjax.tensors import TensorData
 from mintjax.types import ForwardBackwardOutput, SampleResponse
 
 M = TypeVar("M")
 
-MAX_BODY_BYTES = 256 * 1024 * 1024
+LARGE_BYTES = 64 * 1024
+"""Larger bodies are read and written in a thread, so that other requests are answered meanwhile."""
+
 JSON = "application/json"
 
 
@@ -51,27 +54,38 @@ def is_protobuf(request: Request) -> bool:
     return _given(request, "content-type", JSON) == protobuf.MEDIA_TYPE
 
 
-async def content(request: Request) -> bytes:
-    """The body of a request, decompressed.
+async def content(request: Request, limits: Limits) -> bytes:
+    """The body of a request, as it was sent.
 
     Raises:
-        BadRequestError: larger than ``MAX_BODY_BYTES``, before or after; no such compression, or
-            not compressed as it says.
+        BadRequestError: larger than ``limits.max_body_bytes``.
     """
+    announced = request.headers.get("content-length", "")
+    size = int(announced) if announced.isdecimal() else 0
+    limits.check("max_body_bytes", size, f"the body has {size} bytes", 413)
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise BadRequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        limits.check("max_body_bytes", len(body), f"the body has {len(body)} bytes or more", 413)
+    return bytes(body)
+
+
+def decompressed(request: Request, body: bytes, limits: Limits) -> bytes:
+    """The body of a request without its ``Content-Encoding``.
+
+    Raises:
+        BadRequestError: larger than ``limits.max_body_bytes``; no such compression, or not
+            compressed as it says.
+    """
     encoding = _given(request, "content-encoding", "identity")
     if encoding == "identity":
-        return bytes(body)
+        return body
     if encoding != "zstd":
         raise BadRequestError(415, f"content-encoding: this trainer reads zstd, not {encoding}")
     try:
-        return zstd.decompress(bytes(body), MAX_BODY_BYTES)
+        return zstd.decompress(body, limits.max_body_bytes)
     except zstd.TooLargeError as error:
-        raise BadRequestError(413, str(error)) from None
+        raise BadRequestError(413, limits.refusal("max_body_bytes", str(error))) from None
     except DataError as error:
         raise BadRequestError(400, str(error)) from None
     except ConfigError as error:
@@ -79,12 +93,15 @@ async def content(request: Request) -> bytes:
 
 
 def decode(request: Request, body: bytes, as_type: type[M]) -> M:
-    """Decode a body as a struct of the protocol; as JSON, whether or not it says so.
+    """Decode a body as a struct of the protocol.
+
+    A body that does not say that it is JSON is refused, because browsers send such ones for any
+    page without asking.
 
     Raises:
-        BadRequestError: it says that it is something else, or is not of that type.
+        BadRequestError: it does not say that it is JSON, or is not of that type.
     """
-    given = _given(request, "content-type", JSON)
+    given = _given(request, "content-type", "a body that does not say what it is")
     if given != JSON:
         raise BadRequestError(415, f"content-type: this is read as {JSON}, not {given}")
     try:

@@ -6,6 +6,7 @@ few sizes. Padding is inert: attention is causal, and a mask keeps it out of eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -24,6 +25,7 @@ from mintjax.types import Datum
 MAX_ROWS = 32
 _MAX_TOKENS = 8192
 _MAX_SCORES = 1 << 22  # rows * length ** 2: what attention holds for one head
+_MAX_TARGETS = 1 << 20  # rows * length * candidates: some twenty arrays are of this size
 
 
 class PassResult(NamedTuple):
@@ -172,10 +174,12 @@ def _row_losses(
 
 def _groups(data: Sequence[Datum]) -> Iterator[_Rows]:
     lengths = [datum.model_input.length for datum in data]
+    candidates = math.prod(data[0].loss_fn_inputs["target_tokens"].shape[1:])
     longest_first = sorted(range(len(data)), key=lambda i: -lengths[i])
     while longest_first:
         length = length_bucket(lengths[longest_first[0]])
-        limit = max(1, min(MAX_ROWS, _MAX_TOKENS // length, _MAX_SCORES // length**2))
+        bounds = (_MAX_TOKENS // length, _MAX_SCORES // length**2)
+        limit = max(1, min(MAX_ROWS, *bounds, _MAX_TARGETS // (length * candidates)))
         group, longest_first = longest_first[:limit], longest_first[limit:]
         yield _pad([data[i] for i in group], group, length, min(limit, row_bucket(len(group))))
 

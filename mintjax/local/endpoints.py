@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from mintjax.errors import DataError
+from mintjax.errors import DataError, MintjaxError, NotFoundError
 from mintjax.local import optimizer, sampling
 from mintjax.local.access import Access
 from mintjax.local.checkpoints import CheckpointPath, check_name
 from mintjax.local.engine import Engine, check_create
+from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS
 from mintjax.local.sequencer import Sequencer
 from mintjax.local.sessions import Sessions
@@ -28,6 +32,8 @@ from mintjax.types import (
     ServerCapabilities,
     SupportedModel,
 )
+
+logger = logging.getLogger("mintjax.local")
 
 Answer = msgspec.Struct | dict[str, Any]
 Run = Callable[[], "Answer | Slices[Answer]"]
@@ -52,6 +58,7 @@ class Endpoints:
         access: gives out tokens.
         config: what is asked of clients.
         states_reduction: say in ``client/config`` what the engine divides losses by.
+        limits: bounds on what clients can make the trainer hold.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Endpoints:
         access: Access,
         config: messages.ClientConfigResponse,
         states_reduction: bool = True,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.engine = engine
         self._sequencer = sequencer
@@ -69,7 +77,26 @@ class Endpoints:
         self._config = msgspec.structs.replace(
             config, mintjax_reduction=stated if states_reduction else None
         )
-        self._sessions = Sessions()
+        self._limits = limits
+        self._sessions = Sessions(limits)
+
+    def note_sender(self, message: object) -> None:
+        """Notes that the client of a message is there, and lets go of those that are gone."""
+        owners = ("session_id", "model_id", "sampling_session_id")
+        self._sessions.seen(**{name: getattr(message, name, None) for name in owners})
+        for session_id in self._sessions.gone():
+            logger.info("session %s is let go, because its client sends nothing", session_id)
+            self._end_session(session_id)
+
+    def _end_session(self, session_id: str) -> None:
+        for model_id in self._sessions.end(session_id):
+            self._sequencer.submit(partial(self._let_go, model_id))
+
+    def _let_go(self, model_id: str) -> bytes:
+        with suppress(NotFoundError):
+            self.engine.unload_model(model_id)
+        self._sequencer.drop(model_id)
+        return b"{}"
 
     def client_config(self) -> Answer:
         """``client/config``: the flags, one of which asks that keys be exchanged for tokens."""
@@ -100,6 +127,11 @@ class Endpoints:
         """``session_heartbeat``."""
         self._sessions.get(request.session_id)
         return {"type": "session_heartbeat"}
+
+    def finish_session(self, session_id: str) -> Answer:
+        """``POST sessions/<id>/finish``: its models and samplers are let go."""
+        self._end_session(session_id)
+        return {"session_id": session_id, "status": "finished"}
 
     def get_session(self, session_id: str) -> Answer:
         """``GET sessions/<id>``."""
@@ -144,7 +176,6 @@ class Endpoints:
 
     def create_sampling_session(self, request: messages.CreateSamplingSessionRequest) -> Answer:
         """``create_sampling_session``: from a checkpoint, else from a base model."""
-        session = self._sessions.get(request.session_id)
         source = request.model_path or request.base_model
         if source is None:
             raise DataError("pass model_path, or base_model", field="model_path")
@@ -152,18 +183,23 @@ class Endpoints:
             self.engine.describe_checkpoint(request.model_path, field="model_path")
         else:
             check_create(source, LoraConfig(1))
-        opened = self._sessions.open_sampling(session, source)
+        opened = self._sessions.open_sampling(request.session_id, source)
         return messages.CreateSamplingSessionResponse(opened)
 
     def create_model(self, request: messages.CreateModelRequest) -> Run:
         """``create_model``."""
-        session = self._sessions.get(request.session_id)
+        self._sessions.get(request.session_id)
+        self._sessions.check_room_for_model()
         lora_config = request.lora_config or LoraConfig(32)
-        check_create(request.base_model, lora_config)
+        check_create(request.base_model, lora_config, self._limits)
 
         def run() -> Answer:
             model_id = self.engine.create_model(request.base_model, lora_config)
-            session.model_ids.append(model_id)
+            try:
+                self._sessions.add_model(request.session_id, model_id)
+            except MintjaxError:
+                self.engine.unload_model(model_id)
+                raise
             return messages.CreateModelResponse(model_id)
 
         return run
@@ -174,6 +210,7 @@ class Endpoints:
 
         def run() -> Answer:
             self.engine.unload_model(request.model_id)
+            self._sessions.remove_model(request.model_id)
             self._sequencer.drop(request.model_id)
             return {"model_id": request.model_id, "type": "unload_model"}
 
@@ -183,14 +220,14 @@ class Endpoints:
         """``forward``."""
         given = request.forward_input
         arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
-        self.engine.check_pass(*arguments)
+        self.engine.check_pass(*arguments, limits=self._limits)
         return lambda: self.engine.forward(*arguments)
 
     def forward_backward(self, request: messages.ForwardBackwardRequest) -> Run:
         """``forward_backward``."""
         given = request.forward_backward_input
         arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
-        self.engine.check_pass(*arguments)
+        self.engine.check_pass(*arguments, limits=self._limits)
         return lambda: self.engine.forward_backward(*arguments)
 
     def optim_step(self, request: messages.OptimStepRequest) -> Run:
@@ -231,8 +268,8 @@ class Endpoints:
             path = self.engine.save_weights_for_sampler(request.model_id, request.path)
             if request.path is not None:
                 return messages.SaveWeightsForSamplerResponse(path=path)
-            session = self._sessions.of_model(request.model_id)
-            opened = self._sessions.open_sampling(session, path)
+            session_id = self._sessions.of_model(request.model_id)
+            opened = self._sessions.open_sampling(session_id, path)
             return messages.SaveWeightsForSamplerResponse(sampling_session_id=opened)
 
         return run

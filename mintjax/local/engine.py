@@ -19,6 +19,7 @@ from mintjax.errors import DataError, NonFiniteError, NotFoundError
 from mintjax.local import checkpoints, compute, loss_fns, model, optimizer, sampling
 from mintjax.local.checkpoints import CheckpointPath, Description
 from mintjax.local.jax_settings import own_settings
+from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.slices import Slices, each_under, finish
 from mintjax.local.tokenizer import VOCAB_SIZE
@@ -33,8 +34,6 @@ from mintjax.types import (
     SampleResponse,
     SamplingParams,
 )
-
-MAX_RANK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +154,8 @@ class Engine:
         data: Sequence[Datum],
         loss_fn: str,
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Check what :meth:`forward` and :meth:`forward_backward` would be given.
 
@@ -163,14 +164,21 @@ class Engine:
             data: the datums, with the inputs that the loss reads.
             loss_fn: name of a built-in loss.
             loss_fn_config: its thresholds, where they are not to be the defaults.
+            limits: bounds on the data.
 
         Raises:
             NotFoundError: there is no such model.
             DataError: naming the datum, the field, and what to do.
+            BadRequestError: the data are beyond one of the limits.
         """
         context = self.model(model_id).config.max_context_length
         loss_fns.check_request(
-            data, loss_fn, loss_fn_config, vocab_size=VOCAB_SIZE, max_context_length=context
+            data,
+            loss_fn,
+            loss_fn_config,
+            vocab_size=VOCAB_SIZE,
+            max_context_length=context,
+            limits=limits,
         )
 
     @own_settings()
@@ -453,21 +461,21 @@ class Engine:
         return self._sampler[1:]
 
 
-def check_create(base_model: str, lora_config: LoraConfig) -> None:
+def check_create(base_model: str, lora_config: LoraConfig, limits: Limits = DEFAULT_LIMITS) -> None:
     """Check what :meth:`Engine.create_model` would be given.
 
     Raises:
         NotFoundError: there is no such base model.
         DataError: the adapters cannot be made so.
+        BadRequestError: the rank is beyond the limit.
     """
     if base_model not in BASE_MODELS:
         raise NotFoundError(
             404, f"base_model: {base_model!r} is none of {', '.join(sorted(BASE_MODELS))}"
         )
-    if not 1 <= lora_config.rank <= MAX_RANK:
-        raise DataError(
-            f"rank {lora_config.rank} is not in 1 to {MAX_RANK}", field="lora_config.rank"
-        )
+    if lora_config.rank < 1:
+        raise DataError(f"{lora_config.rank} is below 1", field="lora_config.rank")
+    limits.check("max_rank", lora_config.rank, f"lora_config.rank is {lora_config.rank}")
     if not (lora_config.train_attn or lora_config.train_mlp or lora_config.train_unembed):
         raise DataError(
             "nothing to train; set one of train_attn, train_mlp and train_unembed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -14,6 +15,7 @@ from jax import Array
 
 from mintjax import losses
 from mintjax.errors import DataError
+from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.ragged.batch import check_data
 from mintjax.step.reduction import Unit
 from mintjax.types import Datum
@@ -87,22 +89,19 @@ def check_request(
     *,
     vocab_size: int,
     max_context_length: int,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Check everything that can be known of a pass before it runs.
 
     Raises:
         DataError: naming the datum, the field, and what to do.
+        BadRequestError: it is beyond one of the limits.
     """
     options(loss_fn, config)
     required = REQUIRED_INPUTS[loss_fn]
+    _check_sizes(data, max_context_length, limits)
     check_data(data, {*required, "weights"}, required=required, vocab_size=vocab_size)
     for i, datum in enumerate(data):
-        if datum.model_input.length > max_context_length:
-            raise DataError(
-                f"{datum.model_input.length} tokens, where the model reads {max_context_length}",
-                datum=i,
-                field="model_input",
-            )
         wanted = datum.loss_fn_inputs["target_tokens"].shape
         if len(wanted) > 2 or 0 in wanted:
             raise DataError(
@@ -118,6 +117,27 @@ def check_request(
                     datum=i,
                     field=name,
                 )
+
+
+def _check_sizes(data: Sequence[Datum], max_context_length: int, limits: Limits) -> None:
+    num_targets = 0
+    for i, datum in enumerate(data):
+        length = datum.model_input.length
+        if length > max_context_length:
+            raise DataError(
+                f"{length} tokens, where the model reads {max_context_length}",
+                datum=i,
+                field="model_input",
+            )
+        limits.check("max_datum_tokens", length, f"datum {i} has {length} tokens")
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        if targets is not None:
+            candidates = math.prod(targets.shape[1:])
+            limits.check(
+                "max_candidates", candidates, f"datum {i} has {candidates} targets a token"
+            )
+            num_targets += targets.size
+    limits.check("max_targets", num_targets, f"the data have {num_targets} targets")
 
 
 def token_losses(

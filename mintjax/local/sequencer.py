@@ -138,7 +138,7 @@ class Sequencer:
         Raises:
             OtherContentError: the number or the key was seen before, with another content.
         """
-        digest = hashlib.blake2b(content, digest_size=16).digest()
+        digest = _digest(content)
         with self._lock:
             if key is not None and key in self._keys:
                 self._check_content(self._keys[key], digest, f"key {key!r}")
@@ -164,6 +164,21 @@ class Sequencer:
             else:
                 state.waiting[number] = request_id
                 self._advance(state)
+            return request_id
+
+    def find(self, key: Hashable | None, content: bytes) -> str | None:
+        """Returns the id of the request that came with a key before; None if none did.
+
+        Raises:
+            OtherContentError: it had another content.
+        """
+        if key is None:
+            return None
+        digest = _digest(content)
+        with self._lock:
+            request_id = self._keys.get(key)
+            if request_id is not None:
+                self._check_content(request_id, digest, f"key {key!r}")
             return request_id
 
     def reject(self, line: str, number: int) -> None:
@@ -410,3 +425,7 @@ class Sequencer:
             forgotten, freed = (self._retrieved or self._unretrieved).popitem(last=False)
             self._result_bytes -= freed
             self._keys.pop(self._requests.pop(forgotten).key, None)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 
 import httpx
 import uvicorn
@@ -14,7 +15,9 @@ import uvicorn
 from mintjax.client import ServiceClient
 from mintjax.local.access import check_exposure
 from mintjax.local.app import application
+from mintjax.local.connections import Connection
 from mintjax.local.engine import Engine
+from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.protocol.messages import ClientConfigResponse
 
 
@@ -26,6 +29,7 @@ def trainer(
     config: ClientConfigResponse | None = None,
     json_passes: bool = True,
     states_reduction: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[ServiceClient]:
     """The embedded trainer inside this process, without a socket.
 
@@ -36,6 +40,7 @@ def trainer(
         config: as ``running_server`` has it.
         json_passes: as ``running_server`` has it.
         states_reduction: as ``running_server`` has it.
+        limits: as ``running_server`` has it.
 
     Yields:
         A client of it.
@@ -48,6 +53,7 @@ def trainer(
             config=config,
             json_passes=json_passes,
             states_reduction=states_reduction,
+            limits=limits,
         ) as app,
     ):
         transport = httpx.ASGITransport(app)
@@ -67,6 +73,7 @@ def running_server(
     config: ClientConfigResponse | None = None,
     json_passes: bool = True,
     states_reduction: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[str]:
     """The embedded trainer on a socket, in a thread of this process.
 
@@ -80,6 +87,7 @@ def running_server(
         json_passes: serve passes in JSON, too; if False they are refused.
         states_reduction: tell clients what the engine divides losses by. If False, they have to
             measure it, as other trainers'.
+        limits: bounds on what clients can make the trainer hold.
 
     Yields:
         The base URL.
@@ -98,8 +106,9 @@ def running_server(
             config=config,
             json_passes=json_passes,
             states_reduction=states_reduction,
+            limits=limits,
         )
-        server = _server(stack.enter_context(app))
+        server = _server(stack.enter_context(app), limits)
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [listener]}, name="mintjax-server", daemon=True
         )
@@ -120,6 +129,7 @@ def serve(
     api_key: str | None = None,
     config: ClientConfigResponse | None = None,
     json_passes: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
     announce: Callable[[str], None] = print,
     open_to_all: bool = False,
 ) -> None:
@@ -133,6 +143,7 @@ def serve(
         config: what ``client/config`` asks of clients, such as protocol buffers
             (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
         json_passes: serve passes in JSON, too; if False they are refused.
+        limits: bounds on what clients can make the trainer hold.
         announce: called with the base URL once connections are taken.
         open_to_all: let other machines use it although it asks for no key.
 
@@ -145,14 +156,16 @@ def serve(
     with (
         _listening(host, port) as listener,
         _engine(engine) as engine,
-        application(engine, api_key=api_key, config=config, json_passes=json_passes) as app,
+        application(
+            engine, api_key=api_key, config=config, json_passes=json_passes, limits=limits
+        ) as app,
     ):
         if threading.current_thread() is threading.main_thread():
             # uvicorn, when done, raises the signal again: this way blocks still end in order
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         announce(_url(listener))
         with suppress(KeyboardInterrupt):
-            _server(app).run(sockets=[listener])
+            _server(app, limits).run(sockets=[listener])
 
 
 def _engine(engine: Engine | None) -> Engine | nullcontext[Engine]:
@@ -173,9 +186,10 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _server(app: object) -> uvicorn.Server:
+def _server(app: object, limits: Limits) -> uvicorn.Server:
     config = uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType]
+        http=partial(Connection, limits),  # pyright: ignore[reportArgumentType]
         lifespan="off",
         ws="none",
         log_level="warning",

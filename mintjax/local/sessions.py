@@ -1,65 +1,187 @@
-"""Keeps the sessions of clients, and the weights that they sample from."""
+"""Keeps the sessions of clients, what they have made, and what they sample from."""
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from mintjax.errors import NotFoundError
+from mintjax.local.limits import Limits
 
 
 @dataclass
 class Session:
-    """The models and samplers that one client has made."""
+    """Records what one client has made.
 
+    Args:
+        display_name: for people.
+        user_metadata: whatever the client said of itself.
+        model_ids: of the models that it trains.
+        sampling_session_ids: of what it samples from.
+        last_seen: when it last sent something, on the monotonic clock, in seconds.
+    """
+
+    display_name: str | None = None
+    user_metadata: Mapping[str, object] | None = None
     model_ids: list[str] = field(default_factory=list[str])
     sampling_session_ids: list[str] = field(default_factory=list[str])
+    last_seen: float = field(default_factory=time.monotonic)
 
 
 class Sessions:
-    """Sessions of clients, and their sampling sessions."""
+    """Keeps sessions of clients, and their sampling sessions. Any thread may call any method.
 
-    def __init__(self) -> None:
+    Args:
+        limits: how many there may be, and how long one is kept of a client that is gone.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
-        self._sources: dict[str, str] = {}
+        self._of_model: dict[str, str] = {}
+        self._samplers: dict[str, tuple[str, str]] = {}  # session, source
 
-    def open(self) -> str:
-        """Begin a session; returns its id."""
-        session_id = f"session-{uuid.uuid4().hex}"
-        self._sessions[session_id] = Session()
+    def open(
+        self, display_name: str | None = None, user_metadata: Mapping[str, object] | None = None
+    ) -> str:
+        """Begins a session; returns its id.
+
+        Raises:
+            BadRequestError: there are as many as there may be.
+        """
+        with self._lock:
+            self._check_room("max_sessions", len(self._sessions), "sessions")
+            session_id = f"session-{uuid.uuid4().hex}"
+            self._sessions[session_id] = Session(display_name, user_metadata)
         return session_id
 
     def get(self, session_id: str) -> Session:
-        """One session.
+        """Returns one session.
 
         Raises:
             NotFoundError: there is none of that id.
         """
-        try:
-            return self._sessions[session_id]
-        except KeyError:
-            raise NotFoundError(404, f"session_id: there is no session {session_id!r}") from None
+        with self._lock:
+            return self._get(session_id)
 
-    def of_model(self, model_id: str) -> Session:
-        """The session that a model was made in."""
-        return next(session for session in self._sessions.values() if model_id in session.model_ids)
+    def ids(self) -> list[str]:
+        """Returns the ids of all sessions, the newest first."""
+        with self._lock:
+            return [*reversed(self._sessions)]
 
-    def open_sampling(self, session: Session, source: str) -> str:
-        """Begin to sample from a checkpoint's path or a base model's name; returns an id."""
-        sampling_session_id = f"sampling-{uuid.uuid4().hex}"
-        self._sources[sampling_session_id] = source
-        session.sampling_session_ids.append(sampling_session_id)
+    def seen(
+        self, *, session_id: str | None, model_id: str | None, sampling_session_id: str | None
+    ) -> None:
+        """Notes that the client of one of these is still there."""
+        with self._lock:
+            owner = session_id
+            if model_id is not None:
+                owner = self._of_model.get(model_id)
+            elif sampling_session_id is not None:
+                owner = self._samplers.get(sampling_session_id, (None, ""))[0]
+            if owner is not None and owner in self._sessions:
+                self._sessions[owner].last_seen = time.monotonic()
+
+    def check_room_for_model(self) -> None:
+        """Checks that one more model may be made.
+
+        Raises:
+            BadRequestError: there are as many as there may be.
+        """
+        with self._lock:
+            self._check_room("max_models", len(self._of_model), "models")
+
+    def add_model(self, session_id: str, model_id: str) -> None:
+        """Notes that a session has made a model.
+
+        Raises:
+            NotFoundError: the session has ended meanwhile.
+            BadRequestError: there are as many models as there may be.
+        """
+        with self._lock:
+            self._check_room("max_models", len(self._of_model), "models")
+            self._get(session_id).model_ids.append(model_id)
+            self._of_model[model_id] = session_id
+
+    def remove_model(self, model_id: str) -> None:
+        """Notes that a model is no longer in training; its session still lists it."""
+        with self._lock:
+            self._of_model.pop(model_id, None)
+
+    def of_model(self, model_id: str) -> str:
+        """Returns the id of the session that a model was made in.
+
+        Raises:
+            NotFoundError: that session has ended.
+        """
+        with self._lock:
+            try:
+                return self._of_model[model_id]
+            except KeyError:
+                raise NotFoundError(404, f"model_id: {model_id!r} is in no session") from None
+
+    def open_sampling(self, session_id: str, source: str) -> str:
+        """Begins to sample from a checkpoint's path or a base model's name; returns an id.
+
+        Raises:
+            NotFoundError: there is no such session.
+            BadRequestError: there are as many as there may be.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            self._check_room("max_samplers", len(self._samplers), "sampling sessions")
+            sampling_session_id = f"sampling-{uuid.uuid4().hex}"
+            self._samplers[sampling_session_id] = (session_id, source)
+            session.sampling_session_ids.append(sampling_session_id)
         return sampling_session_id
 
     def source(self, sampling_session_id: str) -> str:
-        """Finds the weights that a sampling session samples from.
+        """Returns what a sampling session samples from.
 
         Raises:
             NotFoundError: there is none of that id.
         """
+        with self._lock:
+            try:
+                return self._samplers[sampling_session_id][1]
+            except KeyError:
+                raise NotFoundError(
+                    404,
+                    f"sampling_session_id: there is no sampling session {sampling_session_id!r}",
+                ) from None
+
+    def end(self, session_id: str) -> Collection[str]:
+        """Ends a session, and returns the ids of its models that are still in training.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            del self._sessions[session_id]
+            for sampling_session_id in session.sampling_session_ids:
+                self._samplers.pop(sampling_session_id, None)
+            return [one for one in session.model_ids if self._of_model.pop(one, None) is not None]
+
+    def gone(self) -> Collection[str]:
+        """Returns the ids of the sessions whose clients have sent nothing for too long."""
+        oldest = time.monotonic() - self._limits.session_seconds
+        with self._lock:
+            return [name for name, one in self._sessions.items() if one.last_seen < oldest]
+
+    def _get(self, session_id: str) -> Session:
         try:
-            return self._sources[sampling_session_id]
+            return self._sessions[session_id]
         except KeyError:
             raise NotFoundError(
-                404, f"sampling_session_id: there is no sampling session {sampling_session_id!r}"
+                404,
+                f"session_id: there is no session {session_id!r}; it has ended, or the trainer was "
+                "restarted",
             ) from None
+
+    def _check_room(self, name: str, there_are: int, of_what: str) -> None:
+        self._limits.check(name, there_are + 1, f"{there_are} {of_what} are open already")

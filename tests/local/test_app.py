@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mintjax.local import app as app_module
-from mintjax.local import bodies
 from mintjax.local.sequencer import Sequencer
 from mintjax.protocol import messages
 from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
@@ -428,7 +427,7 @@ class TestBadInput:
             ("load_weights", {}, 422, "path"),
             ("create_model", {"base_model": "gpt-9"}, 404, "base_model"),
             ("create_model", {"lora_config": {"rank": 0}}, 400, "lora_config.rank"),
-            ("create_model", {"lora_config": {"rank": 10**9}}, 400, "lora_config.rank"),
+            ("create_model", {"lora_config": {"rank": 10**9}}, 400, "max_rank: lora_config.rank"),
             (
                 "create_model",
                 {
@@ -515,9 +514,11 @@ class TestBadInput:
             assert answer.status_code == 422
             assert answer.json()["detail"]
 
-    def test_a_body_that_is_too_large(self, http, monkeypatch):
-        monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 10)
-        assert http.post("create_session", b" " * 11).status_code == 413
+    def test_a_body_that_does_not_say_what_it_is(self, http):
+        for path in ("forward_backward", "create_session", "retrieve_future"):
+            answer = http.send("POST", path, content=b"{}")
+            assert answer.status_code == 415
+            assert "application/json" in answer.json()["detail"]
 
     @pytest.mark.parametrize(
         "headers",

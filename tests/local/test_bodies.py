@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mintjax.local import bodies
 from mintjax.local.app import application
+from mintjax.local.limits import Limits
 from mintjax.protocol import messages, protobuf, zstd
 from mintjax.protocol.protobuf import messages_pb2 as pb
 from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
@@ -157,12 +157,14 @@ class TestRefusals:
         assert answer.status_code == 415
         assert PROTOBUF in answer.json()["detail"]
 
-    def test_a_bomb_is_too_large(self, http, monkeypatch):
-        monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 1000)
+    def test_a_bomb_is_too_large(self, engine):
         bomb = zstd.compress(bytes(1_000_000))
         assert len(bomb) < 1000
-        answer = post(http, bomb, Content_Encoding="zstd")
-        assert (answer.status_code, "1000 bytes" in answer.json()["detail"]) == (413, True)
+        with serving(engine, limits=Limits(max_body_bytes=1000)) as http:
+            answer = post(http, bomb, Content_Encoding="zstd")
+        assert answer.status_code == 413
+        assert "1000 bytes" in answer.json()["detail"]
+        assert "--max-body-bytes" in answer.json()["detail"]
 
     @pytest.mark.parametrize(("encoding", "status"), [("zstd", 400), ("br", 415)])
     def test_a_body_that_is_not_compressed_as_it_says(self, http, encoding, status):
