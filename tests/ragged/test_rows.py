@@ -157,7 +157,7 @@ def test_what_would_count_padding_is_a_type_error_that_names_the_method(misuse, 
 
 
 def test_a_ragged_is_no_array():
-    with pytest.raises((TypeError, ValueError)):  # before 0.9, JAX itself refuses the layout
+    with pytest.raises((TypeError, ValueError)):  # some JAX refuses the layout first
         jnp.asarray(Ragged.from_rows(rows_of([2, 3])))
 
 
