@@ -1,6 +1,11 @@
 """Numbers of examples that property tests try: few by default, many under the thorough profile."""
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 from hypothesis import settings
+
+T = TypeVar("T")
 
 THOROUGH = not settings.default.derandomize
 """Whether the tests run under ``--hypothesis-profile=thorough``, with fresh randomness."""
@@ -13,3 +18,13 @@ def examples(few: int) -> int:
         few: under the default profile; the thorough profile has its own number.
     """
     return settings.default.max_examples if THOROUGH else few
+
+
+def some(cases: Iterable[T], every: int) -> list[T]:
+    """Takes some of the cases that a slow test is made for; the thorough profile has them all.
+
+    Args:
+        cases: all of them.
+        every: 3 for the first, the fourth, the seventh, ...
+    """
+    return [*cases] if THOROUGH else [*cases][::every]

@@ -69,7 +69,7 @@ class Flat(NamedTuple):
 
 
 def flatten(closed: Any) -> Flat:
-    """Inlines all calls of a closed jaxpr and drops what no output needs.
+    """Inlines all calls of a closed jaxpr, merges equal operations, and drops what no output needs.
 
     The jaxpr must be differentiated already, because rules of derivatives are lost.
     """
@@ -96,6 +96,7 @@ class _Maker:
         self.constants: dict[Slot, Array] = {}
         self.avals: list[Any] = []
         self._literals: dict[Any, Slot] = {}
+        self._done: dict[Any, list[Slot]] = {}
 
     def slot(self, aval: Any) -> Slot:
         self.avals.append(aval)
@@ -126,12 +127,26 @@ class _Maker:
                 written = self.inline(getattr(inner, "jaxpr", inner), consts, read_here)
                 slots.update(zip(equation.outvars, written, strict=True))
             else:
-                written = [self.slot(variable.aval) for variable in equation.outvars]
+                written = self._operation(equation, tuple(read_here))
                 slots.update(zip(equation.outvars, written, strict=True))
-                self.equations.append(
-                    Equation(equation.primitive, equation.params, tuple(read_here), tuple(written))
-                )
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _operation(self, equation: Any, inputs: tuple[Slot, ...]) -> list[Slot]:
+        """Adds an operation, or returns what an equal one has written.
+
+        A loss and its gradient often take the same exponential. Equal parameters are found by
+        their text, because symbolic sizes may refuse to be compared.
+        """
+        key = None
+        if not equation.effects and all(map(_is_plain, equation.params.values())):
+            key = (equation.primitive, repr(sorted(equation.params.items())), inputs)
+            if key in self._done:
+                return self._done[key]
+        written = [self.slot(variable.aval) for variable in equation.outvars]
+        self.equations.append(Equation(equation.primitive, equation.params, inputs, tuple(written)))
+        if key is not None:
+            self._done[key] = written
+        return written
 
 
 # Sizes that are symbols
@@ -140,6 +155,13 @@ class _Maker:
 def is_symbolic(value: Any) -> bool:
     """Tells whether a size is an expression of symbols, as ``n0 - 1``."""
     return not isinstance(value, int | str | None) and bool(export.is_symbolic_dim(value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Tells whether the text of a parameter says all of it."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, cast("tuple[Any, ...]", value)))
+    return isinstance(value, int | float | str | np.dtype | None) or is_symbolic(value)
 
 
 def symbolic_sizes(value: Any) -> list[Any]:

@@ -163,9 +163,10 @@ def serve(
         if threading.current_thread() is threading.main_thread():
             # uvicorn, when done, raises the signal again: this way blocks still end in order
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        announce(_url(listener))
+        server = _server(app, limits)
         with suppress(KeyboardInterrupt):
-            _server(app, limits).run(sockets=[listener])
+            announce(_url(listener))
+            server.run(sockets=[listener])
 
 
 def _engine(engine: Engine | None) -> Engine | nullcontext[Engine]:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import mintjax
 from mintjax import Batch, Datum, ModelInput, value_and_logprob_grads
 
+from ..examples import examples
 from .loop_forms import FORMS, Form
 
-FEW = settings(max_examples=12 if settings.default.derandomize else settings.default.max_examples)
+FEW = settings(max_examples=examples(12))
 LENGTHS = st.one_of(st.integers(1, 4), st.sampled_from([127, 128, 129, 200]))
 
 

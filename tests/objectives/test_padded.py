@@ -13,8 +13,9 @@ import mintjax
 from mintjax import Batch, Ragged, objectives, testing
 from mintjax.errors import DataError
 
+from ..examples import THOROUGH, examples, some
 from .specimens import SPECIMENS
-from .test_laws import OWN_WAY, THOROUGH
+from .test_laws import OWN_WAY
 
 WIDTH = 24
 NAMES = sorted(SPECIMENS) if THOROUGH else sorted(OWN_WAY)
@@ -37,9 +38,9 @@ def marks(draw, lengths):
     return mask if kind == "prefix" else rng.permuted(mask, axis=1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, 4))
 @given(data=st.data())
-@settings(max_examples=settings().max_examples if THOROUGH else 3)
+@settings(max_examples=examples(3))
 def test_padded_arrays_give_what_datums_give(name, data):
     specimen = SPECIMENS[name]
     kinds = testing.batches(
