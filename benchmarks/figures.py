@@ -79,6 +79,21 @@ def custom_step(rows: Rows) -> Figure:
     return figure
 
 
+def socket_step(rows: Rows) -> Figure:
+    """Draws the time of a step, with and without the trainer's computing."""
+    figure = Figure(figsize=(8, 1.8), layout="constrained")
+    axis = figure.subplots()
+    names = [row["encoding"] for row in rows]
+    rest = np.array([row["rest_ms"] for row in rows])
+    computing = np.array([row["step_ms"] for row in rows]) - rest
+    axis.barh(names, computing, label="the trainer computes", color=PARTS["backward"])
+    axis.barh(names, rest, left=computing, label="all else", color=SDK)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"ms of a step of {rows[0]['datums']} datums on mintjax/nano")
+    figure.legend(ncols=2, loc="outside upper center")
+    return figure
+
+
 def demo(rows: Rows) -> Figure:
     """The learning curve."""
     steps, end = rows[:-1], rows[-1]
@@ -100,6 +115,7 @@ FIGURES: dict[str, Callable[[Rows], Figure]] = {
     "gradient_cost": gradient_cost,
     "transport": transport,
     "custom_step": custom_step,
+    "socket_step": socket_step,
     "demo": demo,
 }
 

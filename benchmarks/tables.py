@@ -99,6 +99,20 @@ def custom_step(rows: Rows) -> str:
     return table(heads, lines)
 
 
+def socket_step(rows: Rows) -> str:
+    """Writes one row per encoding."""
+    lines = [
+        [
+            row["encoding"],
+            f"{row['requests']:g}",
+            f"{row['step_ms']:.1f}",
+            f"{row['rest_ms']:.1f}",
+        ]
+        for row in rows
+    ]
+    return table(["encoding", "requests", "step, ms", "not the trainer's computing, ms"], lines)
+
+
 def demo(rows: Rows) -> str:
     """Writes the numbers before and after training."""
     end = rows[-1]
@@ -162,6 +176,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "gradient_cost": gradient_cost,
     "transport": transport,
     "custom_step": custom_step,
+    "socket_step": socket_step,
     "demo": demo,
     "real_trainers": real_trainers,
 }

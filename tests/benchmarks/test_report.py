@@ -42,6 +42,9 @@ ROWS = {
         }
         for route in ("two_pass", "by_name")
     ],
+    "socket_step": [
+        {"encoding": "JSON", "datums": 8, "requests": 6.0, "step_ms": 50.0, "rest_ms": 12.5}
+    ],
     "real_trainers": [
         {"trainer": "skyrl", "check": "forward", "outcome": "yes", "detail": "off by 0"},
     ],
@@ -77,6 +80,7 @@ def kept(name):
         ("transport", "| encode | mintjax-json | 4.0 ms | 2.0 MB | 12.5 times faster |"),
         ("transport", "| encode | sdk-0.22 | 50.0 ms | 2.0 MB |  |"),
         ("custom_step", "| ppo | by_name | 20.0 | 1.0 | 50.0 | 29.0 | 100.0 | 1.0% |"),
+        ("socket_step", "| JSON | 6 | 50.0 | 12.5 |"),
         ("demo", "| pair accuracy, 9 held-out pairs | 0.500 | 0.875 |"),
     ],
 )
