@@ -8,11 +8,13 @@ from mintjax.gradients.evaluate import (
     stats,
     value_and_logprob_grads,
 )
+from mintjax.gradients.programs import keep_programs
 
 __all__ = [
     "LogprobGradients",
     "Objective",
     "Stats",
+    "keep_programs",
     "loss_and_metrics",
     "stats",
     "value_and_logprob_grads",
