@@ -39,8 +39,8 @@ def serve(
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Let other machines use it without a key.")
     ] = False,
-    max_sessions: Annotated[int, _limit("Sessions of clients at a time.")] = 1000,
-    max_models: Annotated[int, _limit("Models in training at a time.")] = 100,
+    max_sessions: Annotated[int, _limit("Sessions of clients at a time.")] = 10_000,
+    max_models: Annotated[int, _limit("Models in training at a time.")] = 2000,
     max_samplers: Annotated[int, _limit("Sampling sessions at a time.")] = 10_000,
     max_rank: Annotated[int, _limit("Rank of a model's adapters.")] = 512,
     max_datum_tokens: Annotated[int, _limit("Tokens of one datum.")] = 2048,

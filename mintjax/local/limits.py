@@ -33,8 +33,8 @@ class Limits:
         ConfigError: one of them is not above 0.
     """
 
-    max_sessions: int = 1000
-    max_models: int = 100
+    max_sessions: int = 10_000
+    max_models: int = 2000
     max_samplers: int = 10_000
     max_rank: int = 512
     max_datum_tokens: int = 2048
