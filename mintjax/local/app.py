@@ -354,7 +354,8 @@ def _size(future: Future[bytes]) -> int:
 def _outcome(request: Request, future: Future[bytes]) -> Response:
     if future.cancelled():
         error = messages.FutureError(
-            "it was not run: the model was unloaded, or the trainer closed", "user"
+            "it was not run: it was cancelled, its model was unloaded, or the trainer closed",
+            "user",
         )
         return _json(error)
     failure = future.exception()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from mintjax.local import app as app_module
+from mintjax.local import checkpoints
 from mintjax.local.sequencer import Sequencer
 from mintjax.protocol import messages
 from mintjax.types import AdamParams, LoraConfig, ModelInput, SamplingParams
@@ -162,6 +165,24 @@ class TestTraining:
         assert failed == {"error": "internal error: RuntimeError: a bug", "category": "server"}
         assert "optim_step failed" in caplog.text
 
+    @pytest.mark.parametrize(
+        "failure", [OSError(28, "No space left"), SafetensorError("I/O error")]
+    )
+    def test_a_disk_that_is_full(self, http, model_id, monkeypatch, caplog, failure):
+        def fail(*_, **__):
+            raise failure
+
+        monkeypatch.setattr(checkpoints, "save_file", fail)
+        failed = http.call("save_weights", messages.SaveWeightsRequest(model_id, "here"))
+        assert failed["category"] == "server"
+        assert failed["error"].startswith("cannot write ")
+        assert "model" in failed["error"]
+        assert "another directory" in failed["error"]
+        assert "internal error" not in failed["error"]
+        assert "Traceback" not in caplog.text
+        monkeypatch.undo()
+        assert http.call("save_weights", messages.SaveWeightsRequest(model_id, "here"))["path"]
+
 
 class TestNaN:
     def test_is_contained(self, http, model_id, engine):
@@ -218,6 +239,28 @@ class TestSampling:
         assert model_id in session["training_run_ids"]
 
 
+class Endless:
+    """A sample of the engine that never ends of itself."""
+
+    def __init__(self):
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, *args, **kwargs):
+        try:
+            while True:
+                self.begun.set()
+                yield
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture
+def slices(engine, monkeypatch):
+    endless = Endless()
+    monkeypatch.setattr(engine, "sample_in_slices", endless)
+    return endless
+
+
 class TestFutures:
     def test_says_try_again_and_why(self, engine, model_id):
         with serving(engine, poll_seconds=0.01) as quick:
@@ -230,6 +273,22 @@ class TestFutures:
             "queue_state": "active",
             "queue_state_reason": "seq_id 1 has not arrived",
         }
+
+    def test_a_long_sample_is_cancelled_while_others_are_answered(
+        self, http, session_id, sampling_session_id, slices
+    ):
+        """The sample goes on until it is cancelled; its end is waited for, not its length."""
+        prompt, params = ModelInput.from_ints([65]), SamplingParams(max_tokens=4, seed=1)
+        long = http.post("asample", messages.SampleRequest(prompt, params, sampling_session_id))
+        assert slices.begun.wait(20)
+        create = messages.CreateModelRequest(session_id, 77, BASE_MODEL, LoraConfig(4, seed=1))
+        other = http.call("create_model", create)["model_id"]
+        assert "metrics" in http.call("optim_step", messages.OptimStepRequest(AdamParams(), other))
+        assert not slices.ended.is_set()
+        assert http.post("cancel_future", long.json()).status_code == 200
+        assert slices.ended.wait(20)
+        assert "cancelled" in http.result(long)["error"]
+        assert http.post("cancel_future", {"request_id": "nobody's"}).status_code == 404
 
     def test_an_unknown_one(self, http):
         answer = http.post("retrieve_future", {"request_id": "nobody's"})

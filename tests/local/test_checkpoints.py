@@ -113,6 +113,27 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 1
 
 
+def test_a_directory_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    with pytest.raises(StorageError, match=r"cannot write .*a file.*another directory"):
+        checkpoints.save(blocked, PATH, DESCRIPTION, STATE)
+
+
+def test_files_that_cannot_grow(tmp_path):
+    """The system's own refusal, which is that of a full disk but for its number."""
+    resource = pytest.importorskip("resource")
+    large = {"lora": {"a": np.zeros(1 << 16, np.float32)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*File too large"):
+            checkpoints.save(tmp_path, PATH, DESCRIPTION, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
 def test_files_that_a_killed_process_left_are_swept(tmp_path):
     checkpoints.save(tmp_path, PATH, DESCRIPTION, STATE)
     folder = tmp_path / PATH.model_id / PATH.kind

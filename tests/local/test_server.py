@@ -177,6 +177,51 @@ def test_serving_until_it_is_told_to_stop(sent):
     assert not Path(directory).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_it_stops_although_a_sample_is_under_way():
+    """The sample never ends of itself, so only heeding the signal ends the process."""
+    script = textwrap.dedent("""
+        from mintjax import local
+
+        class Endless(local.Engine):
+            def sample_in_slices(self, *args, **kwargs):
+                print("under way", flush=True)
+                while True:
+                    yield
+
+        with Endless() as engine:
+            local.serve(port=0, engine=engine, announce=lambda url: print(url, flush=True))
+        print("ended")
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            with httpx.Client(base_url=process.stdout.readline().strip(), timeout=20) as http:
+                session = http.post("/api/v1/create_session", json={"sdk_version": "1"}).json()
+                opened = {"session_id": session["session_id"], "base_model": "mintjax/nano"}
+                asked = {
+                    **http.post(
+                        "/api/v1/create_sampling_session",
+                        json={**opened, "sampling_session_seq_id": 0},
+                    ).json(),
+                    "prompt": {"chunks": [{"type": "encoded_text", "tokens": [65]}]},
+                    "sampling_params": {"max_tokens": 4},
+                }
+                assert http.post("/api/v1/asample", json=asked).status_code == 200
+                assert process.stdout.readline() == "under way\n"
+                process.send_signal(signal.SIGTERM)
+                output, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert (process.returncode, output, errors) == (0, "ended\n", "")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "gpu-box"])
 def test_a_network_is_let_in_with_a_key_or_if_that_is_meant(engine, host):
     with pytest.raises(ConfigError, match="MINTJAX_SERVE_API_KEY"):
