@@ -217,6 +217,17 @@ class TestSampling:
         assert answer["sequences"][0]["stop_reason"] in ("stop", "length")
         assert answer["prompt_logprobs"][0] is None
 
+    def test_a_repeated_request_has_the_same_answer(self, http, sampling_session_id):
+        request = messages.SampleRequest(
+            ModelInput.from_ints([65]),
+            SamplingParams(max_tokens=1),
+            sampling_session_id,
+            num_samples=2,
+        )
+        first, second = (http.post("asample", request, X_Idempotency_Key="k") for _ in range(2))
+        assert first.json() == second.json()
+        assert len(first.json()["sample_sequence_ids"]) == 2
+
     def test_from_a_path(self, http, session_id, model_id):
         saved = http.call(
             "save_weights_for_sampler", messages.SaveWeightsForSamplerRequest(model_id, "here")
