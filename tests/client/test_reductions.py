@@ -214,12 +214,12 @@ def test_a_sum_that_is_not_the_one_that_was_sent_is_an_error():
 
 
 def test_throwaway_models_are_unloaded_when_the_trainer_fails(engine, monkeypatch):
-    def fail(self, model_id, params):
+    def fail(model_id, params):
         raise RuntimeError("out of memory")
 
     with trainer(engine, states_reduction=False) as service:
         before = set(engine.models)
-        monkeypatch.setattr(EngineType, "optim_step", fail)
+        monkeypatch.setattr(engine, "optim_step", fail)
         with pytest.raises(MintjaxError, match="out of memory"):
             service.probe(NANO)
         assert set(engine.models) == before

@@ -21,7 +21,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -236,10 +235,10 @@ class Steps(RuleBasedStateMachine):
         self.settle(held, "pairwise", first)
         assert cancelled.cancelled()
 
-    @precondition(lambda self: self.held)
+    # No precondition: what is held may depend on a race, and then Hypothesis would draw otherwise.
     @rule(known=st.booleans())
     def optimizer_step_fails(self, known: bool) -> None:
-        if not self.averages or self.held == ANNOUNCED:
+        if self.held and (not self.averages or self.held == ANNOUNCED):
             self.engine.fault = (NonFiniteError if known else RuntimeError)("made on purpose")
             with pytest.raises(RequestFailedError):
                 self.model.optim_step(NOTHING_MOVES).result(SECONDS)
