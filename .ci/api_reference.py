@@ -22,7 +22,6 @@ PAGES = [
     "mintjax.protocol.protobuf",
     "mintjax.step.reduction",
     "mintjax.testing",
-    "mintjax.types",
     "!mintjax.remote_optimizer",  # the function of that name is on the first page
 ]
 
