@@ -166,7 +166,7 @@ def _check_sum(facts: TrainerFacts, backward: Backward, output: ForwardBackwardO
         return
     if returns_the_sum(backward.loss_fn, backward.data, output, backward.config) is False:
         raise UnknownReductionError(
-            f"the trainer reports loss:sum {output.metrics['loss:sum']:.6g}, which is not the sum "
+            f"the trainer reports loss:sum {output.metrics[_SUM]:.6g}, which is not the sum "
             f"of the losses of {backward.loss_fn} that were sent, though it is taken to sum. The "
             "gradient that it has added may be another than the objective's: go on from a "
             "checkpoint, after service.probe()"

@@ -180,7 +180,7 @@ def array_of(tensor: dict[str, Any]) -> np.ndarray[Any, Any]:
     return values.astype(float).astype("float32") if tensor["dtype"] == "float32" else values
 
 
-@settings(max_examples=examples(100))
+@settings(max_examples=2 * examples(50))
 @given(body=damaged() | st.binary(max_size=60), status=st.sampled_from([200] * 9 + [400, 404, 500]))
 @example(body=json.dumps(TRUE).encode(), status=200)
 @example(body=json.dumps(RICH).encode(), status=200)
@@ -254,7 +254,7 @@ def rows_of(field: Any) -> list[np.ndarray[Any, Any]]:
     return [row.reshape(-1, *field.trailing_shape) for row in rows]
 
 
-@settings(max_examples=examples(100))
+@settings(max_examples=2 * examples(50))
 @given(body=damaged_message() | st.binary(max_size=60))
 @example(body=MESSAGE)
 def test_any_result_of_a_pass_in_protocol_buffers(client, trainer, body):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -523,12 +522,18 @@ def test_samples_that_the_library_wrote_are_read(response):
 
 
 @given(samples, st.data())
-def test_garbage_in_place_of_samples_is_told(response, data):
+def test_what_is_read_from_garbage_in_place_of_samples_is_a_response(response, data):
     encoded = protobuf.encode_sample(response)
     cut = data.draw(st.integers(0, len(encoded)))
     change = data.draw(st.binary(max_size=3))
-    with suppress(DataError):  # and nothing else
-        protobuf.decode_sample(encoded[:cut] + change)
+    try:
+        found = protobuf.decode_sample(encoded[:cut] + change)
+    except DataError:  # and nothing else
+        return
+    for sequence in found.sequences:
+        assert sequence.stop_reason in ("stop", "length")
+        assert np.isfinite(sequence.logprobs or []).all()
+    assert np.isfinite([x for x in found.prompt_logprobs or [] if x is not None]).all()
 
 
 @pytest.mark.parametrize(
