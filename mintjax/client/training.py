@@ -28,7 +28,8 @@ from mintjax.gradients import Objective
 from mintjax.gradients.torch import torch_if_written_for_it
 from mintjax.left_out import refuse
 from mintjax.protocol import messages
-from mintjax.ragged.batch import Batch, as_batch, check_data
+from mintjax.ragged.batch import Batch, as_batch
+from mintjax.ragged.checks import check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.probe import Measurement, confirm_reduction, measure_reduction
 from mintjax.step.reduction import Reduction

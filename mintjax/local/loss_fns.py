@@ -16,7 +16,7 @@ from jax import Array
 from mintjax import losses
 from mintjax.errors import DataError
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
-from mintjax.ragged.batch import check_data
+from mintjax.ragged.checks import check_data
 from mintjax.step.reduction import Unit
 from mintjax.types import Datum
 

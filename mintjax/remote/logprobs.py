@@ -13,7 +13,8 @@ from jax.interpreters.ad import JVPTracer
 from mintjax.errors import DataError, TransformationError
 from mintjax.gradients.evaluate import not_finite
 from mintjax.ragged import Ragged, tiling
-from mintjax.ragged.batch import Batch, as_batch, check_data
+from mintjax.ragged.batch import Batch, as_batch
+from mintjax.ragged.checks import check_data
 from mintjax.remote import callback
 from mintjax.remote.trainer import Trainer
 from mintjax.remote.versions import versions_of
