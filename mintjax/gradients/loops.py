@@ -22,6 +22,10 @@ Array: TypeAlias = Any
 Rows: TypeAlias = Sequence[npt.NDArray[Any]]
 
 
+_KEPT = 64
+"""How many kinds of batches an objective has traces for at a time; the oldest is dropped first."""
+
+
 class _Plan(NamedTuple):
     """The trace of an objective for one number of rows, if it has one.
 
@@ -103,6 +107,8 @@ class Loops:
             _warn(objective, f"JAX's {error} is not known for symbolic lengths", error)
             plan = _Plan({}, None, None)
         plans.append(plan)
+        while len(self._plans) > _KEPT:
+            del self._plans[next(iter(self._plans))]
         return plan
 
 

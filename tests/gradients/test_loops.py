@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import mintjax
 from mintjax import Batch, Datum, ModelInput, value_and_logprob_grads
+from mintjax.gradients import loops
 
 from ..examples import examples
 from .loop_forms import FORMS, Form
@@ -97,6 +98,29 @@ def test_a_trace_is_used_again_for_other_lengths() -> None:
         for got, lp in zip(result.grads, logprobs, strict=True):
             np.testing.assert_allclose(got, 2 * lp, rtol=1e-6)
     assert mintjax.gradients.stats().loops_traced == before.loops_traced
+
+
+def test_traces_for_many_numbers_of_rows_are_bounded_and_right(monkeypatch: Any) -> None:
+    monkeypatch.setattr(loops, "_KEPT", 2)
+    kept: list[int] = []
+    made = loops.Loops.run
+
+    def run(self: Any, *arguments: Any) -> Any:
+        outcome = made(self, *arguments)
+        kept.append(len(self._plans))
+        return outcome
+
+    monkeypatch.setattr(loops.Loops, "run", run)
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        return sum((lp * lp).sum() for lp in logprobs), {}
+
+    for rows in (1, 2, 3, 1, 4, 2):
+        data, logprobs = batch_of([3] * rows, rows, candidates=False)
+        result = value_and_logprob_grads(loss, data, logprobs)
+        for got, lp in zip(result.grads, logprobs, strict=True):
+            np.testing.assert_allclose(got, 2 * lp, rtol=1e-6)
+    assert kept == [1, 2, 2, 2, 2, 2]
 
 
 def test_a_closed_over_value_that_changes_is_seen() -> None:
