@@ -46,5 +46,8 @@ def progress() -> Generator[Progress]:
         transient=True,
         disable=not console.is_terminal,
     )
+    if bars.disable:
+        yield bars  # not started, because old versions of rich print an empty line when they stop
+        return
     with bars:
         yield bars

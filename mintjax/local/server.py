@@ -193,6 +193,7 @@ def _server(app: object, limits: Limits) -> uvicorn.Server:
         http=partial(Connection, limits),  # pyright: ignore[reportArgumentType]
         lifespan="off",
         ws="none",
+        log_config=None,  # uvicorn's own closes every handler of the process, files among them
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,

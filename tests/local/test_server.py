@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -94,6 +95,22 @@ def test_answers_are_not_held_back_to_be_sent_with_more(engine, monkeypatch):
     with local.running_server(engine) as url:
         httpx.get(f"{url}/api/v1/healthz")
     assert delayed == [False]
+
+
+def test_the_log_files_of_the_process_stay_open(engine, tmp_path):
+    handler = logging.FileHandler(tmp_path / "training.log", mode="w")
+    log = logging.getLogger("of a user")
+    log.addHandler(handler)
+    try:
+        log.error("before")
+        with local.running_server(engine):
+            log.error("while it runs")
+        log.error("after")
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert lines == ["before", "while it runs", "after"]
 
 
 def test_a_port_that_is_taken(engine):
