@@ -70,6 +70,14 @@ def quickstart(tinker, service):
     model.optim_step(adam_params=types.AdamParams(learning_rate=1e-2)).result()
     model.load_state_with_optimizer(path).result()
     yield model.forward(examples, "cross_entropy").result().metrics["loss:sum"] - before
+    for make in (
+        service.create_training_client_from_state_with_optimizer,
+        service.create_training_client_from_state,
+    ):
+        resumed = made(make(path))
+        for _ in range(2):  # the second shows the optimizer's state
+            yield resumed.forward_backward(examples, "cross_entropy").result().metrics["loss:sum"]
+            resumed.optim_step(types.AdamParams(learning_rate=1e-2)).result()
 
 
 def dpo(tinker, service):

@@ -244,7 +244,7 @@ class TrainingClient(MadeClient):
             raise DataError("pass AdamParams, once; nothing was sent", field="optim_params")
         given = as_params(AdamParams, adam_params if optim_params is None else optim_params)
         params = _finite_floats(msgspec.structs.asdict(given))
-        request = messages.OptimStepRequest(AdamParams(**params), self.model_id)
+        request = messages.OptimStepRequest(self.model_id, AdamParams(**params))
 
         async def run(turn: Turn) -> OptimStepResponse:
             return await self._gradients.optim_step(turn, request)
@@ -494,7 +494,11 @@ class TrainingClient(MadeClient):
     ) -> APIFuture[LoadWeightsResponse]:
         path_of_load = "load_weights"
         request = messages.LoadWeightsRequest(
-            self.model_id, path, None, optimizer, path_of_load, token or msgspec.UNSET
+            model_id=self.model_id,
+            path=path,
+            seq_id=None,
+            optimizer=optimizer,
+            weights_access_token=token or msgspec.UNSET,
         )
 
         async def run(turn: Turn) -> LoadWeightsResponse:

@@ -30,7 +30,7 @@ from mintjax.local import bodies
 from mintjax.local.access import Access
 from mintjax.local.answers import RepeatKeys
 from mintjax.local.checkpoints import StorageError
-from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest
+from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest, model_made_by_load
 from mintjax.local.engine import Engine
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.sequencer import (
@@ -215,6 +215,10 @@ class _Http:
                 else:
                     message = bodies.decode(request, body, as_type)
                 self._do.note_sender(message)
+                if (made := _model_made(message)) is not None:
+                    key = made
+                    if (known := self._sequencer.find(key, content)) is not None:
+                        return _json(messages.UntypedFuture(known))
                 if forward_only is not None and isinstance(message, messages.ForwardRequest):
                     run = forward_only(message)
                 else:
@@ -314,13 +318,19 @@ class _Http:
 
 def _place(message: Any) -> tuple[str | None, int | None]:
     """The line that a request stands in, and its number there, if it has one."""
-    line: str | None = getattr(message, "model_id", None)
-    number: int | None = getattr(message, "seq_id", None)
-    if line is None or number is None:
+    line, number = getattr(message, "model_id", None), getattr(message, "seq_id", None)
+    if not isinstance(line, str) or not isinstance(number, int):
         return None, None
     if number < 1:
         raise DataError(f"{number} is below 1, the first", field="seq_id")
     return line, number
+
+
+def _model_made(message: Any) -> tuple[str, str] | None:
+    """The key of a request that makes a model of a given id; its repeats may bear other headers."""
+    if not isinstance(message, messages.LoadWeightsRequest):
+        return None
+    return model_made_by_load(message)
 
 
 def _work(path: str, run: Run, as_protobuf: bool) -> Slices[bytes]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from mintjax.errors import DataError, MintjaxError, NotFoundError
+from mintjax.errors import DataError, NotFoundError
 from mintjax.local import optimizer, sampling
 from mintjax.local.access import Access
 from mintjax.local.checkpoints import CheckpointPath, check_name
@@ -38,6 +38,9 @@ logger = logging.getLogger("mintjax.local")
 Answer = msgspec.Struct | dict[str, Any]
 Run = Callable[[], "Answer | Slices[Answer]"]
 """Runs in the trainer's thread, when the request's turn has come."""
+
+MAX_NUMBER = 2**53
+"""Numbers of models, which become part of their ids, are below this."""
 
 
 class WeightsInfoRequest(msgspec.Struct):
@@ -192,17 +195,23 @@ class Endpoints:
         self._sessions.check_room_for_model()
         lora_config = request.lora_config or LoraConfig(32)
         check_create(request.base_model, lora_config, self._limits)
+        _check_optimizer(request.optimizer_config, "optimizer_config")
 
         def run() -> Answer:
             model_id = self.engine.create_model(request.base_model, lora_config)
-            try:
+            with self._unloaded_on_error(model_id):
                 self._sessions.add_model(request.session_id, model_id)
-            except MintjaxError:
-                self.engine.unload_model(model_id)
-                raise
             return messages.CreateModelResponse(model_id)
 
         return run
+
+    @contextmanager
+    def _unloaded_on_error(self, model_id: str) -> Generator[None]:
+        try:
+            yield
+        except BaseException:
+            self.engine.unload_model(model_id)
+            raise
 
     def unload_model(self, request: messages.ModelRequest) -> Run:
         """``unload_model``: after what was submitted before it."""
@@ -233,8 +242,12 @@ class Endpoints:
     def optim_step(self, request: messages.OptimStepRequest) -> Run:
         """``optim_step``."""
         self.engine.model(request.model_id)
-        optimizer.check_params(request.adam_params)
-        return lambda: self.engine.optim_step(request.model_id, request.adam_params)
+        _check_optimizer(request.optimizer_params, "optimizer_params")
+        params = request.adam_params
+        if params is msgspec.UNSET:
+            raise DataError("an optimizer step needs them", field="adam_params")
+        optimizer.check_params(params)
+        return lambda: self.engine.optim_step(request.model_id, params)
 
     def save_weights(self, request: messages.SaveWeightsRequest) -> Run:
         """``save_weights``."""
@@ -246,14 +259,47 @@ class Endpoints:
         )
 
     def load_weights(self, request: messages.LoadWeightsRequest) -> Run:
-        """``load_weights``. Whether there is such a checkpoint is only known in its turn."""
-        self.engine.model(request.model_id)
-        CheckpointPath.parse(request.path, field="path")
+        """``load_weights``, into a model or into a new one of a session.
+
+        Whether there is such a checkpoint is only known in its turn.
+        """
+        path = request.path
+        CheckpointPath.parse(path, field="path")
+        _check_optimizer(request.optimizer_config, "optimizer_config")
+        if (made := model_made_by_load(request)) is not None:
+            return self._load_new(request, *made)
+        if not request.model_id:
+            raise DataError("pass it, or session_id and model_seq_id", field="model_id")
+        model_id = request.model_id
+        self.engine.model(model_id)
 
         def run() -> Answer:
-            self.engine.load_weights(
-                request.model_id, request.path, with_optimizer=request.optimizer
-            )
+            self.engine.load_weights(model_id, path, with_optimizer=request.optimizer)
+            return LoadWeightsResponse(path=path)
+
+        return run
+
+    def _load_new(
+        self, request: messages.LoadWeightsRequest, session_id: str, model_id: str
+    ) -> Run:
+        self._sessions.get(session_id)
+        self._sessions.check_room_for_model()
+        if model_id in self.engine.models:
+            raise DataError(f"there is a model {model_id} already", field="model_seq_id")
+
+        def run() -> Answer:
+            saved = self.engine.describe_checkpoint(request.path, field="path")
+            if request.base_model and request.base_model != saved.base_model:
+                raise DataError(
+                    f"{request.path} holds adapters of {saved.base_model}, which do not fit "
+                    f"{request.base_model}",
+                    field="base_model",
+                )
+            check_create(saved.base_model, saved.lora_config, self._limits)
+            self.engine.create_model(saved.base_model, saved.lora_config, model_id)
+            with self._unloaded_on_error(model_id):
+                self.engine.load_weights(model_id, request.path, with_optimizer=request.optimizer)
+                self._sessions.add_model(session_id, model_id)
             return LoadWeightsResponse(path=request.path)
 
         return run
@@ -300,3 +346,30 @@ class Endpoints:
         if source in BASE_MODELS:
             return source
         return self.engine.describe_checkpoint(source, field="model_path").base_model
+
+
+def model_made_by_load(request: messages.LoadWeightsRequest) -> tuple[str, str] | None:
+    """Names the session and the id of the model that a ``load_weights`` makes; None if none.
+
+    Clients take the id for granted; the answer does not say it.
+
+    Raises:
+        DataError: it names a model too, or the number of the new one is missing or no number.
+    """
+    session_id, number = request.session_id, request.model_seq_id
+    if not session_id:
+        return None
+    if request.model_id:
+        raise DataError("pass model_id, or session_id and model_seq_id", field="session_id")
+    if not isinstance(number, int) or not 0 <= number < MAX_NUMBER:
+        raise DataError(f"it must be 0 to {MAX_NUMBER - 1}", field="model_seq_id")
+    return session_id, f"{session_id}:train:{number}"
+
+
+def _check_optimizer(
+    config: messages.OptimizerConfig | msgspec.UnsetType | None, field: str
+) -> None:
+    if config and config.type != "adamw":
+        raise DataError(
+            f"this trainer has the optimizer 'adamw' only, not {config.type!r}", field=field
+        )

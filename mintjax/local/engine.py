@@ -123,18 +123,21 @@ class Engine:
         return optimizer.divided(state.gradient, self._divisor(state))
 
     @own_settings()
-    def create_model(self, base_model: str, lora_config: LoraConfig) -> str:
+    def create_model(
+        self, base_model: str, lora_config: LoraConfig, model_id: str | None = None
+    ) -> str:
         """Make a model with fresh adapters, from what :func:`check_create` let pass.
 
         Args:
             base_model: one of ``mintjax.local.BASE_MODELS``.
             lora_config: the adapters, and the seed of their first values.
+            model_id: a name that no model has yet; one is made up if None.
 
         Returns:
             Its id.
         """
         config = BASE_MODELS[base_model]
-        model_id = f"model-{uuid.uuid4().hex}"
+        model_id = model_id or f"model-{uuid.uuid4().hex}"
         lora = model.lora_weights(config, lora_config)
         self._models[model_id] = _fresh(config, lora_config, lora, optimizer.init(lora))
         return model_id

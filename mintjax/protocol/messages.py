@@ -41,12 +41,19 @@ class ForwardBackwardRequest(msgspec.Struct, eq=False, omit_defaults=True):
     seq_id: int | None = None
 
 
-class OptimStepRequest(msgspec.Struct):
-    """``POST optim_step``."""
+class OptimizerConfig(msgspec.Struct):
+    """The family of an optimizer; what else one has is passed over."""
 
-    adam_params: AdamParams
+    type: str = "adamw"
+
+
+class OptimStepRequest(msgspec.Struct):
+    """``POST optim_step``; ``optimizer_params`` are those of another optimizer than AdamW."""
+
     model_id: str
+    adam_params: AdamParams | msgspec.UnsetType = msgspec.UNSET
     seq_id: int | None = None
+    optimizer_params: OptimizerConfig | msgspec.UnsetType = msgspec.UNSET
     type: Literal["optim_step"] = "optim_step"
 
 
@@ -55,9 +62,9 @@ class CreateSessionRequest(msgspec.Struct):
 
     sdk_version: str
     tags: list[str] = msgspec.field(default_factory=list[str])
-    user_metadata: dict[str, str] | None = msgspec.field(default_factory=dict[str, str])
-    project_id: str | msgspec.UnsetType = msgspec.UNSET
-    display_name: str | msgspec.UnsetType = msgspec.UNSET
+    user_metadata: dict[str, Any] | None = msgspec.field(default_factory=dict[str, Any])
+    project_id: str | msgspec.UnsetType | None = msgspec.UNSET
+    display_name: str | msgspec.UnsetType | None = msgspec.UNSET
     type: Literal["create_session"] = "create_session"
 
 
@@ -115,7 +122,8 @@ class CreateModelRequest(msgspec.Struct):
     model_seq_id: int
     base_model: str
     lora_config: LoraConfig | None = None
-    user_metadata: dict[str, str] | msgspec.UnsetType | None = msgspec.UNSET
+    user_metadata: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
+    optimizer_config: OptimizerConfig | msgspec.UnsetType | None = msgspec.UNSET
     type: Literal["create_model"] = "create_model"
 
 
@@ -144,15 +152,23 @@ class SaveWeightsRequest(msgspec.Struct, omit_defaults=True):
     user_metadata: dict[str, str] | None = None
 
 
-class LoadWeightsRequest(msgspec.Struct):
-    """``POST load_weights``."""
+class LoadWeightsRequest(msgspec.Struct, kw_only=True):
+    """``POST load_weights``: into the model ``model_id``, or into a new one of a session.
 
-    model_id: str
+    The new one's id is ``<session_id>:train:<model_seq_id>``; its adapters are the checkpoint's.
+    """
+
     path: str
-    seq_id: int | None = None
     optimizer: bool = False
-    type: str | None = None
-    weights_access_token: str | msgspec.UnsetType = msgspec.UNSET
+    model_id: str | msgspec.UnsetType | None = msgspec.UNSET
+    seq_id: int | msgspec.UnsetType | None = msgspec.UNSET
+    session_id: str | msgspec.UnsetType | None = msgspec.UNSET
+    model_seq_id: int | msgspec.UnsetType | None = msgspec.UNSET
+    base_model: str | msgspec.UnsetType | None = msgspec.UNSET
+    user_metadata: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
+    optimizer_config: OptimizerConfig | msgspec.UnsetType | None = msgspec.UNSET
+    weights_access_token: str | msgspec.UnsetType | None = msgspec.UNSET
+    type: Literal["load_weights"] = "load_weights"
 
 
 class SaveWeightsForSamplerRequest(msgspec.Struct, omit_defaults=True):

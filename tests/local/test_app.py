@@ -69,7 +69,7 @@ class TestTraining:
     def test_a_step(self, http, model_id, engine):
         before = engine.model(model_id).lora
         http.post("forward_backward", forward_backward(model_id, seq_id=1))
-        step = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
+        step = http.call("optim_step", messages.OptimStepRequest(model_id, AdamParams(), 2))
         assert step["metrics"]["grad_norm"] > 0
         after = engine.model(model_id).lora
         assert not np.array_equal(before["unembed"]["b"], after["unembed"]["b"])
@@ -79,7 +79,7 @@ class TestTraining:
         assert "metrics" in http.call("optim_step", request)
 
     def test_arrival_out_of_order(self, http, model_id, engine):
-        second = http.post("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
+        second = http.post("optim_step", messages.OptimStepRequest(model_id, AdamParams(), 2))
         assert engine.model(model_id).num_datums == 0
         first = http.post("forward_backward", forward_backward(model_id, seq_id=1))
         assert http.result(second)["metrics"]["grad_norm"] > 0
@@ -97,7 +97,7 @@ class TestTraining:
         answer = http.post("forward_backward", other)
         assert answer.status_code == 409
         assert "came before, with another content" in answer.json()["detail"]
-        step = messages.OptimStepRequest(AdamParams(), model_id, 1)
+        step = messages.OptimStepRequest(model_id, AdamParams(), 1)
         assert http.post("optim_step", step).status_code == 409
         http.result(first)
         assert engine.model(model_id).num_datums == len(batch())
@@ -112,12 +112,11 @@ class TestTraining:
 
     def test_checkpoints(self, http, model_id, session_id):
         http.call("forward_backward", forward_backward(model_id))
-        http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id))
+        http.call("optim_step", messages.OptimStepRequest(model_id, AdamParams()))
         saved = http.call("save_weights", messages.SaveWeightsRequest(model_id, "kept"))
         assert saved == {"path": f"tinker://{model_id}/weights/kept"}
-        loaded = http.call(
-            "load_weights", messages.LoadWeightsRequest(model_id, saved["path"], optimizer=True)
-        )
+        request = messages.LoadWeightsRequest(model_id=model_id, path=saved["path"], optimizer=True)
+        loaded = http.call("load_weights", request)
         assert loaded["path"] == saved["path"]
         info = http.post("weights_info", {"tinker_path": saved["path"]}).json()
         assert info == {
@@ -135,12 +134,17 @@ class TestTraining:
         assert path.startswith(f"tinker://{model_id}/weights/")
         assert path != http.call("save_weights", request | {"seq_id": 2})["path"]
         assert (
-            http.call("load_weights", messages.LoadWeightsRequest(model_id, path))["path"] == path
+            http.call("load_weights", messages.LoadWeightsRequest(model_id=model_id, path=path))[
+                "path"
+            ]
+            == path
         )
 
     def test_a_checkpoint_that_is_not_there(self, http, model_id):
         path = f"tinker://{model_id}/weights/nothing"
-        failed = http.call("load_weights", messages.LoadWeightsRequest(model_id, path))
+        failed = http.call(
+            "load_weights", messages.LoadWeightsRequest(model_id=model_id, path=path)
+        )
         assert failed["category"] == "user"
         assert path in failed["error"]
 
@@ -161,7 +165,7 @@ class TestTraining:
             raise RuntimeError("a bug")
 
         monkeypatch.setattr(engine, "optim_step", fail)
-        failed = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id))
+        failed = http.call("optim_step", messages.OptimStepRequest(model_id, AdamParams()))
         assert failed == {"error": "internal error: RuntimeError: a bug", "category": "server"}
         assert "optim_step failed" in caplog.text
 
@@ -294,7 +298,7 @@ class TestFutures:
         assert slices.begun.wait(20)
         create = messages.CreateModelRequest(session_id, 77, BASE_MODEL, LoraConfig(4, seed=1))
         other = http.call("create_model", create)["model_id"]
-        assert "metrics" in http.call("optim_step", messages.OptimStepRequest(AdamParams(), other))
+        assert "metrics" in http.call("optim_step", messages.OptimStepRequest(other, AdamParams()))
         assert not slices.ended.is_set()
         assert http.post("cancel_future", long.json()).status_code == 200
         assert slices.ended.wait(20)
@@ -308,7 +312,7 @@ class TestFutures:
 
     def test_one_asked_for_twice(self, http, model_id):
         """A result stays for those whose connection broke."""
-        accepted = http.post("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 1))
+        accepted = http.post("optim_step", messages.OptimStepRequest(model_id, AdamParams(), 1))
         assert http.result(accepted) == http.result(accepted)
 
     def test_one_asked_for_too_late(self, engine, model_id, monkeypatch):
@@ -316,7 +320,7 @@ class TestFutures:
         with serving(engine) as forgetful:
             steps = [
                 forgetful.post(
-                    "optim_step", messages.OptimStepRequest(AdamParams(), model_id, seq_id)
+                    "optim_step", messages.OptimStepRequest(model_id, AdamParams(), seq_id)
                 )
                 for seq_id in (1, 2, 3)
             ]
@@ -473,7 +477,7 @@ class TestBadInput:
         assert engine.model(model_id) is before
         # The number can be used again, and the line goes on.
         http.post("forward_backward", forward_backward(model_id, seq_id=1))
-        step = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
+        step = http.call("optim_step", messages.OptimStepRequest(model_id, AdamParams(), 2))
         assert step["metrics"]["grad_norm"] > 0
 
     def test_a_number_left_out_after_a_refusal(self, http, model_id):
@@ -488,12 +492,12 @@ class TestBadInput:
             ("optim_step", {"adam_params": {"beta1": 1.0}}, 400, "adam_params.beta1"),
             ("optim_step", {"adam_params": {"learning_rate": -1.0}}, 400, "learning_rate"),
             ("optim_step", {"adam_params": {"learning_rate": "fast"}}, 422, "learning_rate"),
-            ("optim_step", {}, 422, "adam_params"),
+            ("optim_step", {}, 400, "adam_params"),
             ("optim_step", {"adam_params": {}, "seq_id": 0}, 400, "seq_id"),
             ("optim_step", {"adam_params": {}, "seq_id": "one"}, 422, "seq_id"),
             ("save_weights", {"path": "../../etc/passwd"}, 400, "path"),
             ("save_weights_for_sampler", {"path": "a/b"}, 400, "path"),
-            ("load_weights", {"path": "tinker://../weights/x"}, 400, "path"),
+            ("load_weights", {"path": "tinker://../weights/x", "session_id": None}, 400, "path"),
             ("load_weights", {}, 422, "path"),
             ("create_model", {"base_model": "gpt-9"}, 404, "base_model"),
             ("create_model", {"lora_config": {"rank": 0}}, 400, "lora_config.rank"),
@@ -564,10 +568,13 @@ class TestBadInput:
                 messages.ForwardRequest(messages.ForwardBackwardInput(batch(), "ppo"), "nobody"),
             ),
             ("forward_backward", forward_backward("nobody", seq_id=1)),
-            ("optim_step", messages.OptimStepRequest(AdamParams(), "nobody", 1)),
+            ("optim_step", messages.OptimStepRequest("nobody", AdamParams(), 1)),
             ("save_weights", messages.SaveWeightsRequest("nobody", "x")),
             ("save_weights_for_sampler", messages.SaveWeightsForSamplerRequest("nobody", "x")),
-            ("load_weights", messages.LoadWeightsRequest("nobody", "tinker://a/weights/b")),
+            (
+                "load_weights",
+                messages.LoadWeightsRequest(model_id="nobody", path="tinker://a/weights/b"),
+            ),
             ("get_info", messages.ModelRequest("nobody")),
             ("unload_model", messages.ModelRequest("nobody")),
         ],

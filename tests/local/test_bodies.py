@@ -72,7 +72,7 @@ class TestPasses:
         for mine, theirs in zip(output.logprobs, in_json["loss_fn_outputs"], strict=True):
             assert mine.tobytes() == np.float32(theirs["logprobs"]["data"]).tobytes()
         for model_id in (one, other):
-            http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 2))
+            http.call("optim_step", messages.OptimStepRequest(model_id, AdamParams(), 2))
         trained = [engine.model(model_id).lora["unembed"]["b"] for model_id in (one, other)]
         assert np.asarray(trained[0]).tobytes() == np.asarray(trained[1]).tobytes()
 
@@ -148,7 +148,7 @@ class TestRefusals:
         assert post(http, spoilt).status_code == 400
         body = protobuf.encode_request(a_pass(messages.ForwardBackwardRequest, model_id, 2))
         assert post(http, body + b"\x1a\x06\x0a\x04\x12\x02\x0a\x00").status_code == 422
-        step = http.call("optim_step", messages.OptimStepRequest(AdamParams(), model_id, 3))
+        step = http.call("optim_step", messages.OptimStepRequest(model_id, AdamParams(), 3))
         assert "metrics" in step
 
     @pytest.mark.parametrize("path", ["forward", "optim_step", "create_session"])

@@ -179,7 +179,7 @@ def test_a_missing_number_is_waited_for_as_long_as_is_said(engine, model_id):
         application(engine, limits=Limits(missing_seconds=0.01), poll_seconds=0.02) as app,
     ):
         http = Http(app, None)
-        step = messages.OptimStepRequest(AdamParams(), model_id, 7)
+        step = messages.OptimStepRequest(model_id, AdamParams(), 7)
         failed = http.call("optim_step", step)
         http.close()
     assert failed["category"] == "user"

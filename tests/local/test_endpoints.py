@@ -1,0 +1,221 @@
+"""Requests as the official client 0.38 sends them, over a socket."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from mintjax.local import Limits, running_server
+
+from .conftest import BASE_MODEL
+
+ADAM = {"type": "adamw"}
+LORA = {"rank": 4, "seed": 1, "train_unembed": True, "train_mlp": True, "train_attn": True}
+
+
+class Client:
+    """The official client's requests, as they go over the wire."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self.http = http
+        self.session_id = self.ask(
+            "create_session",
+            {
+                "tags": [],
+                "user_metadata": {"owner": "me"},
+                "sdk_version": "0.38.0",
+                "project_id": None,
+                "display_name": "a name",
+                "type": "create_session",
+            },
+        )["session_id"]
+        self._models = 0
+        self._requests: dict[str, int] = {}
+
+    def send(self, path: str, body: Any, method: str = "POST") -> httpx.Response:
+        return self.http.request(method, f"/api/v1/{path}", json=body)
+
+    def ask(self, path: str, body: Any = None, method: str = "POST", **params: Any) -> Any:
+        """The answer to a request that is answered at once."""
+        answer = self.http.request(method, f"/api/v1/{path}", json=body, params=params)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def result(self, accepted: httpx.Response) -> Any:
+        assert accepted.status_code == 200, accepted.text
+        while True:
+            question = {"request_id": accepted.json()["request_id"], "allow_metadata_only": True}
+            result = self.ask("retrieve_future", question)
+            if result.get("type") != "try_again":
+                return result
+
+    def call(self, path: str, body: Any) -> Any:
+        return self.result(self.send(path, body))
+
+    def of_model(self, endpoint: str, model_id: str, **body: Any) -> Any:
+        """The result of the next request of a model."""
+        number = self._requests[model_id] = self._requests.get(model_id, 0) + 1
+        request = {"model_id": model_id, "seq_id": number, "type": endpoint}
+        return self.call(endpoint, request | body)
+
+    def create_model_request(self, **changes: Any) -> dict[str, Any]:
+        self._models += 1
+        return {
+            "session_id": self.session_id,
+            "model_seq_id": self._models - 1,
+            "base_model": BASE_MODEL,
+            "lora_config": LORA,
+            "optimizer_config": ADAM,
+            "type": "create_model",
+        } | changes
+
+    def create_model(self, **changes: Any) -> str:
+        return self.call("create_model", self.create_model_request(**changes))["model_id"]
+
+    def load_request(self, saved: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+        """The id that the client takes for granted, and the request that makes the model."""
+        self._models += 1
+        number = self._models - 1
+        body = {
+            "session_id": self.session_id,
+            "model_seq_id": number,
+            "path": saved,
+            "optimizer": True,
+            "type": "load_weights",
+        }
+        return f"{self.session_id}:train:{number}", body | changes
+
+    def step(self, model_id: str, **adam_params: float) -> dict[str, Any]:
+        datum = {
+            "model_input": {"chunks": [{"tokens": [1, 2, 3], "type": "encoded_text"}]},
+            "loss_fn_inputs": {
+                "target_tokens": {"data": [2, 3, 4], "dtype": "int64", "shape": [3]},
+                "weights": {"data": [1.0, 1.0, 1.0], "dtype": "float32", "shape": [3]},
+            },
+        }
+        given = {"data": [datum], "loss_fn": "cross_entropy"}
+        done = self.of_model("forward_backward", model_id, forward_backward_input=given)
+        self.of_model("optim_step", model_id, adam_params={"learning_rate": 1e-2, **adam_params})
+        return done["metrics"]
+
+
+@contextmanager
+def clients(engine, **options) -> Generator[Client]:
+    with running_server(engine, **options) as url, httpx.Client(base_url=url) as http:
+        yield Client(http)
+
+
+@pytest.fixture(scope="module")
+def client(engine):
+    with clients(engine) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def trained(client):
+    """A model after two steps, and its checkpoint."""
+    model_id = client.create_model()
+    client.step(model_id)
+    client.step(model_id)
+    return model_id, client.of_model("save_weights", model_id, path="two", overwrite=True)["path"]
+
+
+class TestAModelFromACheckpoint:
+    @pytest.mark.parametrize("optimizer", [True, False])
+    def test_goes_on_as_the_one_that_was_saved(self, client, trained, optimizer):
+        trained_id, path = trained
+        model_id, request = client.load_request(path, optimizer=optimizer)
+        assert client.call("load_weights", request)["path"] == path
+        info = client.ask("get_info", {"model_id": model_id, "type": "get_info"})
+        assert info["lora_rank"] == LORA["rank"]
+        if optimizer:
+            reference = trained_id  # which the other case leaves as it is
+        else:
+            reference = client.create_model()
+            body = {"path": path, "optimizer": False}
+            client.of_model("load_weights", reference, **body)
+        losses = [[client.step(one)["loss:sum"] for _ in "ab"] for one in (model_id, reference)]
+        assert losses[0] == losses[1]
+        saved = client.of_model("save_weights", model_id, path="again", overwrite=True)["path"]
+        assert saved == f"tinker://{model_id}/weights/again"
+        assert client.call("load_weights", client.load_request(saved)[1])["path"] == saved
+        again = {"path": saved, "optimizer": True}
+        assert client.of_model("load_weights", trained_id, **again)["path"] == saved
+        client.of_model("load_weights", trained_id, path=path, optimizer=True)
+
+    def test_a_repeat_makes_no_second_one(self, client, trained, engine):
+        _, path = trained
+        model_id, request = client.load_request(path)
+        first = client.send("load_weights", request)
+        assert client.send("load_weights", request).json() == first.json()
+        client.result(first)
+        before = dict(engine.models)
+        assert client.send("load_weights", request).json() == first.json()
+        assert engine.models == before
+        other = client.send("load_weights", request | {"optimizer": False})
+        assert other.status_code == 409
+        assert model_id in engine.models
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"model_id": "a"}, "session_id"),
+            ({"session_id": "nobody's"}, "session_id"),
+            ({"model_seq_id": None}, "model_seq_id"),
+            ({"model_seq_id": -1}, "model_seq_id"),
+            ({"model_seq_id": 2**53}, "model_seq_id"),
+            ({"session_id": None}, "model_id"),
+            ({"path": "tinker://../weights/x"}, "path"),
+            ({"path": "tinker://session-1:train:0/weights/../../x"}, "path"),
+            ({"path": "tinker://:train:0/weights/x"}, "path"),
+            ({"optimizer_config": {"type": "dimuon", "version": 1}}, "dimuon"),
+        ],
+    )
+    def test_refused_at_once(self, client, trained, change, named):
+        answer = client.send("load_weights", client.load_request(trained[1], **change)[1])
+        assert answer.status_code in (400, 404)
+        assert named in answer.json()["detail"]
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"path": "tinker://nobody/weights/x"}, "tinker://nobody/weights/x"),
+            ({"base_model": "mintjax/tiny"}, "base_model"),
+        ],
+    )
+    def test_refused_in_its_turn(self, client, trained, engine, change, named):
+        model_id, request = client.load_request(trained[1], **change)
+        failed = client.call("load_weights", request)
+        assert named in failed["error"]
+        assert failed["category"] == "user"
+        assert model_id not in engine.models
+
+    def test_counts_as_a_model(self, engine, trained):
+        with clients(engine, limits=Limits(max_models=1, max_rank=4)) as client:
+            model_id, request = client.load_request(trained[1])
+            client.call("load_weights", request)
+            answer = client.send("load_weights", client.load_request(trained[1])[1])
+            assert answer.status_code == 400
+            assert answer.json()["detail"].startswith("max_models: ")
+            client.call("unload_model", {"model_id": model_id, "type": "unload_model"})
+            client.call("load_weights", client.load_request(trained[1])[1])
+        with clients(engine, limits=Limits(max_rank=3)) as client:
+            failed = client.call("load_weights", client.load_request(trained[1])[1])
+            assert failed["error"].startswith("max_rank: ")
+
+
+class TestTheOptimizer:
+    def test_is_adamw_and_no_other(self, client):
+        other = {"type": "dimuon", "version": 1}
+        answer = client.send("create_model", client.create_model_request(optimizer_config=other))
+        assert answer.status_code == 400
+        assert "optimizer_config" in answer.json()["detail"]
+        model_id = client.create_model()
+        step = {"model_id": model_id, "type": "optim_step"}
+        answer = client.send("optim_step", step | {"optimizer_params": {"type": "dimuon"}})
+        assert answer.status_code == 400
+        assert "optimizer_params" in answer.json()["detail"]
