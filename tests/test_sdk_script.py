@@ -130,7 +130,10 @@ def dpo(tinker, service):
 def drive(tinker, url):
     """All numbers that the scripts come to."""
     service = tinker.ServiceClient(base_url=url, api_key="tml-test", user_metadata={"a": "b"})
-    return [*quickstart(tinker, service), *dpo(tinker, service)]
+    numbers = [*quickstart(tinker, service), *dpo(tinker, service)]
+    if "status" in inspect.signature(getattr(service, "close", drive)).parameters:  # since 0.38
+        service.close("success", detail="all numbers are there").result()
+    return numbers
 
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -143,7 +146,7 @@ def numbers(engine):
     local = pytest.importorskip("mintjax.local", reason="needs the extra local")
     run = "import json, sys, tinker; from tests.test_sdk_script import drive;"
     run += "print(json.dumps(drive(tinker, sys.argv[1])))"
-    config = ClientConfigResponse(proto_write_fwdbwd=True)
+    config = ClientConfigResponse(proto_write_fwdbwd=True, sample_use_retrieve_futures=True)
     with (
         local.running_server(engine, api_key="tml-test", config=config) as url,
         # In a process of its own, because the SDK leaves sockets and threads behind.

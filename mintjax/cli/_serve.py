@@ -47,6 +47,8 @@ def serve(
     max_targets: Annotated[int, _limit("Targets of one pass.")] = 1 << 22,
     max_candidates: Annotated[int, _limit("Targets of one token.")] = 1024,
     max_body_bytes: Annotated[int, _limit("Bytes of a request.")] = 128 * 1024 * 1024,
+    max_metadata_bytes: Annotated[int, _limit("Bytes of what a client says of itself.")] = 16
+    * 1024,
     max_connections: Annotated[int, _limit("Open connections.")] = 512,
     request_seconds: Annotated[float, _limit("For a request to arrive whole.")] = 120.0,
     session_seconds: Annotated[
@@ -77,6 +79,7 @@ def serve(
         max_targets=max_targets,
         max_candidates=max_candidates,
         max_body_bytes=max_body_bytes,
+        max_metadata_bytes=max_metadata_bytes,
         max_connections=max_connections,
         request_seconds=request_seconds,
         session_seconds=session_seconds,

@@ -47,6 +47,9 @@ M = TypeVar("M")
 
 logger = logging.getLogger("mintjax.local")
 
+REQUESTS_OF_A_COPY = 1_000_000_000
+"""A copy of a sampling client numbers its requests from its own number times this."""
+
 
 @contextmanager
 def application(
@@ -116,6 +119,7 @@ class _Http:
             self._post("sessions/{session_id}/finish", None, do.finish_session),
             self._get("samplers/{sampler_id}", do.get_sampler),
             self._post("client/config", None, do.client_config),
+            self._post("client/dynamic_config", None, do.client_dynamic_config),
             self._route("auth/token", "POST", self._auth_token),
             self._post("cancel_future", messages.FutureRetrieveRequest, self._cancel_future),
             self._post("telemetry", None, do.telemetry),
@@ -127,6 +131,11 @@ class _Http:
                 "create_sampling_session",
                 messages.CreateSamplingSessionRequest,
                 do.create_sampling_session,
+            ),
+            self._post(
+                "join_sampling_session",
+                messages.JoinSamplingSessionRequest,
+                do.join_sampling_session,
             ),
             self._queued("create_model", messages.CreateModelRequest, do.create_model),
             self._queued("unload_model", messages.ModelRequest, do.unload_model),
@@ -150,6 +159,7 @@ class _Http:
             ),
             self._queued("asample", messages.SampleRequest, do.asample),
             self._route("retrieve_future", "POST", self._retrieve_future),
+            self._route("retrieve_futures", "POST", self._retrieve_futures),
         ]
         return Starlette(
             routes=routes,
@@ -234,6 +244,7 @@ class _Http:
                 key=key,
                 content=content,
                 interleaved=isinstance(message, messages.SampleRequest),
+                group=_group(message),
             )
             accepted = messages.UntypedFuture(request_id)
             if isinstance(message, messages.SampleRequest):
@@ -298,6 +309,26 @@ class _Http:
             return _outcome(request, future)
         return await run_in_threadpool(_outcome, request, future)
 
+    async def _retrieve_futures(self, request: Request) -> Response:
+        body = await bodies.content(request, self._limits)
+        question = self._read(request, body, messages.FuturesRetrieveRequest)
+        session_id, copy = question.target.sampling_session_id, question.target.cloned_sampler_id
+        self._do.check_sampler(session_id)
+        group, after = (session_id, copy), question.prev_cursor
+        patience = self._poll_seconds if question.timeout is None else question.timeout
+        with self._sequencer.watching(group, after) as finished:
+            if not finished.done():
+                await _wait(finished, min(max(patience, 0.0), self._poll_seconds))
+        found = self._sequencer.finished(group, after)
+        completions = [
+            messages.FutureCompletion(
+                one.request_id, "failed" if one.size is None else "finished", one.size
+            )
+            for one in found
+        ]
+        cursor = max([after, *(one.at for one in found)])
+        return _json(messages.FuturesRetrieveResponse(completions, cursor))
+
     async def _auth_token(self, request: Request) -> Response:
         return _json({"jwt": self._access.token(request.headers.get("x-api-key"))})
 
@@ -324,6 +355,13 @@ def _place(message: Any) -> tuple[str | None, int | None]:
     if number < 1:
         raise DataError(f"{number} is below 1, the first", field="seq_id")
     return line, number
+
+
+def _group(message: Any) -> tuple[str, int] | None:
+    """What ``retrieve_futures`` lists a request under: a client that samples, or a copy of it."""
+    if not isinstance(message, messages.SampleRequest) or message.sampling_session_id is None:
+        return None
+    return message.sampling_session_id, (message.seq_id or 0) // REQUESTS_OF_A_COPY
 
 
 def _model_made(message: Any) -> tuple[str, str] | None:

@@ -105,6 +105,14 @@ class Endpoints:
         """``client/config``: the flags, one of which asks that keys be exchanged for tokens."""
         return {"pjwt_auth_enabled": True, **msgspec.to_builtins(self._config)}
 
+    def client_dynamic_config(self) -> Answer:
+        """``client/dynamic_config``: the flags that clients ask for again every five minutes."""
+        return {
+            "refresh_interval_sec": 300,
+            "sample_cancel_enabled": True,
+            "sample_cancel_max_batch_size": 64,
+        }
+
     def telemetry(self) -> Answer:
         """``telemetry``: thanked for, and forgotten."""
         return {"status": "accepted"}
@@ -124,7 +132,13 @@ class Endpoints:
 
     def create_session(self, request: messages.CreateSessionRequest) -> Answer:
         """``create_session``."""
-        return messages.CreateSessionResponse(self._sessions.open())
+        self._check_metadata(request.user_metadata, request.display_name)
+        opened = self._sessions.open(request.display_name or None, request.user_metadata)
+        return messages.CreateSessionResponse(opened)
+
+    def _check_metadata(self, *said: object) -> None:
+        size = len(msgspec.json.encode([one for one in said if one]))
+        self._limits.check("max_metadata_bytes", size, f"user_metadata has {size} bytes")
 
     def session_heartbeat(self, request: messages.SessionHeartbeatRequest) -> Answer:
         """``session_heartbeat``."""
@@ -142,7 +156,21 @@ class Endpoints:
         return {
             "training_run_ids": session.model_ids,
             "sampler_ids": session.sampling_session_ids,
+            "user_metadata": session.user_metadata,
+            "display_name": session.display_name,
         }
+
+    def join_sampling_session(self, request: messages.JoinSamplingSessionRequest) -> Answer:
+        """``join_sampling_session``: for a number that no other copy of the client has."""
+        return {"client_counter": self._sessions.join(request.sampling_session_id)}
+
+    def check_sampler(self, sampling_session_id: str) -> None:
+        """Checks that there is a sampling session.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        self._sessions.source(sampling_session_id)
 
     def get_sampler(self, sampler_id: str) -> Answer:
         """``GET samplers/<id>``."""
@@ -196,6 +224,7 @@ class Endpoints:
         lora_config = request.lora_config or LoraConfig(32)
         check_create(request.base_model, lora_config, self._limits)
         _check_optimizer(request.optimizer_config, "optimizer_config")
+        self._check_metadata(request.user_metadata)
 
         def run() -> Answer:
             model_id = self.engine.create_model(request.base_model, lora_config)
@@ -266,6 +295,7 @@ class Endpoints:
         path = request.path
         CheckpointPath.parse(path, field="path")
         _check_optimizer(request.optimizer_config, "optimizer_config")
+        self._check_metadata(request.user_metadata)
         if (made := model_made_by_load(request)) is not None:
             return self._load_new(request, *made)
         if not request.model_id:

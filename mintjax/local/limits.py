@@ -21,6 +21,7 @@ class Limits:
         max_targets: targets of one pass, over all datums; one a token, or K of ``[T, K]``.
         max_candidates: targets of one token, K of ``[T, K]``.
         max_body_bytes: of a request, also after it is decompressed.
+        max_metadata_bytes: of what a client says of a session, a model or a checkpoint, as JSON.
         max_connections: open at a time. The one that has waited longest for its request is closed
             for a new one.
         request_seconds: for a request to arrive whole, from its first byte on or from the opening
@@ -41,6 +42,7 @@ class Limits:
     max_targets: int = 1 << 22
     max_candidates: int = 1024
     max_body_bytes: int = 128 * 1024 * 1024
+    max_metadata_bytes: int = 16 * 1024
     max_connections: int = 512
     request_seconds: float = 120.0
     session_seconds: float = 3600.0

@@ -10,8 +10,9 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from mintjax.local.slices import Slices
 
@@ -68,6 +69,21 @@ class _Request:
     key: Hashable | None
     digest: bytes
     interleaved: bool
+    group: Hashable | None
+
+
+class Finished(NamedTuple):
+    """A request of a group that has a result, or has failed.
+
+    Args:
+        at: its place among all that have finished, from 1 on.
+        request_id: of the request.
+        size: of the result, in bytes; None if it failed.
+    """
+
+    at: int
+    request_id: str
+    size: int | None
 
 
 class Sequencer:
@@ -106,6 +122,9 @@ class Sequencer:
         self._prefix = uuid.uuid4().hex[:8]
         self._num_unnumbered = 0
         self._cancelled: set[str] = set()
+        self._num_finished = 0
+        self._finished: dict[str, Finished] = {}  # of those that have a group, in order
+        self._watchers: set[tuple[Hashable, Future[None]]] = set()
         self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._closed = False
         self._worker = threading.Thread(target=self._run, name="mintjax-trainer", daemon=True)
@@ -120,6 +139,7 @@ class Sequencer:
         key: Hashable | None = None,
         content: bytes = b"",
         interleaved: bool = False,
+        group: Hashable | None = None,
     ) -> str:
         """Takes in a request.
 
@@ -131,6 +151,7 @@ class Sequencer:
             content: the request as it was sent; the same for every attempt at one request.
             interleaved: other requests may run between the slices of this one. Only for a request
                 without a number, whose effect nothing else waits for.
+            group: what :meth:`finished` lists the request under; None not to list it.
 
         Returns:
             The request's id; that of the first attempt if this is another one.
@@ -146,7 +167,7 @@ class Sequencer:
             if line is None or number is None:
                 self._num_unnumbered += 1
                 request_id = f"{self._prefix}:{self._num_unnumbered}"
-                self._add(request_id, work, key, digest, interleaved)
+                self._add(request_id, work, key, digest, interleaved, group)
                 self._ready.put(request_id)
                 return request_id
             state = self._lines.setdefault(line, _Line())
@@ -157,7 +178,7 @@ class Sequencer:
             if seen_before:
                 self._check_content(request_id, digest, f"number {number}")
                 return request_id
-            self._add(request_id, work, key, digest)
+            self._add(request_id, work, key, digest, group=group)
             state.rejected.discard(number)
             if number < state.next:  # rejected at first, and others did not wait for it
                 self._ready.put(request_id)
@@ -213,6 +234,31 @@ class Sequencer:
             if request_id in self._unretrieved:
                 self._retrieved[request_id] = self._unretrieved.pop(request_id)
 
+    def finished(self, group: Hashable, after: int) -> list[Finished]:
+        """Lists the requests of a group that have finished and are still kept.
+
+        Args:
+            group: as the requests were submitted with.
+            after: only those behind this place.
+        """
+        with self._lock:
+            return self._list(group, after)
+
+    @contextmanager
+    def watching(self, group: Hashable, after: int) -> Generator[Future[None]]:
+        """Gives a future that is done once :meth:`finished` has something to list."""
+        watcher: tuple[Hashable, Future[None]] = (group, Future())
+        with self._lock:
+            if self._list(group, after) or self._closed:
+                watcher[1].set_result(None)
+            else:
+                self._watchers.add(watcher)
+        try:
+            yield watcher[1]
+        finally:
+            with self._lock:
+                self._watchers.discard(watcher)
+
     def waits_for(self, request_id: str) -> int | None:
         """Returns the number that this request's line is waiting for, if that holds it up."""
         with self._lock:
@@ -241,7 +287,7 @@ class Sequencer:
                 if not request.result.done():
                     request.result.set_exception(MissingNumberError(missing, seconds))
                 state.rejected.add(number)
-                self._keep(waiting, 0)
+                self._keep(waiting, None)
 
     def cancel(self, request_id: str) -> None:
         """Cancels a request that is interleaved, before it begins or between two slices.
@@ -259,7 +305,7 @@ class Sequencer:
                 return
             if request.result.cancel():
                 request.work = None
-                self._keep(request_id, 0)
+                self._keep(request_id, None)
             else:  # it is under way
                 self._cancelled.add(request_id)
 
@@ -269,7 +315,7 @@ class Sequencer:
             state = self._lines.pop(line, _Line())
             for request_id in state.waiting.values():
                 self._cancel(self._requests[request_id])
-                self._keep(request_id, 0)
+                self._keep(request_id, None)
 
     def close(self) -> None:
         """Ends the request under way between two slices, cancels the others, stops the worker."""
@@ -282,6 +328,9 @@ class Sequencer:
         with self._lock:
             for request in self._requests.values():
                 self._cancel(request)
+            watchers, self._watchers = self._watchers, set()
+        for _, future in watchers:
+            future.set_result(None)
 
     def _check_content(self, request_id: str, digest: bytes, named: str) -> None:
         request = self._requests.get(request_id)  # None once it is forgotten
@@ -298,8 +347,9 @@ class Sequencer:
         key: Hashable | None,
         digest: bytes,
         interleaved: bool = False,
+        group: Hashable | None = None,
     ) -> None:
-        self._requests[request_id] = _Request(work, Future(), key, digest, interleaved)
+        self._requests[request_id] = _Request(work, Future(), key, digest, interleaved, group)
         if key is not None:
             self._keys[key] = request_id
         if self._closed:
@@ -413,9 +463,28 @@ class Sequencer:
         # Without the traceback, because its frames hold the data.
         self._requests[request_id].result.set_exception(error.with_traceback(None))
         with self._lock:
-            self._keep(request_id, 0)
+            self._keep(request_id, None)
 
-    def _keep(self, request_id: str, size: int) -> None:
+    def _list(self, group: Hashable, after: int) -> list[Finished]:
+        of_group = (
+            one for one in self._finished.values() if self._requests[one.request_id].group == group
+        )
+        return [one for one in of_group if one.at > after]
+
+    def _finish(self, request_id: str, size: int | None) -> None:
+        """Lists a request as finished; its result is there already."""
+        group = self._requests[request_id].group
+        if group is None:
+            return
+        self._num_finished += 1
+        self._finished[request_id] = Finished(self._num_finished, request_id, size)
+        for watcher in [one for one in self._watchers if one[0] == group]:
+            self._watchers.discard(watcher)
+            watcher[1].set_result(None)
+
+    def _keep(self, request_id: str, size: int | None) -> None:
+        self._finish(request_id, size)
+        size = size or 0
         self._unretrieved[request_id] = size
         self._result_bytes += size
         while (
@@ -425,6 +494,7 @@ class Sequencer:
             forgotten, freed = (self._retrieved or self._unretrieved).popitem(last=False)
             self._result_bytes -= freed
             self._keys.pop(self._requests.pop(forgotten).key, None)
+            self._finished.pop(forgotten, None)
 
 
 def _digest(content: bytes) -> bytes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from mintjax.errors import NotFoundError
+from mintjax.errors import APIStatusError, NotFoundError
 from mintjax.local.limits import Limits
 
 
@@ -31,6 +32,21 @@ class Session:
     last_seen: float = field(default_factory=time.monotonic)
 
 
+@dataclass
+class Sampler:
+    """Records what a sampling session samples from.
+
+    Args:
+        session_id: of the client.
+        source: a checkpoint's path, or a base model's name.
+        copies: of the sampling client, in other processes.
+    """
+
+    session_id: str
+    source: str
+    copies: int = 0
+
+
 class Sessions:
     """Keeps sessions of clients, and their sampling sessions. Any thread may call any method.
 
@@ -43,7 +59,8 @@ class Sessions:
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._of_model: dict[str, str] = {}
-        self._samplers: dict[str, tuple[str, str]] = {}  # session, source
+        self._samplers: dict[str, Sampler] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
 
     def open(
         self, display_name: str | None = None, user_metadata: Mapping[str, object] | None = None
@@ -64,6 +81,7 @@ class Sessions:
 
         Raises:
             NotFoundError: there is none of that id.
+            APIStatusError: 410, it has ended.
         """
         with self._lock:
             return self._get(session_id)
@@ -82,7 +100,8 @@ class Sessions:
             if model_id is not None:
                 owner = self._of_model.get(model_id)
             elif sampling_session_id is not None:
-                owner = self._samplers.get(sampling_session_id, (None, ""))[0]
+                sampler = self._samplers.get(sampling_session_id)
+                owner = None if sampler is None else sampler.session_id
             if owner is not None and owner in self._sessions:
                 self._sessions[owner].last_seen = time.monotonic()
 
@@ -135,7 +154,7 @@ class Sessions:
             session = self._get(session_id)
             self._check_room("max_samplers", len(self._samplers), "sampling sessions")
             sampling_session_id = f"sampling-{uuid.uuid4().hex}"
-            self._samplers[sampling_session_id] = (session_id, source)
+            self._samplers[sampling_session_id] = Sampler(session_id, source)
             session.sampling_session_ids.append(sampling_session_id)
         return sampling_session_id
 
@@ -146,23 +165,35 @@ class Sessions:
             NotFoundError: there is none of that id.
         """
         with self._lock:
-            try:
-                return self._samplers[sampling_session_id][1]
-            except KeyError:
-                raise NotFoundError(
-                    404,
-                    f"sampling_session_id: there is no sampling session {sampling_session_id!r}",
-                ) from None
+            return self._sampler(sampling_session_id).source
 
-    def end(self, session_id: str) -> Collection[str]:
-        """Ends a session, and returns the ids of its models that are still in training.
+    def join(self, sampling_session_id: str) -> int:
+        """Counts one more copy of a sampling session's client; returns its number, from 1 on.
 
         Raises:
             NotFoundError: there is none of that id.
         """
         with self._lock:
+            sampler = self._sampler(sampling_session_id)
+            sampler.copies += 1
+            return sampler.copies
+
+    def end(self, session_id: str) -> Collection[str]:
+        """Ends a session, and returns the ids of its models that are still in training.
+
+        One that has ended may be ended again, because the first answer may have been lost.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        with self._lock:
+            if session_id in self._ended:
+                return []
             session = self._get(session_id)
             del self._sessions[session_id]
+            self._ended[session_id] = None
+            if len(self._ended) > self._limits.max_sessions:
+                self._ended.popitem(last=False)
             for sampling_session_id in session.sampling_session_ids:
                 self._samplers.pop(sampling_session_id, None)
             return [one for one in session.model_ids if self._of_model.pop(one, None) is not None]
@@ -177,10 +208,20 @@ class Sessions:
         try:
             return self._sessions[session_id]
         except KeyError:
+            if session_id in self._ended:
+                raise APIStatusError(410, f"session_id: {session_id!r} has ended") from None
             raise NotFoundError(
                 404,
-                f"session_id: there is no session {session_id!r}; it has ended, or the trainer was "
-                "restarted",
+                f"session_id: there is no session {session_id!r}; the trainer was restarted, or it "
+                "ended long ago",
+            ) from None
+
+    def _sampler(self, sampling_session_id: str) -> Sampler:
+        try:
+            return self._samplers[sampling_session_id]
+        except KeyError:
+            raise NotFoundError(
+                404, f"sampling_session_id: there is no sampling session {sampling_session_id!r}"
             ) from None
 
     def _check_room(self, name: str, there_are: int, of_what: str) -> None:

@@ -15,6 +15,7 @@ from mintjax.tensors import TensorData, as_travels, first_not_finite
 from mintjax.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 T = TypeVar("T")
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class ForwardBackwardInput(msgspec.Struct, eq=False):
@@ -112,6 +113,7 @@ class ClientConfigResponse(msgspec.Struct):
     parallel_fwdbwd_chunks: bool = True
     fwdbwd_max_chunk_len: int = 1024
     fwdbwd_max_chunk_bytes_count: int = 5_000_000
+    sample_use_retrieve_futures: bool = False
     mintjax_reduction: StatedReduction | None = None
 
 
@@ -225,6 +227,43 @@ class FutureRetrieveRequest(msgspec.Struct, omit_defaults=True):
     allow_metadata_only: bool = False
 
 
+class FuturesTarget(msgspec.Struct):
+    """Whose requests are asked for: a sampling session's, or a copy's of its client."""
+
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+    type: Literal["sampling_session"] = "sampling_session"
+
+
+class FuturesRetrieveRequest(msgspec.Struct):
+    """``POST retrieve_futures``: which requests have finished since."""
+
+    target: FuturesTarget
+    prev_cursor: _Size = 0
+    timeout: float | None = None
+
+
+class FutureCompletion(msgspec.Struct, omit_defaults=True):
+    """A request that has finished, with the size of its result, or failed."""
+
+    request_id: str
+    state: Literal["finished", "failed"]
+    response_payload_uncompressed_size: int | None = None
+
+
+class FuturesRetrieveResponse(msgspec.Struct):
+    """The requests that have finished since ``prev_cursor``; ``cursor`` is the next one's."""
+
+    completions: list[FutureCompletion]
+    cursor: int
+
+
+class JoinSamplingSessionRequest(msgspec.Struct):
+    """``POST join_sampling_session``: of a copy of a sampling client."""
+
+    sampling_session_id: str
+
+
 class UntypedFuture(msgspec.Struct, omit_defaults=True):
     """The answer to a request whose result comes later; if to sample, with a name per sample."""
 
@@ -295,9 +334,6 @@ def _encode_hook(value: Any) -> Any:
         flat = flat.astype(np.float64)  # whose text is long
     numbers = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
     return {"data": msgspec.Raw(numbers), "dtype": dtype, "shape": list(value.shape)}
-
-
-_Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class _TensorHeader(msgspec.Struct):

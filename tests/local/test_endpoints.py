@@ -208,6 +208,119 @@ class TestAModelFromACheckpoint:
             assert failed["error"].startswith("max_rank: ")
 
 
+def sample_request(opened: str, number: int, **params: Any) -> dict[str, Any]:
+    return {
+        "sampling_session_id": opened,
+        "seq_id": number,
+        "num_samples": 1,
+        "prompt": {"chunks": [{"tokens": [1, 2, 3], "type": "encoded_text"}]},
+        "sampling_params": {"max_tokens": 2, "temperature": 1.0, "top_k": -1, "top_p": 1.0}
+        | params,
+        "prompt_logprobs": False,
+        "topk_prompt_logprobs": 0,
+        "topk_sample_logprobs": 0,
+        "prompt_alt_tokens_k": 0,
+        "type": "sample",
+    }
+
+
+def open_sampler(client: Client) -> str:
+    request = {"session_id": client.session_id, "sampling_session_seq_id": 0}
+    request |= {"base_model": BASE_MODEL, "type": "create_sampling_session"}
+    return client.ask("create_sampling_session", request)["sampling_session_id"]
+
+
+class TestRetrieveFutures:
+    def poll(self, client, opened, cursor, copy=0, **more):
+        target = {"type": "sampling_session", "sampling_session_id": opened}
+        target["cloned_sampler_id"] = copy
+        request = {"target": target, "prev_cursor": cursor, "retrieved_request_ids": []} | more
+        answer = client.ask("retrieve_futures", request)
+        return answer["completions"], answer["cursor"]
+
+    def test_tells_of_each_once(self, client):
+        opened = open_sampler(client)
+        sent = [client.send("asample", sample_request(opened, i)) for i in range(3)]
+        copys = client.send("asample", sample_request(opened, 1_000_000_000))
+        waiting, cursor, told = {one.json()["request_id"] for one in sent}, 0, []
+        while len(told) < 3:
+            found, cursor = self.poll(client, opened, cursor)
+            told += found
+        assert {one["request_id"] for one in told} == waiting
+        assert {one["state"] for one in told} == {"finished"}
+        for one in told:
+            result = client.ask("retrieve_future", {"request_id": one["request_id"]})
+            assert len(result["sequences"]) == 1
+            assert one["response_payload_uncompressed_size"] > 10
+        assert self.poll(client, opened, cursor, timeout=0) == ([], cursor)
+        client.result(copys)
+        [other], _ = self.poll(client, opened, 0, copy=1)
+        assert other["request_id"] == copys.json()["request_id"]
+
+    def test_of_what_was_cancelled_that_it_failed(self, client):
+        opened = open_sampler(client)
+        sent = client.send("asample", sample_request(opened, 0, max_tokens=500, stop=[]))
+        request_id = {"request_id": sent.json()["request_id"]}
+        client.ask("cancel_future", request_id)
+        found, _ = self.poll(client, opened, 0)
+        assert found == [{**request_id, "state": "failed"}]
+        assert "cancelled" in client.ask("retrieve_future", request_id)["error"]
+
+    def test_of_no_session_that_is_not_there(self, client):
+        target = {"type": "sampling_session", "sampling_session_id": "nobody's"}
+        assert client.send("retrieve_futures", {"target": target}).status_code == 404
+        target["sampling_session_id"] = open_sampler(client)
+        for cursor in (-1, 2**64):
+            request = {"target": target, "prev_cursor": cursor}
+            assert client.send("retrieve_futures", request).status_code == 422
+
+    def test_copies_of_a_client_get_numbers_of_their_own(self, client):
+        join = {"sampling_session_id": open_sampler(client), "type": "join_sampling_session"}
+        numbers = [client.ask("join_sampling_session", join)["client_counter"] for _ in range(3)]
+        assert numbers == [1, 2, 3]
+        join["sampling_session_id"] = "nobody's"
+        assert client.send("join_sampling_session", join).status_code == 404
+
+
+class TestSessions:
+    def test_say_what_was_said_of_them(self, client):
+        session = client.ask(f"sessions/{client.session_id}", method="GET", access_scope="owned")
+        assert session["user_metadata"] == {"owner": "me"}
+        assert session["display_name"] == "a name"
+
+    def test_finish_once_and_for_all(self, engine):
+        with clients(engine) as client:
+            model_id = client.create_model()
+            finish = f"sessions/{client.session_id}/finish"
+            for _ in range(2):  # the answer to the first may have been lost
+                client.ask(finish, {"reason": {"type": "success"}, "detail": "done"})
+            beat = {"session_id": client.session_id, "type": "session_heartbeat"}
+            assert client.send("session_heartbeat", beat).status_code == 410  # which ends them
+            assert client.send("create_model", client.create_model_request()).status_code == 410
+            assert client.send("sessions/nobody's/finish", {}).status_code == 404
+            other = Client(client.http)
+            other.create_model()  # behind which the first is let go
+            assert model_id not in engine.models
+
+    def test_what_is_said_of_them_is_bounded(self, engine):
+        with clients(engine, limits=Limits(max_metadata_bytes=100)) as client:
+            large = {"user_metadata": {"a": "b" * 100}}
+            answer = client.send("create_session", {"tags": [], "sdk_version": "0.38.0"} | large)
+            assert answer.status_code == 400
+            assert answer.json()["detail"].startswith("max_metadata_bytes: ")
+            answer = client.send("create_model", client.create_model_request(**large))
+            assert answer.json()["detail"].startswith("max_metadata_bytes: ")
+            _, load = client.load_request("tinker://a/weights/b", **large)
+            answer = client.send("load_weights", load)
+            assert answer.json()["detail"].startswith("max_metadata_bytes: ")
+
+
+def test_flags_that_are_asked_for_again_and_again(client):
+    flags = client.ask("client/dynamic_config", {"sdk_version": "0.38.0"})
+    assert flags["sample_cancel_enabled"] is True
+    assert flags["refresh_interval_sec"] >= 10
+
+
 class TestTheOptimizer:
     def test_is_adamw_and_no_other(self, client):
         other = {"type": "dimuon", "version": 1}

@@ -168,7 +168,7 @@ def test_clients_that_are_gone_are_let_go(engine, monkeypatch):
         assert "metrics" in http.call("forward", a_pass(models[1], batch([3])))
         assert models[0] not in engine.models
         answer = http.post("session_heartbeat", {"session_id": gone})
-        assert answer.status_code == 404
+        assert answer.status_code == 410
         assert "has ended" in answer.json()["detail"]
         monkeypatch.setattr("mintjax.local.sessions.time.monotonic", lambda: now + 190)
         assert http.post("get_info", {"model_id": models[1]}).status_code == 200

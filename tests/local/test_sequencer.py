@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import closing
 from functools import partial
 
 import pytest
@@ -425,6 +426,48 @@ class TestMemory:
         flush(sequencer)
         gc.collect()
         assert reference() is None
+
+
+class TestGroups:
+    @given(
+        groups=st.lists(st.sampled_from("ab"), max_size=12),
+        fails=st.sets(st.integers(0, 11)),
+        asked=st.lists(st.integers(0, 11), max_size=4),
+    )
+    def test_each_that_has_finished_is_listed_once_to_who_follows_the_cursor(
+        self, groups, fails, asked
+    ):
+        def work(i):
+            return lambda: 1 / 0 if i in fails else b"x" * i
+
+        with closing(Sequencer()) as sequencer:
+            ids, seen, cursor = [], [], 0
+            for i, group in enumerate(groups):
+                ids.append(sequencer.submit(work(i), group=group))
+                if i in asked and group == "a":
+                    with sequencer.watching("a", cursor) as finished:
+                        finished.result(TIMEOUT)  # there is at least this one, sooner or later
+                    seen += sequencer.finished("a", cursor)
+                    cursor = seen[-1].at
+            flush(sequencer)
+            seen += sequencer.finished("a", cursor)
+        expected = [
+            (ids[i], None if i in fails else i) for i, group in enumerate(groups) if group == "a"
+        ]
+        assert [(one.request_id, one.size) for one in seen] == expected
+
+    def test_closing_ends_the_watching(self, sequencer):
+        with sequencer.watching("nobody", 0) as finished:
+            assert not finished.done()
+            sequencer.close()
+            assert finished.done()
+
+    def test_the_forgotten_are_listed_no_more(self):
+        with closing(Sequencer(max_results=2)) as sequencer:
+            ids = [sequencer.submit(lambda: b"", group="a") for _ in range(4)]
+            with sequencer.watching("a", 3) as finished:
+                finished.result(TIMEOUT)
+            assert [one.request_id for one in sequencer.finished("a", 0)] == ids[2:]
 
 
 class TestEnding:
