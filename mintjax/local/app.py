@@ -384,12 +384,12 @@ def _work(path: str, run: Run, as_protobuf: bool) -> Slices[bytes]:
         raise
 
 
-async def _wait(future: Future[bytes], seconds: float) -> None:
+async def _wait(future: Future[Any], seconds: float) -> None:
     # Not asyncio.wrap_future, which cancels what it wraps and complains of failures not looked at.
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
-    def wake(_: Future[bytes]) -> None:
+    def wake(_: Future[Any]) -> None:
         with suppress(RuntimeError):  # the loop of a client that has gone may be closed
             loop.call_soon_threadsafe(done.set)
 
