@@ -1,1 +1,1 @@
-"""Reads the structure of the code, which README's table describes."""
+"""The documentation, and what reads it from the code."""

@@ -13,33 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import mintjax
+from docs.public import MADE_FOR_USERS, MODULES, everything
 
 ROOT = Path(mintjax.__file__).parent
 
-MODULES = [
-    "mintjax",
-    "mintjax.bench",
-    "mintjax.client",
-    "mintjax.errors",
-    "mintjax.gradients",
-    "mintjax.interop",
-    "mintjax.local",
-    "mintjax.losses",
-    "mintjax.mint",
-    "mintjax.objectives",
-    "mintjax.protocol.protobuf",
-    "mintjax.step.reduction",
-    "mintjax.testing",
-    "mintjax.types",
-]
-# Users get these from a function or a method, never by calling the class.
-MADE_FOR_USERS = {
-    "mintjax.APIFuture",
-    "mintjax.Ragged",
-    "mintjax.RemoteLogprobs",
-    "mintjax.SamplingClient",
-    "mintjax.TrainingClient",
-}
 PYTREE_PROTOCOL = {"tree_flatten", "tree_unflatten"}
 HEADING = re.compile(r"^(Args|Returns|Yields|Raises|Example|Reference):\n", re.MULTILINE)
 # "As :meth:`forward`, and ...": the arguments are that one's.
@@ -60,25 +37,6 @@ def test_no_docstring_begins_with_a_question():
             if text and QUESTION.match(text):
                 found.append(f"{path.name}: {text.splitlines()[0]}")
     assert found == []
-
-
-def everything() -> dict[str, Any]:
-    """Public functions, classes and their methods, each once, by its name."""
-    found: dict[int, tuple[str, Any]] = {}
-    for module in map(importlib.import_module, MODULES):
-        listed = getattr(module, "__all__", None)
-        for name in listed or vars(module):
-            value = getattr(module, name)
-            own = listed is not None or getattr(value, "__module__", None) == module.__name__
-            if not own or name.startswith("_") or not isinstance(value, type | type(everything)):
-                continue
-            found.setdefault(id(value), (f"{module.__name__}.{name}", value))
-            for member, attribute in vars(value).items() if isinstance(value, type) else ():
-                function = getattr(attribute, "__func__", getattr(attribute, "fget", attribute))
-                if inspect.isfunction(function) and not member.startswith("_"):
-                    path = f"{module.__name__}.{name}.{member}"
-                    found.setdefault(id(attribute), (path, attribute))
-    return dict(found.values())
 
 
 EVERYTHING = everything()
