@@ -38,7 +38,7 @@ def test_examples(text, expected):
 
 @pytest.mark.parametrize("text", ["", "a +", "(a", "a)", "a ? b", "|a", "* a"])
 def test_what_is_no_formula_is_refused(text):
-    with pytest.raises(ValueError, match="expected|notation|nothing"):
+    with pytest.raises(ValueError, match=r"expected|notation|nothing"):
         latex(text)
 
 
