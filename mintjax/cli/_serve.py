@@ -18,12 +18,12 @@ def _limit(help: str) -> object:
 def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    normalise: Annotated[
-        bool,
+    like: Annotated[
+        str | None,
         typer.Option(
-            "--normalise", help="Divide by sums of weights and numbers of datums, as SkyRL does."
+            help="Play a real trainer: skyrl-tx-0.3, skyrl-0.4, tuft-0.2 or hatchery-0.3."
         ),
-    ] = False,
+    ] = None,
     directory: Annotated[
         Path | None, typer.Option(help="Where checkpoints go; a temporary place if absent.")
     ] = None,
@@ -32,9 +32,6 @@ def serve(
     ] = False,
     compress: Annotated[
         bool, typer.Option("--compress", help="Ask for such bodies compressed with zstd.")
-    ] = False,
-    refuse_json: Annotated[
-        bool, typer.Option("--refuse-json", help="Take passes as protocol buffers only, as TuFT.")
     ] = False,
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Let other machines use it without a key.")
@@ -63,8 +60,9 @@ def serve(
     is set.
     """
     from mintjax import local
+    from mintjax.local.dialects import dialect_of
     from mintjax.protocol import messages
-    from mintjax.step.reduction import SUM, Reduction
+    from mintjax.step.reduction import SUM
 
     config = messages.ClientConfigResponse(
         proto_write_fwdbwd=protobuf, proto_compress_fwdbwd=compress
@@ -92,7 +90,7 @@ def serve(
         else:
             print(f"mintjax trainer at {url}", flush=True)
 
-    reduction = Reduction("weights", per_step="datums") if normalise else SUM
+    reduction = dialect_of(like).reduction or SUM
     with local.Engine(reduction=reduction, directory=directory) as engine:
         local.serve(
             host,
@@ -100,7 +98,7 @@ def serve(
             engine=engine,
             api_key=os.environ.get("MINTJAX_SERVE_API_KEY"),
             config=config,
-            json_passes=not refuse_json,
+            like=like,
             limits=limits,
             announce=announce,
             open_to_all=open_to_all,

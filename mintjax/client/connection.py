@@ -47,10 +47,6 @@ class _Capabilities(msgspec.Struct):
     supported_models: list[_Offered]
 
 
-class _Unloading(msgspec.Struct):
-    request_id: str | None = None
-
-
 _WARN_WITHOUT_HEARTBEAT = 120.0
 
 
@@ -149,6 +145,20 @@ class Connection:
         await self.transport.submit(request)
         return await retrieve(self.transport, request, as_type, check)
 
+    async def made(self, path: str, message: Any, as_type: type[T]) -> T:
+        """Sends a request that trainers answer at once, and hatchery with a future.
+
+        Args:
+            path: below ``/api/v1/``.
+            message: what to send.
+            as_type: what the result is.
+        """
+        return await self._answer(Request(path, messages.encode(message)), as_type)
+
+    async def _answer(self, request: Request, as_type: type[T]) -> T:
+        answer = await self.transport.call_or_submit(request, as_type)
+        return await retrieve(self.transport, request, as_type) if answer is None else answer
+
     async def capabilities(self) -> ServerCapabilities:
         """Asks which base models the trainer offers; hatchery calls their names ``model_id``.
 
@@ -179,10 +189,7 @@ class Connection:
         body = messages.encode(messages.ModelRequest(model_id, path))
         address = f"{path}?{urllib.parse.urlencode({'model_id': model_id})}"
         request = Request(path, body, address=address)
-        answer = await self.transport.call(request, _Unloading)
-        if answer.request_id is not None:
-            request.request_id = answer.request_id
-            await retrieve(self.transport, request, dict)
+        await self._answer(request, dict[str, msgspec.Raw])
 
     def switch_to_protobuf_if_refused(self, request: Request, refusal: APIError) -> bool:
         """Sends passes as protocol buffers from now on, if one was refused as JSON; says if so."""

@@ -49,7 +49,7 @@ class SamplingClient(MadeClient):
         request = messages.CreateSamplingSessionRequest(
             session, number, base_model, model_path, path
         )
-        answer = await connection.ask(path, request, messages.CreateSamplingSessionResponse)
+        answer = await connection.made(path, request, messages.CreateSamplingSessionResponse)
         return cls(connection, answer.sampling_session_id)
 
     def sample(

@@ -31,7 +31,7 @@ from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.ragged.checks import check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
-from mintjax.step.probe import Measurement, confirm_reduction, measure_reduction
+from mintjax.step.probe import Measurement, SteepError, confirm_reduction, measure_reduction
 from mintjax.step.reduction import Reduction
 from mintjax.types import (
     AdamParams,
@@ -49,6 +49,7 @@ from mintjax.types import (
 T = TypeVar("T")
 
 _SECONDS_TO_UNLOAD = 30.0
+_RANKS = (8, 64)  # of throwaway models; the second where gradients of the first are not small
 
 
 class TrainingClient(MadeClient):
@@ -545,7 +546,19 @@ async def measure_on(
     Raises:
         UnknownReductionError: it cannot be told, or the trainer has another.
     """
-    model = await make_model(connection, base_model, LoraConfig(8, 0))
+    for rank in _RANKS:
+        try:
+            return await _measure_with(connection, base_model, known, rank)
+        except SteepError:
+            if rank == _RANKS[-1]:
+                raise
+    raise AssertionError
+
+
+async def _measure_with(
+    connection: Connection, base_model: str, known: Reduction | None, rank: int
+) -> Measurement:
+    model = await make_model(connection, base_model, LoraConfig(rank, 0))
 
     def work() -> Measurement:
         return measure_reduction(model) if known is None else confirm_reduction(model, known)

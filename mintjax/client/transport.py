@@ -53,6 +53,7 @@ _KINDS: dict[int, type[APIStatusError]] = {
     404: errors.NotFoundError,
     429: errors.RateLimitError,
 }
+_NAMED = frozenset({"save_weights", "save_weights_for_sampler"})
 RECOVERY = "go on from the last checkpoint, with create_training_client_from_state_with_optimizer"
 
 
@@ -170,6 +171,23 @@ class Transport:
         """
         return await self._send(request, partial(self.decode, request.path, as_type))
 
+    async def call_or_submit(self, request: Request, as_type: type[T]) -> T | None:
+        """Sends a request that some trainers answer at once, and others accept for later.
+
+        Returns:
+            The answer; None where it was accepted, and its result is to be asked for.
+        """
+
+        def read(reply: Reply) -> T | None:
+            if "request_id" not in self.decode(request.path, dict[str, msgspec.Raw], reply):
+                return self.decode(request.path, as_type, reply)
+            request.request_id = self._accepted(request, reply)
+            return None
+
+        answer = await self._send(request, read)
+        request.in_doubt = answer is None
+        return answer
+
     async def _send(self, request: Request, read: Callable[[Reply], T]) -> T:
         patience = Patience(self.policy)
         setting = "RetryPolicy(deadline=...)"
@@ -241,6 +259,8 @@ class Transport:
         if await patience.wait(deadline, failure.wait, retries):
             why = str(failure.error)
             return self.report("retry", request, patience.attempts, why, logging.INFO)
+        if request.request_id and not request.mutates and failure.status in (400, 422):
+            request.in_doubt = False  # its result is that it has failed
         error, tried = failure.error, f"{patience.attempts} attempts in {patience.seconds:.1f} s"
         what, may = "sent and not clearly answered", "may or may not have"
         answered = isinstance(error, APIStatusError)
@@ -305,6 +325,8 @@ class Transport:
                 failure = Failure(error, "unreadable", reply=reply)
         else:
             ending = ending_of(reply.status, reply.detail if certain else "")
+            if ending == "conflict" and request.path in _NAMED and "exists" in reply.detail:
+                ending = "refused"  # the name is taken, and not the number
             error, wait = self._refusal(request, reply), retry_after(reply.headers)
             failure = Failure(error, ending, wait=wait, reply=reply)
         if failure.ending not in ("refused", "throttled"):

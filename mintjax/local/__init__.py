@@ -18,11 +18,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 from mintjax.local import tokenizer
+from mintjax.local.dialects import DIALECTS, Dialect
 from mintjax.local.limits import Limits
 from mintjax.local.model import BASE_MODELS
 
 __all__ = [
     "BASE_MODELS",
+    "DIALECTS",
+    "Dialect",
     "Engine",
     "Limits",
     "ScriptedPass",

@@ -30,6 +30,7 @@ from mintjax.local import bodies
 from mintjax.local.access import Access
 from mintjax.local.answers import RepeatKeys
 from mintjax.local.checkpoints import StorageError
+from mintjax.local.dialects import OWN, Dialect, NoNumberError, Player
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest, model_made_by_load
 from mintjax.local.engine import Engine
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
@@ -58,8 +59,7 @@ def application(
     api_key: str | None = None,
     poll_seconds: float = 20.0,
     config: messages.ClientConfigResponse | None = None,
-    json_passes: bool = True,
-    states_reduction: bool = True,
+    dialect: Dialect = OWN,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[Starlette]:
     """An ASGI application in front of an engine, for as long as the block lasts.
@@ -70,25 +70,22 @@ def application(
         poll_seconds: how long ``retrieve_future`` waits for a result before it says try again.
         config: what ``client/config`` asks of clients: protocol buffers, compression, sizes of
             chunks. The default asks for JSON; what is served does not depend on it.
-        json_passes: serve passes in JSON, too. If False they are refused (415), and have to come
-            as protocol buffers; ``forward`` is not found (404), as on SkyRL 0.4 and TuFT 0.2.
-        states_reduction: say in ``client/config`` what the engine divides losses by. If False,
-            clients have to measure it, as other trainers'.
+        dialect: the trainer to play.
         limits: bounds on what clients can make the trainer hold.
 
     Raises:
         ConfigError: it would ask for what takes the extra ``protobuf`` to read.
     """
     config = config or messages.ClientConfigResponse()
-    if config.proto_write_fwdbwd or not json_passes:
+    if config.proto_write_fwdbwd or not dialect.json_passes or dialect.always_protobuf:
         protobuf.require()
     if config.proto_compress_fwdbwd:
         zstd.require()
     sequencer = Sequencer()
     access = Access(api_key)
-    endpoints = Endpoints(engine, sequencer, access, config, states_reduction, limits)
+    endpoints = Endpoints(engine, sequencer, access, config, dialect.states_reduction, limits)
     try:
-        yield _Http(endpoints, sequencer, access, poll_seconds, json_passes, limits).app()
+        yield _Http(endpoints, sequencer, access, poll_seconds, dialect, limits).app()
     finally:
         sequencer.close()
 
@@ -100,14 +97,15 @@ class _Http:
         sequencer: Sequencer,
         access: Access,
         poll_seconds: float,
-        json_passes: bool,
+        dialect: Dialect,
         limits: Limits,
     ) -> None:
         self._do = endpoints
         self._sequencer = sequencer
         self._access = access
         self._poll_seconds = poll_seconds
-        self._json_passes = json_passes
+        self._dialect = dialect
+        self._player = Player(dialect, endpoints.engine)
         self._limits = limits
 
     def app(self) -> Starlette:
@@ -139,9 +137,7 @@ class _Http:
             ),
             self._queued("create_model", messages.CreateModelRequest, do.create_model),
             self._queued("unload_model", messages.ModelRequest, do.unload_model),
-            self._queued("forward", messages.ForwardRequest, do.forward)
-            if self._json_passes
-            else self._route("forward", "POST", _not_found),
+            self._queued("forward", messages.ForwardRequest, do.forward),
             self._queued(
                 "forward_backward",
                 messages.ForwardBackwardRequest,
@@ -161,6 +157,8 @@ class _Http:
             self._route("retrieve_future", "POST", self._retrieve_future),
             self._route("retrieve_futures", "POST", self._retrieve_futures),
         ]
+        for path in self._dialect.not_found:
+            routes.insert(0, self._route(path, "POST", _not_found))
         return Starlette(
             routes=routes,
             middleware=[Middleware(RepeatKeys)],
@@ -169,7 +167,7 @@ class _Http:
 
     def _get(self, path: str, answer: Callable[..., Answer]) -> Route:
         async def respond(request: Request) -> Response:
-            return _json(answer(**request.path_params))
+            return _json(self._player.answer(path, answer(**request.path_params)))
 
         return self._route(path, "GET", respond)
 
@@ -180,7 +178,11 @@ class _Http:
             body = await bodies.content(request, self._limits)
             if as_type is None:
                 return _json(answer(**request.path_params))
-            return _json(answer(self._read(request, body, as_type), **request.path_params))
+            given = answer(self._read(request, body, as_type), **request.path_params)
+            if path in self._dialect.answered_later:
+                work = partial(_work, path, lambda: given, False)
+                return _json(messages.UntypedFuture(self._sequencer.submit(work)))
+            return _json(given)
 
         return self._route(path, "POST", respond)
 
@@ -214,11 +216,13 @@ class _Http:
             if known is not None:
                 return _json(messages.UntypedFuture(known))
             body = bodies.decompressed(request, sent, self._limits)
+            if path in self._dialect.query_only:
+                body = messages.encode(dict(request.query_params))
             as_protobuf = forward_only is not None and bodies.is_protobuf(request)
             try:
                 if as_protobuf:
                     message = bodies.decode_pass(body)
-                elif is_pass and not self._json_passes:
+                elif is_pass and not self._dialect.json_passes:
                     raise BadRequestError(
                         415, f"content-type: a pass is read as {protobuf.MEDIA_TYPE} only"
                     )
@@ -229,10 +233,10 @@ class _Http:
                     key = made
                     if (known := self._sequencer.find(key, content)) is not None:
                         return _json(messages.UntypedFuture(known))
-                if forward_only is not None and isinstance(message, messages.ForwardRequest):
-                    run = forward_only(message)
-                else:
-                    run = prepare(cast("M", message))
+                is_forward_only = forward_only and isinstance(message, messages.ForwardRequest)
+                run = self._player.prepare(
+                    path, message, cast("Any", forward_only if is_forward_only else prepare)
+                )
                 line, number = _place(message)
             except MintjaxError:
                 self._reject(bodies.number_of(request, body))
@@ -246,6 +250,8 @@ class _Http:
                 interleaved=isinstance(message, messages.SampleRequest),
                 group=_group(message),
             )
+            if path in self._dialect.answered_at_once:
+                return _json({"model_id": line, "status": "done"})
             accepted = messages.UntypedFuture(request_id)
             if isinstance(message, messages.SampleRequest):
                 names = (f"{request_id}:{i}" for i in range(message.num_samples))
@@ -306,8 +312,37 @@ class _Http:
             return _json(messages.TryAgain(request_id, "active", reason))
         self._sequencer.retrieved(request_id)
         if _size(future) < bodies.LARGE_BYTES:
-            return _outcome(request, future)
-        return await run_in_threadpool(_outcome, request, future)
+            return self._outcome(request, future)
+        return await run_in_threadpool(self._outcome, request, future)
+
+    def _outcome(self, request: Request, future: Future[bytes]) -> Response:
+        if future.cancelled():
+            return self._failed(
+                "it was not run: it was cancelled, its model was unloaded, or the trainer closed",
+                "user",
+            )
+        failure = future.exception()
+        match failure:
+            case None:
+                always = self._dialect.always_protobuf
+                body, media_type = bodies.acceptable(request, future.result(), always)
+                return Response(body, media_type=media_type)
+            case NoNumberError():
+                return Response("Internal Server Error", 500, media_type="text/plain")
+            case CancelledError():
+                return self._failed("it was cancelled, or the trainer closed", "user")
+            case StorageError():
+                return self._failed(str(failure), "server")
+            case APIStatusError():
+                return self._failed(failure.message, "user")
+            case MissingNumberError() | MintjaxError():
+                return self._failed(str(failure), "user")
+            case _:
+                return self._failed(f"internal error: {_said(failure)}", "server")
+
+    def _failed(self, words: str, category: str) -> Response:
+        status, answer = self._player.failure(words, category)
+        return Response(messages.encode(answer), status, media_type="application/json")
 
     async def _retrieve_futures(self, request: Request) -> Response:
         body = await bodies.content(request, self._limits)
@@ -400,30 +435,6 @@ async def _wait(future: Future[Any], seconds: float) -> None:
 
 def _size(future: Future[bytes]) -> int:
     return 0 if future.cancelled() or future.exception() is not None else len(future.result())
-
-
-def _outcome(request: Request, future: Future[bytes]) -> Response:
-    if future.cancelled():
-        error = messages.FutureError(
-            "it was not run: it was cancelled, its model was unloaded, or the trainer closed",
-            "user",
-        )
-        return _json(error)
-    failure = future.exception()
-    if isinstance(failure, CancelledError):
-        error = messages.FutureError("it was cancelled, or the trainer closed", "user")
-        return _json(error)
-    if isinstance(failure, MissingNumberError | StorageError):
-        category = "server" if isinstance(failure, StorageError) else "user"
-        return _json(messages.FutureError(str(failure), category))
-    if failure is None:
-        body, media_type = bodies.acceptable(request, future.result())
-        return Response(body, media_type=media_type)
-    if isinstance(failure, APIStatusError):
-        return _json(messages.FutureError(failure.message, "user"))
-    if isinstance(failure, MintjaxError):
-        return _json(messages.FutureError(str(failure), "user"))
-    return _json(messages.FutureError(f"internal error: {_said(failure)}", "server"))
 
 
 def _json(answer: Answer) -> Response:

@@ -143,9 +143,15 @@ def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
     return SampleResult(content) if isinstance(answer, SampleResponse) else content
 
 
-def acceptable(request: Request, result: bytes) -> tuple[bytes, str]:
-    """A result in an encoding that the request accepts, and its media type."""
-    accepted = protobuf.MEDIA_TYPE in request.headers.get("accept", "").lower()
+def acceptable(request: Request, result: bytes, always_protobuf: bool = False) -> tuple[bytes, str]:
+    """A result in an encoding that the request accepts, and its media type.
+
+    Args:
+        request: that asks for it.
+        result: as :func:`encode` made it.
+        always_protobuf: take it that protocol buffers are accepted.
+    """
+    accepted = always_protobuf or protobuf.MEDIA_TYPE in request.headers.get("accept", "").lower()
     if accepted and isinstance(result, SampleResult):
         sampled = messages.decode(result, SampleResponse)
         return protobuf.encode_sample(sampled), protobuf.MEDIA_TYPE

@@ -13,12 +13,15 @@ import httpx
 import uvicorn
 
 from mintjax.client import ServiceClient
+from mintjax.errors import ConfigError
 from mintjax.local.access import check_exposure
 from mintjax.local.app import application
 from mintjax.local.connections import Connection
+from mintjax.local.dialects import Dialect, dialect_of
 from mintjax.local.engine import Engine
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.protocol.messages import ClientConfigResponse
+from mintjax.step.reduction import SUM
 
 
 @contextmanager
@@ -27,8 +30,7 @@ def trainer(
     *,
     api_key: str | None = None,
     config: ClientConfigResponse | None = None,
-    json_passes: bool = True,
-    states_reduction: bool = True,
+    like: str | Dialect | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[ServiceClient]:
     """The embedded trainer inside this process, without a socket.
@@ -38,21 +40,20 @@ def trainer(
             options, or to look at its models and gradients.
         api_key: as ``running_server`` has it; the client gets it.
         config: as ``running_server`` has it.
-        json_passes: as ``running_server`` has it.
-        states_reduction: as ``running_server`` has it.
+        like: as ``running_server`` has it.
         limits: as ``running_server`` has it.
 
     Yields:
         A client of it.
     """
+    dialect = dialect_of(like)
     with (
-        _engine(engine) as engine,
+        _engine(engine, dialect) as engine,
         application(
             engine,
             api_key=api_key,
             config=config,
-            json_passes=json_passes,
-            states_reduction=states_reduction,
+            dialect=dialect,
             limits=limits,
         ) as app,
     ):
@@ -71,8 +72,7 @@ def running_server(
     port: int = 0,
     api_key: str | None = None,
     config: ClientConfigResponse | None = None,
-    json_passes: bool = True,
-    states_reduction: bool = True,
+    like: str | Dialect | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[str]:
     """The embedded trainer on a socket, in a thread of this process.
@@ -84,28 +84,29 @@ def running_server(
         api_key: required of every request if given.
         config: what ``client/config`` asks of clients, such as protocol buffers
             (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
-        json_passes: serve passes in JSON, too; if False they are refused.
-        states_reduction: tell clients what the engine divides losses by. If False, they have to
-            measure it, as other trainers'.
+        like: the trainer to play, by its name in :data:`~mintjax.local.DIALECTS`, such as
+            ``"skyrl-0.4"``, or as a :class:`~mintjax.local.Dialect`; none if None.
         limits: bounds on what clients can make the trainer hold.
 
     Yields:
         The base URL.
 
     Raises:
+        ConfigError: there is no trainer of that name to play, or the engine divides losses by
+            something else.
         OSError: the address cannot be listened on.
     """
+    dialect = dialect_of(like)
     with (
         _listening(host, port) as listener,
-        _engine(engine) as engine,
+        _engine(engine, dialect) as engine,
         ExitStack() as stack,
     ):
         app = application(
             engine,
             api_key=api_key,
             config=config,
-            json_passes=json_passes,
-            states_reduction=states_reduction,
+            dialect=dialect,
             limits=limits,
         )
         server = _server(stack.enter_context(app), limits)
@@ -128,7 +129,7 @@ def serve(
     engine: Engine | None = None,
     api_key: str | None = None,
     config: ClientConfigResponse | None = None,
-    json_passes: bool = True,
+    like: str | Dialect | None = None,
     limits: Limits = DEFAULT_LIMITS,
     announce: Callable[[str], None] = print,
     open_to_all: bool = False,
@@ -142,23 +143,22 @@ def serve(
         api_key: required of every request if given.
         config: what ``client/config`` asks of clients, such as protocol buffers
             (``proto_write_fwdbwd``), compressed (``proto_compress_fwdbwd``).
-        json_passes: serve passes in JSON, too; if False they are refused.
+        like: as ``running_server`` has it.
         limits: bounds on what clients can make the trainer hold.
         announce: called with the base URL once connections are taken.
         open_to_all: let other machines use it although it asks for no key.
 
     Raises:
         ConfigError: other machines can reach the address, no key is asked for, and that is not
-            meant.
+            meant; or as ``running_server`` has it.
         OSError: the address cannot be listened on.
     """
     check_exposure(host, api_key, open_to_all)
+    dialect = dialect_of(like)
     with (
         _listening(host, port) as listener,
-        _engine(engine) as engine,
-        application(
-            engine, api_key=api_key, config=config, json_passes=json_passes, limits=limits
-        ) as app,
+        _engine(engine, dialect) as engine,
+        application(engine, api_key=api_key, config=config, dialect=dialect, limits=limits) as app,
     ):
         if threading.current_thread() is threading.main_thread():
             # uvicorn, when done, raises the signal again: this way blocks still end in order
@@ -169,8 +169,15 @@ def serve(
             server.run(sockets=[listener])
 
 
-def _engine(engine: Engine | None) -> Engine | nullcontext[Engine]:
-    return Engine() if engine is None else nullcontext(engine)
+def _engine(engine: Engine | None, dialect: Dialect) -> Engine | nullcontext[Engine]:
+    if engine is None:
+        return Engine(reduction=dialect.reduction or SUM)
+    if dialect.reduction not in (None, engine.reduction):
+        raise ConfigError(
+            f"like: that trainer's losses are {dialect.reduction}, and this engine's "
+            f"{engine.reduction}. Pass Engine(reduction=...), or no engine"
+        )
+    return nullcontext(engine)
 
 
 def _listening(host: str, port: int) -> socket.socket:

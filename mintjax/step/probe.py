@@ -100,6 +100,14 @@ class Trains(Protocol):
     def optim_step(self, adam_params: AdamParams, /) -> _Future: ...
 
 
+class SteepError(UnknownReductionError):
+    """The trainer allows no ``eps`` that is far above the gradients of this model.
+
+    Steps are not in proportion to gradients there. A larger rank makes gradients smaller, because
+    trainers divide what an adapter adds by its rank.
+    """
+
+
 class Measurement(NamedTuple):
     """The result of a measurement.
 
@@ -127,14 +135,15 @@ def measure_reduction(model: Trains) -> Measurement:
     Raises:
         UnknownReductionError: what was measured fits no reduction that is known here, or two, or
             the batch that was held out moved otherwise than predicted; the message gives numbers.
+            A SteepError where that may be because gradients are not small.
     """
     steps = _Steps(model)
     for way in _ROUNDS:
         try:
             return _measured(steps, way)
-        except UnknownReductionError:
+        except UnknownReductionError as error:
             if way is _ROUNDS[-1]:
-                raise
+                raise SteepError(str(error)) if steps.eps_is_near else error from None
     raise AssertionError
 
 
@@ -318,6 +327,11 @@ class _Steps:
         self._rate = _FIRST_RATE
         self._eps = _FAR_EPS
         self._score: Floats | None = None
+
+    @property
+    def eps_is_near(self) -> bool:
+        """Tells whether the trainer has refused an ``eps`` far above all gradients."""
+        return self._eps == _NEAR_EPS
 
     def slope(
         self, way: _Round, make: Callable[[], list[list[Datum]]], loss_fn: str = FORWARD_LOSS_FN

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from mintjax import cli
 from mintjax.errors import ConfigError
-from mintjax.local import Engine, running_server
+from mintjax.local import DIALECTS, Engine, running_server
 from mintjax.protocol.messages import ClientConfigResponse
-from mintjax.step.reduction import Reduction
+from mintjax.step.reduction import SUM, Reduction
 
 
 def run(*arguments, **environment):
@@ -278,16 +278,25 @@ def test_serve_asks_clients_for_what_it_is_told(monkeypatch):
         announce("http://127.0.0.1:1")
 
     monkeypatch.setattr("mintjax.local.serve", serve)
-    options = ("--port", "1", "--protobuf", "--compress", "--refuse-json", "--normalise")
+    options = ("--port", "1", "--protobuf", "--compress", "--like", "skyrl-tx-0.3")
     result = run("serve", *options, "--json", MINTJAX_SERVE_API_KEY="tml-secret-key")
     assert json.loads(result.output) == {"url": "http://127.0.0.1:1"}
     assert seen["address"] == ("127.0.0.1", 1)
     assert (seen["config"].proto_write_fwdbwd, seen["config"].proto_compress_fwdbwd) == (True, True)
-    assert seen["json_passes"] is False
+    assert seen["like"] == "skyrl-tx-0.3"
     assert seen["engine"].reduction == Reduction("weights", per_step="datums")
     assert seen["api_key"] == "tml-secret-key"
     assert run("serve").output == "mintjax trainer at http://127.0.0.1:1\n"
-    assert seen["json_passes"] is True
+    assert seen["like"] is None
+    assert seen["engine"].reduction == SUM
+
+
+def test_serve_names_every_trainer_that_it_plays():
+    told = " ".join(run("serve", "--help", COLUMNS="200").output.split())
+    assert all(name in told for name in DIALECTS)
+    refused = mintjax("serve", "--like", "skyrl-9")
+    assert refused.returncode == 1
+    assert "'skyrl-9' is none of skyrl-tx-0.3, " in refused.stderr
 
 
 def test_an_interrupted_command_ends_quietly(monkeypatch):

@@ -20,7 +20,7 @@ from mintjax.errors import (
     ConfigError,
     DataError,
 )
-from mintjax.local import Engine
+from mintjax.local import Dialect, Engine
 from mintjax.local.app import application
 from mintjax.objectives import bradley_terry
 from mintjax.protocol import messages, protobuf, zstd
@@ -34,6 +34,7 @@ from .test_against_trainer import PATIENT, new_model, same, state, train
 
 MODEL = "mintjax/nano"
 PROTOBUF = protobuf.MEDIA_TYPE
+INSISTS = Dialect(json_passes=False)
 PLAIN = messages.ClientConfigResponse()
 ASKS = messages.ClientConfigResponse(proto_write_fwdbwd=True, fwdbwd_max_chunk_len=3)
 ASKS_COMPRESSED = messages.ClientConfigResponse(proto_write_fwdbwd=True, proto_compress_fwdbwd=True)
@@ -41,9 +42,9 @@ TRAINERS = {
     "json": {"config": PLAIN},
     "asks": {"config": ASKS},
     "compressed": {"config": ASKS_COMPRESSED},
-    "insists": {"json_passes": False},
+    "insists": {"dialect": INSISTS},
     "insists in parts": {
-        "json_passes": False,
+        "dialect": INSISTS,
         "config": messages.ClientConfigResponse(fwdbwd_max_chunk_len=3),
     },
 }

@@ -12,7 +12,7 @@ from mintjax import AdamParams, Datum, ModelInput, ServiceClient, objectives
 from mintjax.client import remembered
 from mintjax.client.reductions import PROMISE_A_SUM
 from mintjax.errors import DataError, MintjaxError, UnknownReductionError
-from mintjax.local import Engine, running_server, trainer
+from mintjax.local import Dialect, Engine, running_server, trainer
 from mintjax.local.engine import Engine as EngineType
 from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.step.reduction import SUM, Reduction
@@ -20,6 +20,7 @@ from mintjax.step.reduction import SUM, Reduction
 from .double import ADDRESS, KEY, QUICK, Trainer
 
 NANO = "mintjax/nano"
+UNSTATED = Dialect(states_reduction=False)
 HATCHERY = Reduction(per_request="weights")
 PAIRWISE = objectives.bradley_terry()
 
@@ -69,7 +70,7 @@ def test_the_first_custom_step_measures_once_and_goes_on(reduction, true_gradien
     """Also where a trainer returns a loss:sum, as this one does unless it divides by sequence."""
     with (
         Engine(reduction=reduction) as engine,
-        trainer(engine, states_reduction=False) as service,
+        trainer(engine, like=UNSTATED) as service,
     ):
         for _ in range(2):
             got = accumulated(service, engine, make())
@@ -112,7 +113,7 @@ def divide_by_the_longest(monkeypatch):
 def test_an_unknown_reduction_is_refused_and_nothing_is_sent(engine, monkeypatch):
     divide_by_the_longest(monkeypatch)
     with (
-        trainer(engine, states_reduction=False) as service,
+        trainer(engine, like=UNSTATED) as service,
         service.create_lora_training_client(NANO, 4, seed=1) as model,
     ):
         before = len(engine.models)
@@ -135,7 +136,7 @@ def test_the_user_says_it_by_hand(true_gradient, lines):
 def test_measuring_can_be_turned_off_and_that_is_said(true_gradient, lines):
     with (
         Engine(reduction=Reduction("weights", per_step="datums")) as engine,
-        running_server(engine, states_reduction=False) as url,
+        running_server(engine, like=UNSTATED) as url,
         ServiceClient(url, measure=False) as service,
     ):
         got = accumulated(service, engine, make())
@@ -150,7 +151,7 @@ def test_what_was_measured_is_kept_for_other_processes_and_confirmed(
     for reduction in (HATCHERY, HATCHERY, SUM):
         with (
             Engine(reduction=reduction) as engine,
-            running_server(engine, port=0, states_reduction=False) as url,
+            running_server(engine, port=0, like=UNSTATED) as url,
         ):
             entries = json.loads(remembered.cache_file().read_text()) if lines("steps") else {}
             remembered.cache_file().parent.mkdir(exist_ok=True)
@@ -217,7 +218,7 @@ def test_throwaway_models_are_unloaded_when_the_trainer_fails(engine, monkeypatc
     def fail(model_id, params):
         raise RuntimeError("out of memory")
 
-    with trainer(engine, states_reduction=False) as service:
+    with trainer(engine, like=UNSTATED) as service:
         before = set(engine.models)
         monkeypatch.setattr(engine, "optim_step", fail)
         with pytest.raises(MintjaxError, match="out of memory"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mintjax.local import Dialect
 from mintjax.local.app import application
 from mintjax.local.limits import Limits
 from mintjax.protocol import messages, protobuf, zstd
@@ -16,6 +17,7 @@ from .data import batch
 from .http import serving
 
 PROTOBUF = protobuf.MEDIA_TYPE
+INSISTS = Dialect(json_passes=False)
 ASKING = messages.ClientConfigResponse(
     proto_write_fwdbwd=True, proto_compress_fwdbwd=True, fwdbwd_max_chunk_len=7
 )
@@ -186,7 +188,7 @@ class TestConfig:
         assert flags["fwdbwd_max_chunk_len"] == 7
 
     def test_json_may_be_refused(self, engine, model_id):
-        with serving(engine, json_passes=False) as http:
+        with serving(engine, dialect=INSISTS) as http:
             answer = http.post("forward", a_pass(messages.ForwardRequest, model_id))
             assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
             answer = http.post(
@@ -197,7 +199,7 @@ class TestConfig:
             answer = retrieve(http, post(http, a_pass(messages.ForwardRequest, model_id)), PROTOBUF)
         assert answer.headers["content-type"] == PROTOBUF
 
-    @pytest.mark.parametrize("options", [{"config": ASKING}, {"json_passes": False}])
+    @pytest.mark.parametrize("options", [{"config": ASKING}, {"dialect": INSISTS}])
     def test_it_does_not_ask_for_what_it_cannot_read(self, engine, monkeypatch, options):
         def missing():
             raise RuntimeError("missing")

@@ -1,0 +1,219 @@
+"""The embedded trainer as one of the real ones: our client's whole script on each of them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from mintjax import AdamParams, Datum, ModelInput, SamplingParams, objectives
+from mintjax.errors import APIError, BadRequestError, ConfigError
+from mintjax.local import DIALECTS, Dialect, Engine, running_server, trainer
+from mintjax.step.reduction import SUM
+
+NANO = "mintjax/nano"
+PAIRWISE = objectives.bradley_terry()
+NAMES = list(DIALECTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank_promotion():
+    """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def data(*sizes, seed=5):
+    rng = np.random.default_rng(seed)
+    return [
+        Datum(
+            ModelInput.from_ints(rng.integers(0, 256, n).tolist()),
+            {"target_tokens": rng.integers(0, 256, n), "weights": rng.uniform(0.5, 2, n)},
+        )
+        for n in sizes or (4, 9, 6, 12)
+    ]
+
+
+def rl_data():
+    """Ratios on both sides of every pair of bounds that a trainer has."""
+    rng = np.random.default_rng(7)
+    return [
+        Datum(
+            d.model_input,
+            {
+                "target_tokens": d.loss_fn_inputs["target_tokens"],
+                "logprobs": rng.normal(-5.55, 0.2, d.model_input.length).astype(np.float32),
+                "advantages": rng.normal(0, 1, d.model_input.length).astype(np.float32),
+            },
+        )
+        for d in data()
+    ]
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+class Playing:
+    """A trainer that plays a dialect, its engine, and a client that is told nothing of it."""
+
+    def __init__(self, name, engine, service):
+        self.name, self.engine, self.service = name, engine, service
+
+    def model(self):
+        return self.service.create_lora_training_client(NANO, 4, seed=1)
+
+    def gradient(self, model):
+        return flat(self.engine.gradient(model.model_id))
+
+
+@pytest.fixture(scope="module")
+def own():
+    with Engine() as engine, trainer(engine) as service:
+        yield Playing("own", engine, service)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def playing(request):
+    dialect = DIALECTS[request.param]
+    with (
+        Engine(reduction=dialect.reduction) as engine,
+        trainer(engine, like=request.param) as service,
+    ):
+        yield Playing(request.param, engine, service)
+
+
+def test_a_script_runs_as_on_the_embedded_trainer(playing, own):
+    offered = playing.service.get_server_capabilities().supported_models
+    assert offered == own.service.get_server_capabilities().supported_models
+    assert playing.service.probe(NANO) == DIALECTS[playing.name].reduction
+    gradients, losses = [], []
+    for where in (own, playing):
+        with where.model() as model:
+            update = model.forward_backward_custom(data(), PAIRWISE).result()
+            gradients.append(where.gradient(model))
+            losses.append(update.metrics["loss"])
+            model.optim_step(AdamParams(learning_rate=1e-3)).result()
+            saved = model.save_state("kept").result().path
+            rows = model.logprobs(data())
+            sampler = model.save_weights_and_get_sampling_client()
+            answer = sampler.sample(
+                ModelInput.from_ints([1, 2, 3]), 2, SamplingParams(max_tokens=3, seed=1)
+            ).result()
+            assert [len(one.logprobs) for one in answer.sequences] == [3, 3]
+        again = where.service.create_training_client_from_state_with_optimizer(saved)
+        np.testing.assert_array_equal(np.concatenate(rows), np.concatenate(again.logprobs(data())))
+        again.unload().result()
+        by_path = where.service.create_sampling_client(base_model=NANO)
+        assert len(by_path.compute_logprobs(ModelInput.from_ints([1, 2, 3])).result()) == 3
+    assert not playing.engine.models
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    error = np.linalg.norm(gradients[1] - gradients[0]) / np.linalg.norm(gradients[0])
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_request_may_be_of_any_kind(name):
+    """Nothing has told the client before which encoding the trainer reads."""
+    for first in ("forward", "forward_backward"):
+        with trainer(like=name) as service, service.create_lora_training_client(NANO, 4) as model:
+            getattr(model, first)(data(), "cross_entropy").result()
+
+
+def test_losses_by_name_are_served_or_refused_at_once(playing):
+    dialect = DIALECTS[playing.name]
+    for loss_fn in ("importance_sampling", "ppo", "cispo", "dro", "gspo"):
+        if loss_fn == "gspo" and playing.name == "hatchery-0.3":
+            continue  # served there, and not by the embedded trainer
+        words = dialect.refused_losses.get(loss_fn, (0, dialect.failing_losses.get(loss_fn)))[1]
+        with playing.model() as model:
+            passed = model.forward_backward(rl_data(), loss_fn)
+            if words is None:
+                passed.result()
+                continue
+            with pytest.raises(APIError) as refused:
+                passed.result(20)
+            assert words in str(refused.value)
+
+
+def test_a_loss_that_is_refused_by_name_goes_as_its_gradient(playing):
+    with playing.model() as model:
+        model.forward_backward_custom(rl_data(), objectives.dro(beta=0.1)).result(20)
+
+
+@pytest.mark.parametrize("name", ["tuft-0.2"])
+def test_bounds_of_ppo_are_the_trainers_own(name, own):
+    gradients = []
+    for where, config in ((own, {}), (own, DIALECTS[name].loss_defaults["ppo"]), (name, None)):
+        if where is name:
+            with Engine() as engine, trainer(engine, like=name) as service:
+                where = Playing(name, engine, service)
+                with where.model() as model:
+                    model.forward_backward(rl_data(), "ppo").result()
+                    gradients.append(where.gradient(model))
+        else:
+            with where.model() as model:
+                model.forward_backward(rl_data(), "ppo", config).result()
+                gradients.append(where.gradient(model))
+    assert not np.array_equal(gradients[0], gradients[1])
+    np.testing.assert_array_equal(gradients[1], gradients[2])
+
+
+def test_a_checkpoint_whose_name_is_taken_or_refused_is_told_at_once(playing):
+    if DIALECTS[playing.name].names is None:
+        pytest.skip("this trainer takes them")
+    with playing.model() as model:
+        model.save_state("twice").result()
+        with pytest.raises(BadRequestError, match="'twice' already exists"):
+            model.save_state("twice").result(2)
+        with pytest.raises(BadRequestError, match="should match pattern"):
+            model.save_state("with spaces").result(2)
+
+
+def test_weights_are_loaded_into_new_models_only(playing):
+    if not DIALECTS[playing.name].loads_first:
+        pytest.skip("this trainer loads at any time")
+    with playing.model() as model:
+        path = model.save_state("mine").result().path
+        with pytest.raises(BadRequestError, match="from_state"):
+            model.load_state(path).result()
+
+
+def test_adapters_that_are_used_up_are_told_with_a_reason(playing):
+    if DIALECTS[playing.name].adapters is None:
+        pytest.skip("this trainer has room")
+    made = [playing.model() for _ in range(7)]
+    with pytest.raises(BadRequestError, match=r"\(8\) reached .*not unloaded"):
+        playing.model()
+    for model in made:
+        model.unload().result()
+    playing.model().unload().result()
+
+
+def test_how_many_tokens_has_to_be_said(playing):
+    sampler = playing.service.create_sampling_client(base_model=NANO)
+    sampled = sampler.sample(ModelInput.from_ints([1]), 1, SamplingParams(stop=["a"]))
+    if DIALECTS[playing.name].max_tokens_required:
+        with pytest.raises(BadRequestError, match="max_tokens is currently required"):
+            sampled.result()
+    else:
+        sampled.result()
+
+
+def test_a_dialect_needs_an_engine_of_its_reduction():
+    with Engine() as engine:
+        with (
+            pytest.raises(ConfigError, match="this engine's the sum"),
+            trainer(engine, like="hatchery-0.3"),
+        ):
+            pass
+        with trainer(engine, like=Dialect(json_passes=False)):
+            pass
+    with (
+        pytest.raises(ConfigError, match=r"'skyrl' is none of skyrl-tx-0\.3"),
+        running_server(like="skyrl"),
+    ):
+        pass
+    assert Dialect().reduction is None
+    assert DIALECTS["tuft-0.2"].reduction == SUM
