@@ -6,12 +6,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
+
+import msgspec
+import numpy as np
 
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, MadeClient, awaited
 from mintjax.client.passes import MAX_LOGPROB
 from mintjax.errors import APIResponseError, DataError
 from mintjax.protocol import messages
+from mintjax.tensors import ArrayLike, TensorData, to_tensor
 from mintjax.types import (
     ModelInput,
     SampleResponse,
@@ -58,19 +63,61 @@ class SamplingClient(MadeClient):
         num_samples: int,
         sampling_params: SamplingParams,
         include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: ArrayLike | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
-        """Samples continuations of a prompt.
+        """Samples continuations of a prompt, and scores the prompt.
+
+        A teacher's likeliest tokens become the candidates that a student is trained on so::
+
+            whole = mintjax.ModelInput.from_ints(tokens)  # of prompt and answer
+            once = mintjax.SamplingParams(max_tokens=1)
+            scored = teacher.sample(whole, 1, once, topk_prompt_logprobs=20).result()
+            candidates = scored.topk_prompt_logprobs_np
+            datum = mintjax.Datum(
+                mintjax.ModelInput.from_ints(tokens[:-1]),
+                {
+                    "target_tokens": candidates.token_ids[1:],  # [T, K]
+                    "teacher_logprobs": candidates.logprobs[1:],
+                },
+            )
 
         Args:
-            prompt: at least one token.
+            prompt: n >= 1 tokens.
             num_samples: how many continuations.
             sampling_params: how to sample.
             include_prompt_logprobs: return the prompt's own logprobs too.
+            topk_prompt_logprobs: return the k likeliest tokens at each token of the prompt.
+            topk_sample_logprobs: return the k likeliest tokens at each new token.
+            target_prompt_logprobs: token ids, int64 of shape ``[n - 1, K]``, -1 for none: return
+                the logprobs of those in row i in place of the prompt's token i + 1.
+            prompt_alt_tokens_k: draw k tokens from the model in place of each token of the prompt
+                but the first.
+            prompt_logprobs_last_n: leave out the logprobs, and the likeliest tokens, of all but the
+                last so many tokens of the prompt.
 
         Raises:
             DataError: an argument that no trainer can use.
+            APIResponseError: the trainer returned nothing of what was asked for; it may not know
+                how. In the result.
         """
         request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs)
+        counts = {
+            "topk_prompt_logprobs": topk_prompt_logprobs,
+            "topk_sample_logprobs": topk_sample_logprobs,
+            "prompt_alt_tokens_k": prompt_alt_tokens_k,
+        }
+        for name, count in counts.items():
+            if count < 0:
+                raise DataError(f"{count} is below 0", field=name)
+            setattr(request, name, count or msgspec.UNSET)
+        _set_last(request, prompt_logprobs_last_n)
+        if target_prompt_logprobs is not None:
+            targets = _targets(target_prompt_logprobs, request.prompt.length)
+            request.target_prompt_logprobs = targets
         check = partial(_check_answer, request)
         return self._connection.start(
             self._connection.run, "asample", request, SampleResponse, check
@@ -78,13 +125,20 @@ class SamplingClient(MadeClient):
 
     sample_async = awaited(sample, SampleResponse)
 
-    def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
         """Computes the logprob of each token of a prompt, in nats; the first is None.
 
+        Args:
+            prompt: at least one token.
+            prompt_logprobs_last_n: None for all but the last so many tokens.
+
         Raises:
-            DataError: the prompt has no token.
+            DataError: the prompt has no token, or not so many.
         """
         request = self._request(prompt, 1, SamplingParams(max_tokens=1), True)
+        _set_last(request, prompt_logprobs_last_n)
 
         async def run() -> list[float | None]:
             check = partial(_check_answer, request)
@@ -126,6 +180,7 @@ def _check_answer(request: messages.SampleRequest, answer: SampleResponse) -> No
                 f"{len(sequence.tokens)} tokens"
             )
         _check_probable(sequence.logprobs or ())
+    _check_wanted(request, answer)
     if request.prompt_logprobs:
         logprobs = answer.prompt_logprobs or []
         if len(logprobs) == request.prompt.length - 1 and None not in logprobs:
@@ -136,6 +191,63 @@ def _check_answer(request: messages.SampleRequest, answer: SampleResponse) -> No
                 f"{request.prompt.length} tokens"
             )
         _check_probable([one for one in logprobs if one is not None])
+
+
+def _set_last(request: messages.SampleRequest, last: int | None) -> None:
+    field, length = "prompt_logprobs_last_n", request.prompt.length
+    if last is None:
+        return
+    if not 1 <= last < length:
+        raise DataError(f"{last} is not in 1 to {length - 1}", field=field)
+    if not request.prompt_logprobs:
+        raise DataError("set include_prompt_logprobs too, because it is about these", field=field)
+    request.prompt_logprobs_last_n = last
+
+
+def _targets(targets: ArrayLike, length: int) -> messages.PromptTargets:
+    field = "target_prompt_logprobs"
+    tokens = to_tensor(field, targets)
+    if tokens.ndim != 2 or len(tokens) != length - 1:
+        raise DataError(f"shape {list(tokens.shape)} is not [{length - 1}, K]", field=field)
+    if tokens.dtype != np.int64 or (tokens < -1).any():
+        raise DataError("it must hold token ids, int64, or -1 for none", field=field)
+    return messages.PromptTargets(data=tokens.data, shape=list(tokens.shape))
+
+
+def _check_wanted(request: messages.SampleRequest, answer: SampleResponse) -> None:
+    """Checks that what was asked for of tokens is there, for as many tokens."""
+    length = request.prompt.length
+    wanted: list[tuple[str, Any, Sequence[int]]] = []
+    if request.topk_prompt_logprobs:
+        wanted.append(("topk_prompt_logprobs", answer.topk_prompt_logprobs, [length]))
+    if request.topk_sample_logprobs:
+        wanted += [
+            ("topk_sample_logprobs", one.topk_logprobs, [len(one.tokens)])
+            for one in answer.sequences
+        ]
+    if request.target_prompt_logprobs:
+        shape = request.target_prompt_logprobs.shape
+        wanted.append(("target_prompt_logprobs", answer.target_prompt_logprobs, shape))
+    if k := request.prompt_alt_tokens_k or 0:
+        drawn = answer.prompt_alt_tokens
+        for row in (None, None) if drawn is None else (drawn.tokens, drawn.logprobs):
+            wanted.append(("prompt_alt_tokens_k", row, [length - 1, k]))
+    for name, found, shape in wanted:
+        if found is None:
+            raise APIResponseError(
+                f"the trainer returned nothing for {name}; it may not know how to"
+            )
+        given = [*np.shape(found)] if isinstance(found, TensorData) else [len(found)]
+        if given != list(shape):
+            raise APIResponseError(f"the trainer returned {name} of shape {given}, not {shape}")
+    last = request.prompt_logprobs_last_n or length
+    for name in ("prompt_logprobs", "topk_prompt_logprobs"):
+        rows = cast("list[object]", getattr(answer, name) or [])
+        if any(row is not None for row in rows[: length - last]):
+            raise APIResponseError(
+                f"the trainer returned {name} before the last {last} tokens; it may not know "
+                "prompt_logprobs_last_n"
+            )
 
 
 def _check_probable(logprobs: Sequence[float]) -> None:

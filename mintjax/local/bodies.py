@@ -28,7 +28,13 @@ class ProtobufResult(bytes):
 
 
 class SampleResult(bytes):
-    """The samples, as JSON; nothing in their request says how they will be asked for."""
+    """The samples, as JSON; nothing in their request says how they will be asked for.
+
+    Attributes:
+        as_protobuf: the same as a protocol buffer.
+    """
+
+    as_protobuf: bytes
 
 
 class _Numbered(msgspec.Struct):
@@ -140,7 +146,10 @@ def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
     if as_protobuf and isinstance(answer, ForwardBackwardOutput):
         return ProtobufResult(protobuf.encode_output(answer))
     content = messages.encode(answer)
-    return SampleResult(content) if isinstance(answer, SampleResponse) else content
+    if isinstance(answer, SampleResponse):
+        content = SampleResult(content)
+        content.as_protobuf = protobuf.encode_sample(answer)
+    return content
 
 
 def acceptable(request: Request, result: bytes, always_protobuf: bool = False) -> tuple[bytes, str]:
@@ -153,8 +162,7 @@ def acceptable(request: Request, result: bytes, always_protobuf: bool = False) -
     """
     accepted = always_protobuf or protobuf.MEDIA_TYPE in request.headers.get("accept", "").lower()
     if accepted and isinstance(result, SampleResult):
-        sampled = messages.decode(result, SampleResponse)
-        return protobuf.encode_sample(sampled), protobuf.MEDIA_TYPE
+        return result.as_protobuf, protobuf.MEDIA_TYPE
     if accepted and isinstance(result, ProtobufResult):
         return result, protobuf.MEDIA_TYPE
     if isinstance(result, ProtobufResult):

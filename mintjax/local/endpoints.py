@@ -357,19 +357,21 @@ class Endpoints:
                 "make one first, with create_sampling_session", field="sampling_session_id"
             )
         source = self._sessions.source(request.sampling_session_id)
-        prompt = request.prompt.to_ints()
+        prompt, wanted = request.prompt.to_ints(), sampling.wanted_of(request)
         sampling.check_request(
             BASE_MODELS[self._base_model(source)],
             prompt,
             request.sampling_params,
             request.num_samples,
+            wanted,
+            self._limits,
         )
         return lambda: self.engine.sample_in_slices(
             source,
             prompt,
             request.sampling_params,
             num_samples=request.num_samples,
-            prompt_logprobs=bool(request.prompt_logprobs),
+            wanted=wanted,
         )
 
     def _base_model(self, source: str) -> str:

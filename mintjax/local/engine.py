@@ -21,6 +21,7 @@ from mintjax.local.checkpoints import CheckpointPath, Description
 from mintjax.local.jax_settings import own_settings
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
+from mintjax.local.sampling import NOTHING, Wanted
 from mintjax.local.slices import Slices, each_under, finish
 from mintjax.local.tokenizer import VOCAB_SIZE
 from mintjax.step.reduction import SUM, Reduction, amount
@@ -343,7 +344,7 @@ class Engine:
         params: SamplingParams,
         *,
         num_samples: int = 1,
-        prompt_logprobs: bool = False,
+        wanted: Wanted = NOTHING,
     ) -> SampleResponse:
         """Continue a prompt.
 
@@ -353,7 +354,7 @@ class Engine:
                 :func:`mintjax.local.sampling.check_request` let pass.
             params: how to sample.
             num_samples: how many continuations.
-            prompt_logprobs: also give the logprob of each token of the prompt.
+            wanted: what is asked for of tokens, beside the samples.
 
         Returns:
             The continuations with the logprobs of their tokens, in nats.
@@ -367,7 +368,7 @@ class Engine:
                 prompt,
                 params,
                 num_samples=num_samples,
-                prompt_logprobs=prompt_logprobs,
+                wanted=wanted,
             )
         )
 
@@ -378,7 +379,7 @@ class Engine:
         params: SamplingParams,
         *,
         num_samples: int = 1,
-        prompt_logprobs: bool = False,
+        wanted: Wanted = NOTHING,
     ) -> Slices[SampleResponse]:
         """Does what :meth:`sample` does, a token of some samples at a time.
 
@@ -389,7 +390,7 @@ class Engine:
             prompt: token ids.
             params: how to sample.
             num_samples: how many continuations.
-            prompt_logprobs: also give the logprob of each token of the prompt.
+            wanted: what is asked for of tokens, beside the samples.
         """
         with own_settings():
             config, weights = self._sampler_weights(source)
@@ -399,7 +400,7 @@ class Engine:
             prompt,
             params,
             num_samples=num_samples,
-            prompt_logprobs=prompt_logprobs,
+            wanted=wanted,
         )
         return (yield from each_under(own_settings, slices))
 

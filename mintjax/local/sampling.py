@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from jax import Array
@@ -14,21 +17,124 @@ from jax import Array
 from mintjax.errors import DataError
 from mintjax.local import model
 from mintjax.local.compute import MAX_ROWS, length_bucket, row_bucket
+from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import Cache, ModelConfig, Weights
 from mintjax.local.slices import Slices, finish
 from mintjax.local.tokenizer import END, VOCAB_SIZE, to_bytes
-from mintjax.types import SampledSequence, SampleResponse, SamplingParams
+from mintjax.protocol.messages import (
+    PromptTargets,
+    SampleRequest,
+    SparseSampleResponse,
+    SparseTensor,
+)
+from mintjax.tensors import TensorData
+from mintjax.types import (
+    PromptAltTokens,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TopkRow,
+)
 
 MAX_SAMPLES = 1024
 
 
+class Places(NamedTuple):
+    """Tokens at places of a prompt of n tokens, whose logprobs are asked for.
+
+    Args:
+        rows: int64, shape ``[N]``; row i is the place behind the prompt's first i + 1 tokens.
+        tokens: int64, shape ``[N]``; -1 for none.
+        layout: as they were asked for, and are answered.
+    """
+
+    rows: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    layout: PromptTargets
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is asked for of tokens, beside the samples.
+
+    Args:
+        prompt_logprobs: the logprob of each token of the prompt.
+        last: only those of the last so many tokens, also of ``topk_prompt``; all if None.
+        topk_prompt: the k likeliest tokens at each place of the prompt.
+        topk_sample: the k likeliest tokens at each sampled token.
+        places: the logprobs of these tokens.
+        alternatives: draws at each place of the prompt.
+    """
+
+    prompt_logprobs: bool = False
+    last: int | None = None
+    topk_prompt: int = 0
+    topk_sample: int = 0
+    places: Places | None = None
+    alternatives: int = 0
+
+
+NOTHING = Wanted()
+
+
+def wanted_of(request: SampleRequest) -> Wanted:
+    """Reads what a request asks for of tokens.
+
+    Raises:
+        DataError: targets that are no matrix of tokens for this prompt.
+    """
+    targets = request.target_prompt_logprobs or None
+    return Wanted(
+        bool(request.prompt_logprobs),
+        None if request.prompt_logprobs_last_n is msgspec.UNSET else request.prompt_logprobs_last_n,
+        request.topk_prompt_logprobs or 0,
+        request.topk_sample_logprobs or 0,
+        None if targets is None else _places(targets, request.prompt.length),
+        request.prompt_alt_tokens_k or 0,
+    )
+
+
+def _places(targets: PromptTargets, length: int) -> Places:
+    field = "target_prompt_logprobs"
+    tokens = np.asarray(targets.data, np.int64)
+    if len(targets.shape) != 2 or targets.shape[0] != length - 1:
+        raise DataError(
+            f"shape {targets.shape} does not fit a prompt of {length} tokens; it must be "
+            f"[{length - 1}, K]",
+            field=field,
+        )
+    num_rows, width = targets.shape
+    crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
+    if not crow and not col:
+        if tokens.size != num_rows * width:
+            raise DataError(f"{tokens.size} tokens do not fill {targets.shape}", field=field)
+        return Places(np.repeat(np.arange(num_rows), width), tokens, targets)
+    pointers, columns = np.asarray(crow or [], np.int64), np.asarray(col or [], np.int64)
+    counts = np.diff(pointers)
+    if (
+        pointers.shape != (num_rows + 1,)
+        or pointers[0] != 0
+        or (counts < 0).any()
+        or not pointers[-1] == columns.size == tokens.size
+        or (columns >= width).any()
+    ):
+        raise DataError("the sparse indices describe no matrix", field=field)
+    return Places(np.repeat(np.arange(num_rows), counts), tokens, targets)
+
+
 def check_request(
-    config: ModelConfig, prompt: Sequence[int], params: SamplingParams, num_samples: int
+    config: ModelConfig,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    num_samples: int,
+    wanted: Wanted = NOTHING,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Check what :func:`sample` would be given.
 
     Raises:
         DataError: naming the field, and what to do.
+        BadRequestError: beyond a limit.
     """
     if not prompt:
         raise DataError("it has no token; begin with at least one", field="prompt")
@@ -70,6 +176,46 @@ def check_request(
             f"a stop token is outside the vocabulary of {VOCAB_SIZE}",
             field="sampling_params.stop",
         )
+    _check_wanted(len(prompt), room, params, num_samples, wanted, limits)
+
+
+def _check_wanted(
+    length: int,
+    room: int,
+    params: SamplingParams,
+    num_samples: int,
+    wanted: Wanted,
+    limits: Limits,
+) -> None:
+    new = num_samples * (room if params.max_tokens is None else params.max_tokens)
+    widths = {
+        "topk_prompt_logprobs": (wanted.topk_prompt, length),
+        "topk_sample_logprobs": (wanted.topk_sample, new),
+        "prompt_alt_tokens_k": (wanted.alternatives, length),
+    }
+    for field, (width, rows) in widths.items():
+        if width < 0:
+            raise DataError(f"{width} is below 0", field=field)
+        limits.check("max_candidates", width, f"{field} is {width}")
+        held = width * rows
+        limits.check("max_targets", held, f"{field} asks for {held} tokens")
+    if wanted.last is not None:
+        if not wanted.prompt_logprobs:
+            raise DataError("ask for prompt_logprobs too", field="prompt_logprobs_last_n")
+        if not 1 <= wanted.last < length:
+            raise DataError(
+                f"{wanted.last} is not in 1 to {length - 1}", field="prompt_logprobs_last_n"
+            )
+    if wanted.places is not None:
+        tokens = wanted.places.tokens
+        width = wanted.places.layout.shape[1]
+        limits.check("max_candidates", width, f"target_prompt_logprobs has {width} columns")
+        wrong = tokens[(tokens < -1) | (tokens >= VOCAB_SIZE)]
+        if wrong.size:
+            raise DataError(
+                f"token {wrong[0]} is outside the vocabulary of {VOCAB_SIZE}, and is not -1",
+                field="target_prompt_logprobs",
+            )
 
 
 def sample(
@@ -79,7 +225,7 @@ def sample(
     params: SamplingParams,
     *,
     num_samples: int = 1,
-    prompt_logprobs: bool = False,
+    wanted: Wanted = NOTHING,
 ) -> SampleResponse:
     """Continues a prompt; :func:`sample_in_slices` in one go, with the same arguments."""
     return finish(
@@ -89,7 +235,7 @@ def sample(
             prompt,
             params,
             num_samples=num_samples,
-            prompt_logprobs=prompt_logprobs,
+            wanted=wanted,
         )
     )
 
@@ -101,7 +247,7 @@ def sample_in_slices(
     params: SamplingParams,
     *,
     num_samples: int = 1,
-    prompt_logprobs: bool = False,
+    wanted: Wanted = NOTHING,
 ) -> Slices[SampleResponse]:
     """Continue a prompt, several times.
 
@@ -113,7 +259,7 @@ def sample_in_slices(
         prompt: token ids, checked by :func:`check_request`, as is what follows.
         params: how to sample.
         num_samples: how many continuations.
-        prompt_logprobs: also give the logprob of each token of the prompt.
+        wanted: what is asked for of tokens, beside the samples.
     """
     room = config.max_context_length - len(prompt)
     limit = room if params.max_tokens is None else params.max_tokens
@@ -126,12 +272,85 @@ def sample_in_slices(
     for begin in range(0, num_samples, MAX_ROWS):
         generators = [np.random.default_rng(seed) for seed in seeds[begin : begin + MAX_ROWS]]
         sequences += yield from _continue(
-            config, weights, prompt_log_p[-1], cache, len(prompt), limit, params, generators
+            config,
+            weights,
+            prompt_log_p[-1],
+            cache,
+            len(prompt),
+            limit,
+            params,
+            generators,
+            wanted.topk_sample,
         )
-    given = prompt_log_p[np.arange(len(prompt) - 1), list(prompt[1:])]
-    return SampleResponse(
-        sequences=sequences, prompt_logprobs=[None, *given.tolist()] if prompt_logprobs else None
+    return _with_wanted(SampleResponse(sequences=sequences), prompt, prompt_log_p, params, wanted)
+
+
+def _with_wanted(
+    response: SampleResponse,
+    prompt: Sequence[int],
+    log_p: npt.NDArray[np.float32],
+    params: SamplingParams,
+    wanted: Wanted,
+) -> SampleResponse:
+    """Adds what is wanted of the prompt; row i of ``log_p`` is the place behind token i."""
+    log_p = log_p[:-1]
+    left_out = 1 if wanted.last is None else len(prompt) - wanted.last
+    nothing = [None] * left_out
+    if wanted.prompt_logprobs:
+        given = log_p[np.arange(len(prompt) - 1), list(prompt[1:])]
+        response.prompt_logprobs = [*nothing, *given[left_out - 1 :].tolist()]
+    if wanted.topk_prompt:
+        rows = _likeliest(log_p[left_out - 1 :], wanted.topk_prompt)
+        response.topk_prompt_logprobs = [*nothing, *rows]
+    if wanted.alternatives:
+        response.prompt_alt_tokens = _alternatives(log_p, params, wanted.alternatives)
+    if wanted.places is None:
+        return response
+    rows, tokens, layout = wanted.places
+    found = np.where(tokens < 0, np.float32(0), log_p[rows, tokens])
+    crow, col = layout.sparse_crow_indices, layout.sparse_col_indices
+    if not crow and not col:
+        response.target_prompt_logprobs = TensorData(found, shape=layout.shape)
+        return response
+    sparse = SparseTensor(
+        data=found.tolist(),
+        dtype="float32",
+        shape=layout.shape,
+        sparse_crow_indices=crow or [],
+        sparse_col_indices=col or [],
     )
+    fields: dict[str, Any] = msgspec.structs.asdict(response) | {"target_prompt_logprobs": sparse}
+    return SparseSampleResponse(**fields)
+
+
+def _likeliest(log_p: npt.NDArray[np.float32], k: int) -> list[TopkRow]:
+    """The k likeliest tokens of each row, the likeliest first; of equal ones the smaller id."""
+    order = np.argsort(-log_p, axis=-1, kind="stable")[..., :k]
+    found = np.take_along_axis(log_p, order, axis=-1)
+    rows = zip(order.tolist(), found.tolist(), strict=True)
+    return [list(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]
+
+
+def _alternatives(
+    log_p: npt.NDArray[np.float32], params: SamplingParams, k: int
+) -> PromptAltTokens:
+    """Draws k tokens at each place, with replacement, at the temperature."""
+    tokens = np.empty((len(log_p), k), np.int64)
+    if params.temperature == 0:
+        tokens[:] = log_p.argmax(-1)[:, None]
+    else:
+        # Beside the streams of the sequences, which are those of 0 to MAX_SAMPLES - 1.
+        seed = np.random.SeedSequence(params.seed, spawn_key=(MAX_SAMPLES,))
+        drawn = np.random.default_rng(seed).random((len(log_p), k))
+        scaled = log_p.astype(np.float64) / params.temperature
+        cumulative = np.exp(scaled - scaled.max(-1, keepdims=True)).cumsum(-1)
+        for i, row in enumerate(cumulative):
+            # The first token whose sum is above the number that was drawn; one of probability 0
+            # has the sum of the one before it. A product may be rounded up to the whole.
+            tokens[i] = row.searchsorted(drawn[i] * row[-1], side="right")
+        np.minimum(tokens, cumulative.argmax(-1)[:, None], out=tokens)
+    logprobs = np.take_along_axis(log_p, tokens, axis=-1)
+    return PromptAltTokens(tokens=TensorData(tokens), logprobs=TensorData(logprobs))
 
 
 def _read_prompt(
@@ -166,10 +385,14 @@ def _continue(
     limit: int,
     params: SamplingParams,
     generators: list[np.random.Generator],
+    topk: int,
 ) -> Slices[list[SampledSequence]]:
     rows = row_bucket(len(generators))
     cache = Cache(*(jnp.repeat(leaf, rows, axis=1) for leaf in prompt_cache))
-    sequences = [SampledSequence(tokens=[], logprobs=[]) for _ in generators]
+    sequences = [
+        SampledSequence(tokens=[], logprobs=[], topk_logprobs=[] if topk else None)
+        for _ in generators
+    ]
     active = list(range(len(generators)))
     log_p = np.broadcast_to(first_log_p, (rows, VOCAB_SIZE))
     tokens = np.zeros(rows, np.int32)
@@ -184,6 +407,8 @@ def _continue(
             sequence.tokens.append(token)
             assert sequence.logprobs is not None
             sequence.logprobs.append(float(log_p[row, token]))
+            if sequence.topk_logprobs is not None:
+                sequence.topk_logprobs += _likeliest(log_p[row : row + 1], topk)
             if _stops(sequence.tokens, params.stop):
                 sequence.stop_reason = "stop"
                 active.remove(row)

@@ -12,7 +12,14 @@ import orjson
 
 from mintjax.errors import DataError, NonFiniteError
 from mintjax.tensors import TensorData, as_travels, first_not_finite
-from mintjax.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from mintjax.types import (
+    AdamParams,
+    Datum,
+    LoraConfig,
+    ModelInput,
+    SampleResponse,
+    SamplingParams,
+)
 
 T = TypeVar("T")
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -208,8 +215,28 @@ class CreateSamplingSessionResponse(msgspec.Struct):
     sampling_session_id: str
 
 
+class SparseTensor(msgspec.Struct, kw_only=True):
+    """A matrix of which only some cells are listed, as it travels in JSON (CSR)."""
+
+    data: list[Any]
+    dtype: Literal["float32", "int64"]
+    shape: list[_Size]
+    sparse_crow_indices: list[_Size]
+    sparse_col_indices: list[_Size]
+
+
+class PromptTargets(msgspec.Struct, kw_only=True):
+    """Token ids at places of a prompt, ``[n - 1, K]``, of which -1 is none; all, or CSR."""
+
+    data: list[Annotated[int, msgspec.Meta(ge=-1, le=2**53)]]
+    shape: list[_Size]
+    dtype: Literal["int64"] = "int64"
+    sparse_crow_indices: list[_Size] | msgspec.UnsetType | None = msgspec.UNSET
+    sparse_col_indices: list[_Size] | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class SampleRequest(msgspec.Struct):
-    """``POST asample``."""
+    """``POST asample``, with what may be asked for of tokens beside their logprobs."""
 
     prompt: ModelInput
     sampling_params: SamplingParams
@@ -217,7 +244,18 @@ class SampleRequest(msgspec.Struct):
     seq_id: int | None = None
     num_samples: int = 1
     prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int | msgspec.UnsetType = msgspec.UNSET
+    topk_sample_logprobs: int | msgspec.UnsetType = msgspec.UNSET
+    target_prompt_logprobs: PromptTargets | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_alt_tokens_k: int | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs_last_n: int | msgspec.UnsetType | None = msgspec.UNSET
     type: Literal["sample"] = "sample"
+
+
+class SparseSampleResponse(SampleResponse, kw_only=True):
+    """The answer to a request whose targets are sparse, in their layout."""
+
+    target_prompt_logprobs: SparseTensor  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
 
 
 class FutureRetrieveRequest(msgspec.Struct, omit_defaults=True):

@@ -100,6 +100,45 @@ def test_a_run_over_a_socket(service, engine):
     again.unload().result(60)
 
 
+def test_a_teachers_likeliest_tokens_become_a_students_candidates(service):
+    with service.create_lora_training_client(MODEL, rank=4, seed=1) as model:
+        model.forward_backward(batch(0), "cross_entropy")
+        model.optim_step(AdamParams(learning_rate=1e-2))
+        teacher = model.save_weights_and_get_sampling_client()
+        tokens = [10, 20, 30, 40, 50]
+        whole, once = ModelInput.from_ints(tokens), SamplingParams(max_tokens=1, seed=1)
+        asked = teacher.sample(
+            whole, 1, once, True, topk_prompt_logprobs=3, topk_sample_logprobs=2
+        ).result(60)
+        candidates = asked.topk_prompt_logprobs_np
+        assert candidates.token_ids.shape == (5, 3)
+        columns = {"target_tokens": candidates.token_ids[1:], "weights": np.ones((4, 3))}
+        datum = Datum(ModelInput.from_ints(tokens[:-1]), columns)
+        [logprobs] = model.forward([datum]).result(60).logprobs
+        np.testing.assert_allclose(logprobs, candidates.logprobs[1:], atol=1e-5)
+        assert asked.sequences[0].topk_logprobs_np.logprobs.shape == (1, 2)
+        # The other way round, for candidates that somebody else has chosen.
+        targets = candidates.token_ids[1:].copy()
+        targets[0, 0] = -1
+        expected = candidates.logprobs[1:].copy()
+        expected[0, 0] = 0
+        asked = teacher.sample(
+            whole, 1, once, target_prompt_logprobs=targets, prompt_alt_tokens_k=2
+        ).result(60)
+        np.testing.assert_allclose(asked.target_prompt_logprobs, expected, atol=1e-5)
+        drawn = asked.prompt_alt_tokens
+        columns = {"target_tokens": drawn.tokens, "weights": np.ones((4, 2))}
+        datum = Datum(ModelInput.from_ints(tokens[:-1]), columns)
+        [logprobs] = model.forward([datum]).result(60).logprobs
+        np.testing.assert_allclose(logprobs, drawn.logprobs, atol=1e-5)
+        few = teacher.sample(whole, 1, once, True, 3, prompt_logprobs_last_n=2).result(60)
+        assert [one is None for one in few.prompt_logprobs] == [True] * 3 + [False] * 2
+        assert teacher.compute_logprobs(whole, 2).result(60) == few.prompt_logprobs
+        np.testing.assert_allclose(
+            few.topk_prompt_logprobs_np.logprobs[3:], candidates.logprobs[3:], atol=1e-5
+        )
+
+
 def test_the_gradient_is_that_of_the_composed_loss(service, engine):
     """The custom path with cross-entropy as objective gives what cross-entropy by name does."""
     clients = [service.create_lora_training_client(MODEL, rank=4, seed=2) for _ in range(2)]

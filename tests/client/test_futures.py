@@ -395,6 +395,61 @@ def test_what_cannot_be_sampled(service, prompt, num_samples, params, field):
         sampler.sample(ModelInput.from_ints(prompt), num_samples, SamplingParams(**params))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "field"),
+    [
+        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs"),
+        ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k"),
+        ({"prompt_logprobs_last_n": 1}, "include_prompt_logprobs"),
+        ({"prompt_logprobs_last_n": 2, "include_prompt_logprobs": True}, "prompt_logprobs_last_n"),
+        ({"target_prompt_logprobs": [1]}, "target_prompt_logprobs"),
+        ({"target_prompt_logprobs": [[1], [2]]}, "target_prompt_logprobs"),
+        ({"target_prompt_logprobs": [[0.5]]}, "target_prompt_logprobs"),
+        ({"target_prompt_logprobs": [[-2]]}, "target_prompt_logprobs"),
+    ],
+)
+def test_what_cannot_be_asked_of_tokens(service, wanted, field):
+    sampler = service.create_sampling_client(base_model="tiny")
+    with pytest.raises(ValueError, match=field):
+        sampler.sample(ModelInput.from_ints([1, 2]), 1, SamplingParams(), **wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "words"),
+    [
+        ({"topk_prompt_logprobs": 1}, {}, "nothing for topk_prompt_logprobs"),
+        (
+            {"topk_prompt_logprobs": 1},
+            {"topk_prompt_logprobs": [None]},
+            r"of shape \[1\], not \[2\]",
+        ),
+        ({"topk_sample_logprobs": 1}, {}, "nothing for topk_sample_logprobs"),
+        ({"target_prompt_logprobs": [[3]]}, {}, "nothing for target_prompt_logprobs"),
+        ({"prompt_alt_tokens_k": 1}, {}, "nothing for prompt_alt_tokens_k"),
+        (
+            {"prompt_logprobs_last_n": 1, "include_prompt_logprobs": True},
+            {"prompt_logprobs": [None, -0.5, -0.5]},
+            "may not know prompt_logprobs_last_n",
+        ),
+    ],
+)
+def test_a_trainer_that_does_not_know_what_was_asked_for(service, trainer, wanted, given, words):
+    sampler = service.create_sampling_client(base_model="tiny")
+    prompt = ModelInput.from_ints([1, 2, 3] if "prompt_logprobs" in given else [1, 2])
+    answer = {"sequences": [{"tokens": [1], "logprobs": [-1.0]}], **given}
+    trainer.faults["retrieve_future"] = [Answer(200, answer)] * 10
+    future = sampler.sample(prompt, 1, SamplingParams(max_tokens=1), **wanted)
+    with pytest.raises(APIResponseError, match=words):
+        future.result(5)
+
+
+def test_what_is_not_asked_for_is_not_sent(service, trainer):
+    sampler = service.create_sampling_client(base_model="tiny")
+    sampler.sample(ModelInput.from_ints([1, 2]), 1, SamplingParams(max_tokens=1)).result(5)
+    [body] = trainer.bodies("asample")
+    assert not [name for name in body if "topk" in name or "target" in name or "_n" in name[-2:]]
+
+
 def test_a_sampling_client_needs_a_model(service):
     with pytest.raises(ValueError, match="model_path"):
         service.create_sampling_client()

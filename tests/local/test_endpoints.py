@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ import httpx
 import pytest
 
 from mintjax.local import Limits, running_server
+from mintjax.protocol import messages, protobuf
+from mintjax.types import SampleResponse
 
 from .conftest import BASE_MODEL
 
@@ -280,6 +283,105 @@ class TestRetrieveFutures:
         assert numbers == [1, 2, 3]
         join["sampling_session_id"] = "nobody's"
         assert client.send("join_sampling_session", join).status_code == 404
+
+
+TARGETS = [[5, -1], [-1, 7]]  # of a prompt of three tokens
+SPARSE = {
+    "data": [5, 7],
+    "dtype": "int64",
+    "shape": [2, 2],
+    "sparse_crow_indices": [0, 1, 2],
+    "sparse_col_indices": [0, 1],
+}
+
+
+class TestWhatIsAskedOfTokens:
+    """Beside the samples; what the numbers are, ``test_sampling`` says."""
+
+    def wanted(self, **changes: Any) -> dict[str, Any]:
+        dense = {"data": [x for row in TARGETS for x in row], "dtype": "int64"}
+        return {
+            "prompt_logprobs": True,
+            "prompt_logprobs_last_n": 1,
+            "topk_prompt_logprobs": 2,
+            "topk_sample_logprobs": 3,
+            "prompt_alt_tokens_k": 4,
+            "target_prompt_logprobs": {**dense, "shape": [2, 2]},
+        } | changes
+
+    def ask(self, client, opened, **changes):
+        request = sample_request(opened, 0, seed=1) | self.wanted(**changes)
+        return client.send("asample", request)
+
+    def test_is_given(self, client):
+        accepted = self.ask(client, open_sampler(client))
+        result = client.result(accepted)
+        assert [one is None for one in result["prompt_logprobs"]] == [True, True, False]
+        assert [one and len(one) for one in result["topk_prompt_logprobs"]] == [None, None, 2]
+        [sequence] = result["sequences"]
+        assert [len(one) for one in sequence["topk_logprobs"]] == [3] * len(sequence["tokens"])
+        assert result["target_prompt_logprobs"]["shape"] == [2, 2]
+        assert result["prompt_alt_tokens"]["tokens"]["shape"] == [2, 4]
+        question = {"request_id": accepted.json()["request_id"]}
+        headers = {"Accept": "application/x-protobuf"}
+        answer = client.http.post("/api/v1/retrieve_future", json=question, headers=headers)
+        assert answer.headers["content-type"] == "application/x-protobuf"
+        as_protobuf = protobuf.decode_sample(answer.content)
+        assert messages.encode(as_protobuf) == messages.encode(
+            messages.decode(json.dumps(result).encode(), SampleResponse)
+        )
+
+    def test_sparse_targets_are_answered_in_their_layout(self, client):
+        opened = open_sampler(client)
+        dense = client.result(self.ask(client, opened))["target_prompt_logprobs"]
+        accepted = self.ask(client, opened, target_prompt_logprobs=SPARSE)
+        sparse = client.result(accepted)["target_prompt_logprobs"]
+        assert dense["data"][1] == dense["data"][2] == 0
+        expected = pytest.approx(dense["data"][::3], rel=1e-6)
+        assert sparse == {**SPARSE, "dtype": "float32", "data": expected}
+
+    def test_older_trainers_requests_ask_for_nothing(self, client):
+        request = sample_request(open_sampler(client), 0)
+        for name in self.wanted():
+            request.pop(name, None)
+        result = client.call("asample", request)
+        assert all(result[name] is None for name in ("topk_prompt_logprobs", "prompt_logprobs"))
+
+    @pytest.mark.parametrize(
+        ("change", "status", "named"),
+        [
+            ({"prompt_logprobs_last_n": 3}, 400, "prompt_logprobs_last_n"),
+            ({"prompt_logprobs_last_n": 0}, 400, "prompt_logprobs_last_n"),
+            ({"prompt_logprobs": False}, 400, "prompt_logprobs_last_n"),
+            ({"topk_prompt_logprobs": -1}, 400, "topk_prompt_logprobs"),
+            ({"topk_prompt_logprobs": 2**70}, 400, "max_candidates: topk_prompt_logprobs"),
+            ({"topk_sample_logprobs": 1025}, 400, "max_candidates: topk_sample_logprobs"),
+            ({"topk_sample_logprobs": 1024, "num_samples": 1024, "max": 400}, 400, "max_targets"),
+            ({"prompt_alt_tokens_k": 1025}, 400, "max_candidates: prompt_alt_tokens_k"),
+            ({"target_prompt_logprobs": {"shape": [3, 1], "data": [1, 2, 3]}}, 400, "[2, K]"),
+            ({"target_prompt_logprobs": {"shape": [2], "data": [1, 2]}}, 400, "[2, K]"),
+            ({"target_prompt_logprobs": {"shape": [2, 1], "data": [1]}}, 400, "do not fill"),
+            ({"target_prompt_logprobs": {"shape": [2, 1], "data": [1, 258]}}, 400, "token 258"),
+            ({"target_prompt_logprobs": {"shape": [2, 1], "data": [1, -2]}}, 422, "-1"),
+            ({"target_prompt_logprobs": {"shape": [2, 1], "data": [1, 2**63]}}, 422, "data"),
+            ({"target_prompt_logprobs": {"shape": [2, 0], "data": []}}, 200, ""),
+            ({"sparse": {"shape": [2, 2**40]}}, 400, "max_candidates"),
+            ({"sparse": {"sparse_crow_indices": [0, 2, 1]}}, 400, "sparse"),
+            ({"sparse": {"sparse_crow_indices": [0, 1]}}, 400, "sparse"),
+            ({"sparse": {"sparse_col_indices": [0, 2]}}, 400, "sparse"),
+            ({"sparse": {"sparse_col_indices": [0]}}, 400, "sparse"),
+            ({"sparse": {"sparse_col_indices": None}}, 400, "sparse"),
+            ({"sparse": {"sparse_col_indices": [0, -1]}}, 422, "sparse_col_indices"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, client, change, status, named):
+        if "sparse" in change:
+            change = {"target_prompt_logprobs": SPARSE | change["sparse"]}
+        request = sample_request(open_sampler(client), 0) | self.wanted(**change)
+        request["sampling_params"]["max_tokens"] = request.pop("max", 2)
+        answer = client.send("asample", request)
+        assert answer.status_code == status
+        assert named in answer.json().get("detail", "")
 
 
 class TestSessions:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mintjax.errors import DataError
 from mintjax.local import sampling, tokenizer
 from mintjax.local.model import BASE_MODELS
+from mintjax.local.sampling import Wanted
 from mintjax.local.tokenizer import END, VOCAB_SIZE
+from mintjax.protocol.messages import PromptTargets, SampleRequest
 from mintjax.types import Datum, ModelInput, SamplingParams
 
 from .data import batch
@@ -30,14 +34,14 @@ def model_and_source(engine):
 
 @pytest.fixture(scope="module")
 def sample(engine, model_and_source):
-    def sample(prompt=PROMPT, *, num_samples=1, prompt_logprobs=False, **params):
+    def sample(prompt=PROMPT, *, num_samples=1, wanted=sampling.NOTHING, **params):
         params = SamplingParams(**{"max_tokens": 12, "seed": 3, **params})
         return engine.sample(
             model_and_source[1],
             prompt,
             params,
             num_samples=num_samples,
-            prompt_logprobs=prompt_logprobs,
+            wanted=wanted,
         )
 
     return sample
@@ -82,7 +86,7 @@ def test_temperature_0_is_the_likeliest_token(sample, forward):
 
 
 def test_logprobs_are_the_forward_pass_s(sample, forward):
-    response = sample(prompt_logprobs=True, temperature=0.7)
+    response = sample(wanted=Wanted(True), temperature=0.7)
     [sequence] = response.sequences
     text = PROMPT + sequence.tokens
     log_p = forward(text)[np.arange(len(text) - 1), text[1:]]
@@ -96,9 +100,86 @@ def test_prompt_logprobs_only_if_asked_for(sample):
 
 
 def test_a_prompt_of_one_token(sample):
-    response = sample([65], prompt_logprobs=True)
-    assert response.prompt_logprobs == [None]
+    everything = Wanted(True, None, 2, 2, places([], width=3), 4)
+    response = sample([65], wanted=everything)
+    assert response.prompt_logprobs == response.topk_prompt_logprobs == [None]
+    assert response.target_prompt_logprobs.shape == (0, 3)
+    assert response.prompt_alt_tokens.tokens.shape == (0, 4)
     assert response.sequences[0].tokens
+
+
+def places(cells, width):
+    """Cells ``(row, column, token)`` of the prompt's targets, all others being -1."""
+    tokens = np.full((len(PROMPT) - 1 if cells else 0, width), -1)
+    for row, column, token in cells:
+        tokens[row, column] = token
+    layout = PromptTargets(data=tokens.ravel().tolist(), shape=list(tokens.shape))
+    request = SampleRequest(ModelInput.from_ints(PROMPT if cells else [65]), SamplingParams())
+    request.target_prompt_logprobs = layout
+    return sampling.wanted_of(request).places
+
+
+@pytest.mark.parametrize("last", [None, 1, 3])
+def test_the_likeliest_tokens_are_the_forward_pass_s(sample, forward, last):
+    response = sample(wanted=Wanted(True, last, 4, 3), temperature=0.7)
+    [sequence] = response.sequences
+    text = PROMPT + sequence.tokens
+    log_p = forward(text)
+    left_out = len(PROMPT) - (last or len(PROMPT) - 1)
+    assert [row is None for row in response.topk_prompt_logprobs] == [
+        row is None for row in response.prompt_logprobs
+    ]
+    assert response.topk_prompt_logprobs[:left_out] == [None] * left_out
+    rows = response.topk_prompt_logprobs[left_out:] + sequence.topk_logprobs
+    for row, expected in zip(rows, log_p[left_out - 1 :], strict=False):
+        tokens, logprobs = zip(*row, strict=True)
+        np.testing.assert_allclose(logprobs, np.sort(expected)[::-1][: len(row)], atol=1e-5)
+        np.testing.assert_allclose(expected[list(tokens)], logprobs, atol=1e-5)
+    assert {len(row) for row in response.topk_prompt_logprobs[left_out:]} == {4}
+    assert {len(row) for row in sequence.topk_logprobs} == {3}
+
+
+@given(
+    cells=st.lists(
+        st.tuples(
+            st.integers(0, len(PROMPT) - 2), st.integers(0, 2), st.integers(0, VOCAB_SIZE - 1)
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_targets_of_the_prompt_are_the_forward_pass_s(sample, forward, cells):
+    asked = places(cells, width=3)
+    found = sample(wanted=Wanted(places=asked), max_tokens=1).target_prompt_logprobs
+    tokens = asked.tokens.reshape(-1, 3)
+    log_p = np.take_along_axis(forward(PROMPT)[:-1], tokens, 1)
+    np.testing.assert_allclose(found, np.where(tokens < 0, 0, log_p), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_alternatives_are_drawn_from_the_model(sample, forward, temperature):
+    draws = 20_000
+    drawn = sample(
+        wanted=Wanted(alternatives=draws), temperature=temperature, max_tokens=1
+    ).prompt_alt_tokens
+    log_p = forward(PROMPT)[:-1]
+    for tokens, logprobs, expected in zip(drawn.tokens, drawn.logprobs, log_p, strict=True):
+        np.testing.assert_allclose(logprobs, expected[tokens], atol=1e-5)
+        p = np.exp((expected - expected.max()) / temperature)
+        p /= p.sum()
+        found = np.bincount(tokens, minlength=VOCAB_SIZE) / draws
+        assert (abs(found - p) <= 5 * np.sqrt(p / draws) + 1e-4).all()
+
+
+def test_alternatives_without_temperature_are_the_likeliest(sample, forward):
+    drawn = sample(wanted=Wanted(alternatives=2), temperature=0).prompt_alt_tokens
+    likeliest = forward(PROMPT)[:-1].argmax(-1)
+    np.testing.assert_array_equal(drawn.tokens, np.stack([likeliest, likeliest], 1))
+
+
+def test_what_is_wanted_changes_no_sample(sample):
+    everything = Wanted(True, 2, 2, 2, places([(0, 0, 7)], width=1), 3)
+    assert sample(wanted=everything).sequences[0].tokens == sample().sequences[0].tokens
 
 
 @pytest.mark.parametrize("k", [1, 3])

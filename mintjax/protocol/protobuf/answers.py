@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import msgspec
+import numpy.typing as npt
 
 from mintjax.errors import DataError
 from mintjax.protocol.protobuf.scalars import (
@@ -25,7 +26,14 @@ from mintjax.protocol.protobuf.scalars import (
     widened,
 )
 from mintjax.tensors import TensorData, first_not_finite
-from mintjax.types import ForwardBackwardOutput, SampledSequence, SampleResponse
+from mintjax.types import (
+    ForwardBackwardOutput,
+    PromptAltTokens,
+    SampledSequence,
+    SampleResponse,
+    TopkLogprobs,
+    TopkRow,
+)
 
 Field: TypeAlias = tuple[int, int, Any]  # number, wire type, an int or the bytes
 
@@ -81,7 +89,7 @@ def decode_output(body: bytes | bytearray | memoryview) -> ForwardBackwardOutput
 def decode_sample(body: bytes | bytearray | memoryview) -> SampleResponse:
     """Decode what was sampled, a ``SampleResponse``.
 
-    Fields that are not read here, such as the k likeliest tokens, are passed over.
+    Fields that are not known here are passed over.
 
     Args:
         body: of the answer.
@@ -94,6 +102,7 @@ def decode_sample(body: bytes | bytearray | memoryview) -> SampleResponse:
     """
     sequences: list[SampledSequence] = []
     prompt: list[float | None] | None = None
+    result = SampleResponse(sequences=sequences)
     for field in _fields(memoryview(body), "SampleResponse"):
         match field:
             case (1, 2, sequence):
@@ -101,9 +110,100 @@ def decode_sample(body: bytes | bytearray | memoryview) -> SampleResponse:
             case (2, 2, logprobs):
                 row = numbers(logprobs, dtype_of(FLOAT32))
                 prompt = [None if math.isnan(one) else one for one in row.tolist()]
+            case (3, 2, topk):
+                result.topk_prompt_logprobs = _topk(topk)
+            case (4, 0, number):
+                result.prompt_cache_hit_tokens = _signed(number)
+            case (5, 2, tensor):
+                result.target_prompt_logprobs = _tensor(tensor, "target_prompt_logprobs")
+            case (6, 2, drawn):
+                result.prompt_alt_tokens = _alternatives(drawn)
             case _:
                 pass
-    return SampleResponse(sequences=sequences, prompt_logprobs=prompt)
+    result.prompt_logprobs = prompt
+    return result
+
+
+def _topk(message: memoryview) -> list[TopkRow]:
+    token_ids, logprobs = memoryview(b""), memoryview(b"")
+    width = length = 0
+    for field in _fields(message, "SampleResponse"):
+        match field:
+            case (1, 2, content):
+                token_ids = content
+            case (2, 2, content):
+                logprobs = content
+            case (3, 0, number):
+                width = number
+            case (4, 0, number):
+                length = number
+            case _:
+                pass
+    ids, row = numbers(token_ids, dtype_of(INT32)), numbers(logprobs, dtype_of(FLOAT32))
+    if not ids.size == row.size == width * length or length > _MOST_DATUMS:
+        raise DataError(
+            f"{ids.size} tokens and {row.size} logprobs at {length} positions of {width} each",
+            field="topk_logprobs",
+        )
+    _check_finite(row)
+    shape = (length, width)
+    return TopkLogprobs(ids.reshape(shape), row.reshape(shape)).to_rows()
+
+
+def _check_finite(row: npt.NDArray[Any]) -> None:
+    if (at := first_not_finite(row)) is not None:
+        raise DataError(f"{row[at]} at position {at} is not finite", field="logprobs")
+
+
+def _alternatives(message: memoryview) -> PromptAltTokens:
+    tensors: dict[int, TensorData] = {}
+    for number, wire, content in _fields(message, "SampleResponse"):
+        if number in (1, 2) and wire == _BYTES:
+            tensors[number] = _tensor(content, "prompt_alt_tokens")
+    if tensors.keys() != {1, 2} or tensors[1].shape != tensors[2].shape:
+        raise DataError("tokens and logprobs do not go together", field="prompt_alt_tokens")
+    return PromptAltTokens(tokens=tensors[1], logprobs=tensors[2])
+
+
+def _tensor(message: memoryview, name: str) -> TensorData:
+    """A ``Tensor``; a sparse one becomes dense."""
+    code, shape = 0, list[int]()
+    parts: dict[int, memoryview] = {}
+    for field in _fields(message, "SampleResponse"):
+        match field:
+            case (1, 2, dense):
+                parts = {0: dense}
+            case (2, 2, sparse):
+                parts = {n: one for n, wire, one in _fields(sparse) if wire == _BYTES}
+                parts = {n: parts.get(n, memoryview(b"")) for n in (1, 2, 3)}
+            case (3, 0, number):
+                code = number
+            case (4, 2, packed):
+                shape += _packed(packed)
+            case (4, 0, number):
+                shape.append(_signed(number))
+            case _:
+                pass
+    dtype = dtype_of(code, name)
+    try:
+        if min(shape, default=0) < 0:
+            raise DataError(f"a shape of {shape}")
+        values = widened(numbers(parts.get(0, parts.get(1, memoryview(b""))), dtype), code)
+        if (at := first_not_finite(values)) is not None:
+            raise DataError(f"{values[at]} at position {at} is not finite")
+        if 1 not in parts:
+            return TensorData(values, shape=shape)
+        crow, col = (numbers(parts[n], dtype_of(INT64)).tolist() for n in (2, 3))
+        return TensorData(values, None, shape, crow, col)
+    except DataError as error:
+        raise DataError(str(error), field=name) from None
+
+
+def _packed(content: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(content):
+        number, at = _varint(content, at)
+        yield _signed(number)
 
 
 def _sequence(message: memoryview) -> SampledSequence:
@@ -118,9 +218,10 @@ def _sequence(message: memoryview) -> SampledSequence:
                 result.tokens = numbers(tokens, dtype_of(INT32)).tolist()
             case (3, 2, logprobs):
                 row = numbers(logprobs, dtype_of(FLOAT32))
-                if (at := first_not_finite(row)) is not None:
-                    raise DataError(f"{row[at]} at position {at} is not finite", field="logprobs")
+                _check_finite(row)
                 result.logprobs = row.tolist()
+            case (4, 2, topk):
+                result.topk_logprobs = _topk(topk)
             case _:
                 pass
     return result
@@ -205,10 +306,7 @@ def _fill(tensor: _Tensor, message: memoryview) -> None:
             case (3, 0, code):
                 tensor.dtype = code
             case (4, 2, packed):
-                at = 0
-                while at < len(packed):
-                    number, at = _varint(packed, at)
-                    tensor.trailing.append(_signed(number))
+                tensor.trailing += _packed(packed)
             case (4, 0, number):
                 tensor.trailing.append(_signed(number))
             case _:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,8 +18,16 @@ import numpy.typing as npt
 
 from mintjax.errors import DataError
 from mintjax.protocol import messages
-from mintjax.tensors import as_travels, check_finite, first_not_finite
-from mintjax.types import Datum, EncodedTextChunk, ForwardBackwardOutput, SampleResponse
+from mintjax.protocol.messages import SparseTensor
+from mintjax.tensors import TensorData, as_travels, check_finite, first_not_finite
+from mintjax.types import (
+    Datum,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    SampleResponse,
+    TopkLogprobs,
+    TopkRow,
+)
 
 Part: TypeAlias = bytes | memoryview
 Request: TypeAlias = messages.ForwardRequest | messages.ForwardBackwardRequest
@@ -128,7 +136,8 @@ def encode_sample(response: SampleResponse) -> bytes:
     A prompt token without a logprob has NaN, which is how the format says so.
 
     Args:
-        response: what was sampled.
+        response: what was sampled; a :class:`~mintjax.protocol.messages.SparseSampleResponse` where
+            the targets are sparse.
 
     Returns:
         The message.
@@ -139,11 +148,53 @@ def encode_sample(response: SampleResponse) -> bytes:
         fields = [b"\x08\x01" if sequence.stop_reason == "length" else b"", tokens]
         if sequence.logprobs is not None:
             fields.append(_bytes(b"\x1a", np.asarray(sequence.logprobs, "<f4").tobytes()))
+        fields += _topk(b"\x22", sequence.topk_logprobs)
         parts.append(_message(b"\x0a", *fields))
     if response.prompt_logprobs is not None:
         prompt = [math.nan if one is None else one for one in response.prompt_logprobs]
         parts.append(_bytes(b"\x12", np.asarray(prompt, "<f4").tobytes()))
+    parts += _topk(b"\x1a", response.topk_prompt_logprobs)
+    if response.prompt_cache_hit_tokens:
+        parts.append(b"\x20" + _varint(response.prompt_cache_hit_tokens))
+    targets: TensorData | SparseTensor | None = response.target_prompt_logprobs
+    if isinstance(targets, SparseTensor):
+        parts.append(_sparse(b"\x2a", targets))
+    elif targets is not None:
+        parts.append(_dense(b"\x2a", targets))
+    if response.prompt_alt_tokens is not None:
+        drawn = response.prompt_alt_tokens
+        parts.append(
+            _message(b"\x32", _dense(b"\x0a", drawn.tokens), _dense(b"\x12", drawn.logprobs))
+        )
     return b"".join(parts)
+
+
+def _topk(tag: bytes, rows: Sequence[TopkRow] | None) -> list[bytes]:
+    if rows is None:
+        return []
+    topk = TopkLogprobs.from_rows(rows)
+    length, width = topk.token_ids.shape
+    numbers = (
+        _bytes(b"\x0a", topk.token_ids.astype("<i4").tobytes()),
+        _bytes(b"\x12", topk.logprobs.astype("<f4").tobytes()),
+    )
+    return [_message(tag, *numbers, b"\x18" + _varint(width), b"\x20" + _varint(length))]
+
+
+def _dense(tag: bytes, tensor: TensorData) -> bytes:
+    values = np.ascontiguousarray(as_travels(tensor))
+    return _message(tag, _bytes(b"\x0a", values.tobytes()), _about(values.dtype, tensor.shape))
+
+
+def _sparse(tag: bytes, tensor: SparseTensor) -> bytes:
+    values = np.asarray(tensor.data, tensor.dtype)
+    fields = (
+        _bytes(b"\x0a", values.tobytes()),
+        _bytes(b"\x12", np.asarray(tensor.sparse_crow_indices, "<i8").tobytes()),
+        _bytes(b"\x1a", np.asarray(tensor.sparse_col_indices, "<i8").tobytes()),
+    )
+    about = _about(values.dtype, tuple(tensor.shape))
+    return _message(tag, _message(b"\x12", *fields), about)
 
 
 def _datum(datum: Datum, position: int) -> list[Part]:

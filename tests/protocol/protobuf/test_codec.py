@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mintjax.errors import ConfigError, DataError, NonFiniteError
 from mintjax.protocol import messages, protobuf
+from mintjax.protocol.messages import SparseSampleResponse, SparseTensor
 from mintjax.protocol.protobuf import messages_pb2 as pb
 from mintjax.ragged import Ragged
 from mintjax.tensors import TensorData
@@ -24,6 +25,7 @@ from mintjax.types import (
     EncodedTextChunk,
     ForwardBackwardOutput,
     ModelInput,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
 )
@@ -484,25 +486,77 @@ def test_a_sample_may_be_without_logprobs(logprobs, prompt):
     )
 
 
+topk_rows = st.lists(
+    st.none() | st.lists(st.tuples(st.integers(1, 9), finite), min_size=1, max_size=3), max_size=3
+)
+
+
+def matrices(dtype):
+    elements = finite if dtype == "float32" else st.integers(0, 2**31 - 1)
+    return hnp.arrays(
+        dtype, hnp.array_shapes(min_dims=2, max_dims=2, max_side=3), elements=elements
+    )
+
+
+@st.composite
+def alternatives(draw):
+    tokens = draw(matrices("int64"))
+    logprobs = draw(hnp.arrays("float32", tokens.shape, elements=finite))
+    return PromptAltTokens(tokens=TensorData(tokens), logprobs=TensorData(logprobs))
+
+
 sequences = st.builds(
     SampledSequence,
     tokens=st.lists(st.integers(0, 2**31 - 1), max_size=5),
     logprobs=st.none() | st.lists(finite, max_size=5),
     stop_reason=st.sampled_from(["stop", "length"]),
+    topk_logprobs=st.none() | topk_rows,
 )
 samples = st.builds(
     SampleResponse,
     sequences=st.lists(sequences, max_size=3),
     prompt_logprobs=st.none() | st.lists(st.none() | finite, max_size=5),
+    topk_prompt_logprobs=st.none() | topk_rows,
+    target_prompt_logprobs=st.none() | st.builds(TensorData, matrices("float32")),
+    prompt_alt_tokens=st.none() | alternatives(),
+    prompt_cache_hit_tokens=st.integers(0, 2**31 - 1),
 )
+
+
+def plain(response):
+    """Everything in a response as lists, with the dtypes and shapes of its arrays."""
+    return messages.encode(response)
 
 
 @given(samples)
 def test_samples_are_read_as_they_were_written(response):
     encoded = protobuf.encode_sample(response)
-    assert protobuf.decode_sample(encoded) == response
+    assert plain(protobuf.decode_sample(encoded)) == plain(response)
     as_json = messages.decode(messages.encode(response), SampleResponse)
-    assert protobuf.decode_sample(encoded) == as_json
+    assert plain(as_json) == plain(response)
+
+
+@given(matrices("float32"))
+def test_sparse_targets_are_read_as_the_dense_matrix(array):
+    rows, cols = np.nonzero(array)
+    sparse = SparseTensor(
+        data=array[rows, cols].tolist(),
+        dtype="float32",
+        shape=list(array.shape),
+        sparse_crow_indices=[0, *np.cumsum(np.bincount(rows, minlength=len(array))).tolist()],
+        sparse_col_indices=cols.tolist(),
+    )
+    response = SparseSampleResponse(sequences=[], target_prompt_logprobs=sparse)
+    encoded = protobuf.encode_sample(response)
+    written = pb.SampleResponse.FromString(encoded).target_prompt_logprobs
+    assert list(written.shape) == list(array.shape)
+    indices = np.frombuffer(written.sparse_csr.col_indices, "<i8")
+    assert indices.tolist() == sparse.sparse_col_indices
+    for read in (
+        protobuf.decode_sample(encoded),
+        messages.decode(messages.encode(response), SampleResponse),
+    ):
+        np.testing.assert_array_equal(read.target_prompt_logprobs, array)
 
 
 @given(samples)
@@ -514,11 +568,37 @@ def test_samples_that_the_library_wrote_are_read(response):
         written.tokens = np.array(sequence.tokens, "<i4").tobytes()
         if sequence.logprobs is not None:
             written.logprobs = np.array(sequence.logprobs, "<f4").tobytes()
+        if sequence.topk_logprobs is not None:
+            write_topk(written.topk_sampled_logprobs, sequence.topk_logprobs)
+    if response.topk_prompt_logprobs is not None:
+        write_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
+    message.prompt_cache_hit_tokens = response.prompt_cache_hit_tokens
+    if response.target_prompt_logprobs is not None:
+        write_tensor(message.target_prompt_logprobs, response.target_prompt_logprobs)
+    if (drawn := response.prompt_alt_tokens) is not None:
+        write_tensor(message.prompt_alt_tokens.tokens, drawn.tokens)
+        write_tensor(message.prompt_alt_tokens.logprobs, drawn.logprobs)
     if response.prompt_logprobs is not None:
         row = [np.nan if one is None else one for one in response.prompt_logprobs]
         message.prompt_logprobs = np.array(row, "<f4").tobytes()
-    body = message.SerializeToString() + b"\x1a\x02\x08\x01"  # a field of a newer version
-    assert protobuf.decode_sample(body) == response
+    body = message.SerializeToString() + b"\x7a\x02\x08\x01"  # a field of a newer version
+    assert plain(protobuf.decode_sample(body)) == plain(response)
+    assert pb.SampleResponse.FromString(protobuf.encode_sample(response)) == message
+
+
+def write_topk(written, rows):
+    written.k = max((len(row) for row in rows if row), default=0)
+    written.length = len(rows)
+    padded = [[*(row or []), *[(0, -99999.0)] * (written.k - len(row or []))] for row in rows]
+    flat = [cell for row in padded for cell in row]
+    written.token_ids = np.array([token for token, _ in flat], "<i4").tobytes()
+    written.logprobs = np.array([logprob for _, logprob in flat], "<f4").tobytes()
+
+
+def write_tensor(written, array):
+    written.dense = array.tobytes()
+    written.dtype = pb.DTYPE_INT64 if array.dtype == np.int64 else pb.DTYPE_FLOAT32
+    written.shape.extend(array.shape)
 
 
 @given(samples, st.data())
@@ -543,6 +623,12 @@ def test_what_is_read_from_garbage_in_place_of_samples_is_a_response(response, d
         (b"\x0a\x06\x1a\x04\x00\x00\xc0\x7f", "nan at position 0 is not finite"),
         (b"\x0a\x05\x12\x03\x00\x00\x00", "3 bytes are no numbers of 4 bytes each"),
         (b"\x0a\x09\x08", "not a SampleResponse: it ends within a field"),
+        (b"\x1a\x0a\x0a\x04abcd\x18\x02\x20\x01", "1 tokens and 0 logprobs at 1 positions of 2"),
+        (b"\x1a\x06\x20\xff\xff\xff\xff\x0f", "at 4294967295 positions of 0 each"),
+        (b"\x2a\x0a\x0a\x04abcd\x18\x01\x20\x03", "do not fill"),
+        (b"\x2a\x13\x0a\x04abcd\x18\x01\x20" + b"\xff" * 9 + b"\x01", r"a shape of \[-1\]"),
+        (b"\x2a\x0a\x0a\x04\x00\x00\xc0\x7f\x18\x01\x20\x01", "nan at position 0 is not finite"),
+        (b"\x32\x00", "do not go together"),
     ],
 )
 def test_samples_that_cannot_be_are_refused(body, words):
