@@ -11,13 +11,16 @@ class Stats(NamedTuple):
     Args:
         compilations: programs that XLA compiled.
         objectives: objectives that were new: mintjax's own by structure, others by value.
-        loops_interpreted: steps whose objective took rows one by one, evaluated from one trace for
-            all lengths.
+        loops_grouped: steps whose objective took rows one by one, evaluated from one trace for all
+            lengths, with the operations of all rows together.
+        loops_interpreted: such steps in which most operations are of one row alone, so that each
+            takes its time.
         loops_traced: such steps for which the objective was traced anew, which is slow.
     """
 
     compilations: int
     objectives: int
+    loops_grouped: int
     loops_interpreted: int
     loops_traced: int
 

@@ -57,8 +57,8 @@ def value_and_logprob_grads(
 
     ``grads[i] = d loss / d logprobs[i]``, by ``jax.value_and_grad`` under a cached ``jit``. Rows
     are laid out so that batches of other lengths meet the same compiled program; an objective that
-    takes rows one by one is traced once for all lengths and evaluated with NumPy: the same numbers,
-    slower; :func:`mintjax.gradients.stats` counts such steps.
+    takes rows one by one is traced once for all lengths and evaluated with NumPy, all rows at once:
+    the same numbers. :func:`mintjax.gradients.stats` counts such steps.
 
     Args:
         objective: ``(data, logprobs) -> (loss, metrics)``: a scalar, and a dict of scalars. A pure

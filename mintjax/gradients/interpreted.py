@@ -19,7 +19,6 @@ from mintjax.gradients.flat import (
     Equation,
     Flat,
     replace_sizes,
-    size_of,
     symbolic_sizes,
 )
 
@@ -62,67 +61,68 @@ def _filled(value: Any, known: Mapping[str, int]) -> Any:
     return value
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
+    """An equation that is ready to be evaluated.
+
+    Args:
+        rule: computes it.
+        inputs: the slots that it reads.
+        outputs: the slots that it writes.
+        params: of the rule, with symbolic sizes as texts.
+        texts: these sizes.
+        dtypes: of the outputs.
+        several: whether the rule gives a list.
+    """
+
     rule: Rule
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    params: list[Any]  # of the rule
-    symbolic: bool  # whether some of these are to be computed from the lengths
+    params: list[Any]
+    texts: list[str]
     dtypes: list[Any]
     several: bool
 
+    def compute(self, operands: Sequence[Array], known: Mapping[str, int]) -> list[Array]:
+        """Computes the outputs.
 
-def prepare(flat: Flat) -> Callable[[Sequence[Array], Mapping[str, int]], list[Array]]:
-    """Readies a program whose sizes may be symbols, to be evaluated with NumPy again and again.
+        Args:
+            operands: the inputs.
+            known: the sizes that ``texts`` names.
+        """
+        params = self.params
+        if self.texts:
+            params = [_filled(value, known) for value in params]
+        result = self.rule(*operands, *params)
+        results = result if self.several else (result,)
+        return [np.asarray(value, dtype) for value, dtype in zip(results, self.dtypes, strict=True)]
 
-    Returns:
-        A function of the arguments and of the size of each symbol, which gives the outputs.
+
+def rule_of(flat: Flat, equation: Equation) -> Rule | None:
+    """Gives the rule that computes an equation from the parameters in :data:`READ`, if any."""
+    given = [flat.avals[slot] for slot in equation.inputs[:2]]
+    if equation.name in _PARTIAL and not _is_within(equation.params, *given):
+        return None
+    return _RULES.get(equation.name)
+
+
+def step_of(flat: Flat, equation: Equation) -> Step:
+    """Readies an equation to be evaluated.
 
     Raises:
-        Unsupported: an equation with symbolic sizes has no rule here.
+        Unsupported: it has symbolic sizes and no rule here.
     """
-    steps = [_step(flat, equation) for equation in flat.equations]
-    texts = {text for step in steps for text in _texts(step.params)}
-    last = _last_uses(flat)
-
-    def run(arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
-        known = {text: size_of(text, sizes) for text in texts}
-        values: list[Any] = [None] * len(flat.avals)
-        for slot, value in flat.constants.items():
-            values[slot] = value
-        for slot, value in zip(flat.inputs, arguments, strict=True):
-            values[slot] = value
-        with np.errstate(all="ignore"):
-            for step, unused in zip(steps, last, strict=True):
-                params = step.params
-                if step.symbolic:
-                    params = [_filled(value, known) for value in params]
-                result = step.rule(*(values[slot] for slot in step.inputs), *params)
-                results = result if step.several else (result,)
-                for slot, value, dtype in zip(step.outputs, results, step.dtypes, strict=True):
-                    values[slot] = np.asarray(value, dtype)
-                for slot in unused:
-                    values[slot] = None
-        return [values[slot] for slot in flat.outputs]
-
-    return run
-
-
-def _step(flat: Flat, equation: Equation) -> _Step:
-    rule = _RULES.get(equation.name)
-    params = [equation.params[key] for key in _READ.get(equation.name, ())]
-    given = [flat.avals[slot] for slot in equation.inputs[:2]]
-    if rule is None or (equation.name in _PARTIAL and not _is_within(equation.params, *given)):
+    rule = rule_of(flat, equation)
+    params = [equation.params[key] for key in READ.get(equation.name, ())]
+    if rule is None:
         slots = (*equation.inputs, *equation.outputs)
         shapes = [flat.avals[slot].shape for slot in slots]
         if symbolic_sizes(shapes) or symbolic_sizes(list(equation.params.values())):
             raise Unsupported(equation.name)
         rule, params = functools.partial(_bound, equation), []
     dtypes = [flat.avals[slot].dtype for slot in equation.outputs]
-    symbolic = bool(symbolic_sizes(params))
     params = [replace_sizes(value, lambda size: _Text(str(size))) for value in params]
     several = equation.primitive.multiple_results
-    return _Step(rule, equation.inputs, equation.outputs, params, symbolic, dtypes, several)
+    return Step(rule, equation.inputs, equation.outputs, params, _texts(params), dtypes, several)
 
 
 def _bound(equation: Equation, *inputs: Array) -> Any:
@@ -130,17 +130,6 @@ def _bound(equation: Equation, *inputs: Array) -> Any:
     return equation.primitive.bind(
         *functions, *(cast("Any", jnp).asarray(x) for x in inputs), **params
     )
-
-
-def _last_uses(flat: Flat) -> list[list[int]]:
-    """Lists, for each equation, the slots that none reads after it, so that memory is freed."""
-    seen = set(flat.outputs)
-    unused: list[list[int]] = []
-    for equation in reversed(flat.equations):
-        done = [slot for slot in (*equation.inputs, *equation.outputs) if slot not in seen]
-        seen.update(done)
-        unused.append(done)
-    return unused[::-1]
 
 
 def _run(jaxpr: Any, consts: Sequence[Array], arguments: Sequence[Array]) -> list[Array]:
@@ -173,7 +162,7 @@ def _apply(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
     rule = _RULES.get(name)
     if rule is None or (name in _PARTIAL and not _is_within(parameters, *inputs[:2])):
         return _by_jax(jaxpr, equation, inputs)
-    result = rule(*inputs, *(parameters[key] for key in _READ.get(name, ())))
+    result = rule(*inputs, *(parameters[key] for key in READ.get(name, ())))
     results = result if equation.primitive.multiple_results else [result]
     return [
         np.asarray(value, variable.aval.dtype)
@@ -277,6 +266,8 @@ def _broadcast_in_dim(
 
 
 def _select_n(which: Array, *cases: Array) -> Array:
+    if which.dtype == np.bool_:
+        return cast("Array", np.where(which, cases[1], cases[0]))
     chosen: Array = cases[0]
     for i, case in enumerate(cases[1:], start=1):
         chosen = cast("Array", np.where(which == i, case, chosen))
@@ -467,8 +458,7 @@ _RULES: dict[str, Rule] = {
 _PARTIAL = frozenset({"gather", "scatter-add"})
 """Primitives of which a rule covers only what :func:`_is_within` tells."""
 
-# Which of an equation's parameters a rule reads; the others choose among equal results.
-_READ: dict[str, tuple[str, ...]] = {
+READ: dict[str, tuple[str, ...]] = {
     "argmax": ("axes",),
     "argmin": ("axes",),
     "broadcast_in_dim": ("shape", "broadcast_dimensions"),
@@ -492,3 +482,4 @@ _READ: dict[str, tuple[str, ...]] = {
     **{name: ("axes",) for name in _RULES if name.startswith("reduce_")},
     **{name: ("axis", "reverse") for name in _RULES if name.startswith("cum")},
 }
+"""The parameters of an equation that its rule reads; the others choose among equal results."""

@@ -72,10 +72,10 @@ class Trace(NamedTuple):
                 needed.update(equation.inputs)
         return bool(needed.intersection(self.flat.inputs[:rows]))
 
-    def arguments(self, batch: Batch, rows: Sequence[Array], identity: Identity) -> list[Array]:
-        """Lists the inputs of the program for a batch."""
-        columns = [row for name in self.kinds for row in batch.rows(name)]
-        return [*rows, *map(jnp_like, identity.parameters), *columns]
+    def arguments(self, batch: Batch, rows: Sequence[Array], identity: Identity) -> list[Any]:
+        """Lists the inputs of the program for a batch; the rows of a column are a list."""
+        parameters = [[jnp_like(value)] for value in identity.parameters]
+        return [rows, *parameters, *(batch.rows(name) for name in self.kinds)]
 
 
 def jnp_like(value: Any) -> Array:

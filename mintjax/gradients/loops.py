@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.gradients import interpreted, lengths
+from mintjax.gradients import grouped, interpreted, lengths
 from mintjax.gradients.contract import Metrics, Objective, Outcome, evaluate, name_of, users_line
 from mintjax.gradients.counts import count
 from mintjax.gradients.dependence import inputs_used
@@ -32,12 +33,12 @@ class _Plan(NamedTuple):
     Args:
         kinds: of each column that it reads; the plan is good for batches of the same.
         trace: for all lengths; None if there is none.
-        run: evaluates the trace with NumPy.
+        program: evaluates the trace with NumPy.
     """
 
     kinds: Mapping[str, Any]
-    trace: lengths.Trace | None
-    run: Callable[[Sequence[Array], Mapping[str, int]], list[Array]] | None
+    trace: lengths.Trace | None = None
+    program: grouped.Grouped | None = None
 
 
 class Loops:
@@ -54,17 +55,20 @@ class Loops:
         """Computes the loss, the metrics and the gradient with respect to each row."""
         rows = _canonical(rows)
         plan = self._find(objective, identity, batch, rows)
-        if plan is None or plan.trace is None or plan.run is None:
+        if plan is None or plan.trace is None or plan.program is None:
             count("loops_traced")
             closed, tree = _trace_batch(objective, identity, batch, rows)
-            outputs = interpreted.evaluate(closed, rows)
-        else:
-            count("loops_interpreted")
-            trace, tree = plan.trace, plan.trace.tree
-            sizes = {name: len(row) for name, row in zip(trace.symbols, rows, strict=True)}
-            outputs = plan.run(trace.arguments(batch, rows, identity), sizes)
-        (loss, metrics), grads = tree.unflatten(outputs)
-        return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
+            (loss, metrics), grads = tree.unflatten(interpreted.evaluate(closed, rows))
+            return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
+        trace, program = plan.trace, plan.program
+        few = 2 * program.operations <= len(trace.flat.equations)
+        count("loops_grouped" if few else "loops_interpreted")
+        sizes = list(map(len, rows))
+        results, flat = program.run(trace.arguments(batch, rows, identity), sizes)
+        ends = itertools.accumulate(sizes)
+        grads = [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        (loss, metrics), grads = trace.tree.unflatten([*results, *grads])
+        return Outcome(loss, metrics, bool(np.isfinite(flat).all()), grads)
 
     def needs_logprobs(
         self, objective: Objective, identity: Identity, batch: Batch, rows: Rows
@@ -99,13 +103,14 @@ class Loops:
                 return plan
         try:
             trace = lengths.trace(identity, batch, rows)
-            plan = _Plan(trace.kinds, trace, interpreted.prepare(trace.flat))
+            program = grouped.prepare(trace.flat, len(rows), trace.parameters)
+            plan = _Plan(trace.kinds, trace, program)
         except lengths.NotForAllLengths as error:
             _warn(objective, str(error), error.__cause__ or error)
-            plan = _Plan(error.kinds, None, None)
+            plan = _Plan(error.kinds)
         except interpreted.Unsupported as error:
             _warn(objective, f"JAX's {error} is not known for symbolic lengths", error)
-            plan = _Plan({}, None, None)
+            plan = _Plan({})
         plans.append(plan)
         while len(self._plans) > _KEPT:
             del self._plans[next(iter(self._plans))]
