@@ -19,14 +19,14 @@ def check_blocks(page: str, name: str, capsys: pytest.CaptureFixture[str]) -> li
     Returns:
         For each block its output, as the page has it; empty where it has none.
     """
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": "__main__"}
     outputs: list[str] = []
     for block, output in BLOCK.findall(page):
         exec(compile(block, name, "exec"), names)
         printed = capsys.readouterr().out
         if output:
-            assert NUMBER.split(printed) == NUMBER.split(output)
-            said = [float(number) for number in NUMBER.findall(output)]
-            assert [float(n) for n in NUMBER.findall(printed)] == pytest.approx(said, abs=0.05)
+            said, found = ([*map(float, NUMBER.findall(text))] for text in (output, printed))
+            same = NUMBER.split(printed) == NUMBER.split(output)
+            assert same and found == pytest.approx(said, abs=0.05), f"{name} printed:\n{printed}"
         outputs.append(output)
     return outputs

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import dis
 import functools
 import hashlib
 import random
@@ -44,6 +45,7 @@ _INSTALLED = tuple(
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
     if (path := sysconfig.get_paths().get(name))
 )
+_ATTRIBUTE = ("_ATTR", "_METHOD")  # endings of the instructions that name an attribute
 _LIBRARIES = frozenset({"mintjax", "jax", "jaxlib", "numpy", "optax"})
 
 
@@ -281,11 +283,12 @@ class _Walk:
     def _of_function(self, function: types.FunctionType) -> Fingerprint:
         if _is_library(function):
             return Same(function)
-        names, free = _names(function.__code__), function.__code__.co_freevars
+        names, variables = _names(function.__code__), _variables(function.__code__)
+        free = function.__code__.co_freevars
         cells = zip(free, function.__closure__ or (), strict=True)
         enclosed = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
         named = self._named(enclosed, free, names, [])
-        named += self._named(function.__globals__, names, names, [])
+        named += self._named(function.__globals__, variables, names, [])
         return (
             function.__code__,
             self.of(function.__defaults__),
@@ -341,6 +344,20 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(_names(constant)))
     return tuple(names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _variables(code: types.CodeType) -> tuple[str, ...]:
+    """The names without those that are attributes only: ``self.beta`` reads no global ``beta``."""
+    read = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opcode in dis.hasname and not instruction.opname.endswith(_ATTRIBUTE)
+    }
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            read |= set(_variables(constant))
+    return tuple(name for name in _names(code) if name in read)
 
 
 def _is_library(function: types.FunctionType) -> bool:

@@ -93,6 +93,25 @@ def test_another_attribute_runs_the_same_program(kind):
     assert gradients.stats() == before
 
 
+def test_a_global_with_the_name_of_an_attribute_is_another_thing(monkeypatch):
+    slope(Controller(1.0))
+    before = gradients.stats()
+    for coef in (0.1, 0.2, 0.4):  # as the variable of a loop in a script
+        monkeypatch.setitem(globals(), "coef", coef)
+        slope(Controller(coef))
+    assert gradients.stats() == before
+
+
+def test_a_global_that_is_an_attribute_elsewhere_is_seen(monkeypatch):
+    def objective(data, logprobs):
+        return SCALE * SETTINGS.SCALE * logprobs.total(), {}
+
+    monkeypatch.setattr(SETTINGS, "SCALE", 2.0, raising=False)
+    for scale in (1.0, 3.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert slope(objective)[0] == 2 * scale
+
+
 def test_a_frozen_dataclass_with_an_array_made_anew_runs_the_same_program():
     slope(WithArray(np.array([5.0, 5.0])))
     before = gradients.stats()
