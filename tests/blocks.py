@@ -26,7 +26,7 @@ def check_blocks(page: str, name: str, capsys: pytest.CaptureFixture[str]) -> li
         printed = capsys.readouterr().out
         if output:
             said, found = ([*map(float, NUMBER.findall(text))] for text in (output, printed))
-            same = NUMBER.split(printed) == NUMBER.split(output)
-            assert same and found == pytest.approx(said, abs=0.05), f"{name} printed:\n{printed}"
+            assert NUMBER.split(printed) == NUMBER.split(output), f"{name} printed:\n{printed}"
+            assert found == pytest.approx(said, abs=0.05), f"{name} printed:\n{printed}"
         outputs.append(output)
     return outputs
