@@ -26,7 +26,7 @@ import numpy as np
 
 from mintjax import Ragged, losses
 
-COUNT = 20_000
+COUNT = 100_000
 ROW = 131_072
 
 

@@ -231,10 +231,12 @@ def discopop(
         temperature=temperature,
     )
     tau = jnp.where(tau > 0, tau, 1)  # masking left 0
-    closed = sigmoid(-logits / tau)
-    logistic = closed * harmless_where_zero(closed, log_sigmoid(logits))
-    # The gate closes faster than the exponential grows as long as the temperature is below 1.
+    opened, closed = sigmoid(logits / tau), sigmoid(-logits / tau)
+    logistic = -log_sigmoid(logits)
+    lost = jax.lax.stop_gradient(logits) < -60
     settled = jnp.where(jnp.isinf(logits), 0, logits)
-    exponential = jnp.exp(log_sigmoid(settled / tau) - settled)
+    exponential = jnp.exp(jnp.where(lost, settled / tau, 0) - settled)
     exponential = jnp.where(jnp.isinf(logits), 0, exponential)
-    return finish(exponential - logistic, where, chosen_scores)
+    gap = exponential + jnp.where(lost, logistic, -logistic)
+    blend = jnp.where(lost, 0, logistic) + jnp.where(lost, closed, opened) * gap
+    return finish(blend, where, chosen_scores)

@@ -137,7 +137,7 @@ def sapo(
     open_wide = jax.lax.stop_gradient(log_ratio) > 30 - jnp.log(tau)
     ratio = jnp.exp(jnp.where(open_wide, 0, log_ratio))
     gate = jnp.where(open_wide, 1, sigmoid(tau * (ratio - 1)))
-    return finish(-(4 / tau) * gate * advantages, where, target_logprobs)
+    return finish(-4 * gate * (advantages / tau), where, target_logprobs)
 
 
 def dppo_kl(
