@@ -449,9 +449,10 @@ class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
         )
 
 
-Route = Literal["two_pass", "one_pass", "by_name"]
+Route = Literal["two_pass", "one_pass", "by_name", "by_gradient"]
 """How a custom step reached the trainer: a forward and a backward pass; a backward pass alone, for
-a gradient that does not depend on the logprobs; or a loss of the trainer's own."""
+a gradient that does not depend on the logprobs; a loss of the trainer's own; or requests of the
+trainer's own that give the logprobs and take their gradient as it is, as hatchery has them."""
 
 
 class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):

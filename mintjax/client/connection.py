@@ -45,6 +45,7 @@ class _Offered(msgspec.Struct):
 
 class _Capabilities(msgspec.Struct):
     supported_models: list[_Offered]
+    supports_forward_backward_custom: bool = False
 
 
 _WARN_WITHOUT_HEARTBEAT = 120.0
@@ -162,11 +163,14 @@ class Connection:
     async def capabilities(self) -> ServerCapabilities:
         """Asks which base models the trainer offers; hatchery calls their names ``model_id``.
 
+        Whether it has requests that take gradients is noted by the way.
+
         Raises:
             APIResponseError: a model has neither name.
         """
         path = "get_server_capabilities"
         answer = await self.transport.call(Request(path, method="GET"), _Capabilities)
+        self.facts.takes_gradients = answer.supports_forward_backward_custom
         models: list[SupportedModel] = []
         for i, one in enumerate(answer.supported_models):
             name = one.model_name or one.model_id

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients, refuses_loss
 from mintjax.client.lane import Turn
 from mintjax.client.passes import Pass
@@ -44,10 +45,12 @@ async def custom_step(
 ) -> CustomStepOutput:
     """Adds the gradient of an objective to what is accumulated in the trainer.
 
-    One backward pass does it where :func:`mintjax.step.routes.shortcut` finds one. Else a forward
-    pass gives the logprobs, the gradient is computed here, and a backward pass carries it. Where
-    the trainer refuses a loss by its name, the step goes on without; if it then succeeds, that
-    trainer is not asked for that loss again.
+    Where the trainer takes gradients of logprobs, and nobody has said what it divides its losses
+    by, the gradient goes as it is. Elsewhere one backward pass does it where
+    :func:`mintjax.step.routes.shortcut` finds one. Else a forward pass gives the logprobs, the
+    gradient is computed here, and a backward pass carries it. Where the trainer refuses a loss by
+    its name, the step goes on without; if it then succeeds, that trainer is not asked for that loss
+    again.
 
     Args:
         gradients: of the model.
@@ -63,7 +66,9 @@ async def custom_step(
         APIError: the trainer refuses, or fails.
     """
     facts, limits = gradients.connection.facts, gradients.connection.limits
-    reduction = await gradients.reduction()
+    reduction = await gradients.reduction(data)
+    if reduction is None:
+        return await _by_gradient(gradients, turn, data, objective)
     total = await gradients.datums_in_step(turn, reduction, len(data), datums_in_step)
     metrics: dict[str, float] | None = None
     forward_seconds = 0.0
@@ -131,6 +136,29 @@ async def custom_step(
         forward_seconds=forward_seconds,
         client_seconds=turn.computing_seconds,
         backward_seconds=backward_seconds,
+    )
+
+
+async def _by_gradient(
+    gradients: AccumulatedGradients, turn: Turn, data: Batch, objective: Objective
+) -> CustomStepOutput:
+    """Takes the step by the trainer's own requests: logprobs come, and their gradient goes."""
+    step = GradientStep(gradients.connection.limits, data)
+    sent = time.perf_counter()
+    rows = await gradients.ask_logprobs(turn, step)
+    forward_seconds = time.perf_counter() - sent
+    result = await turn.compute(lambda: value_and_logprob_grads(objective, data, rows))
+    turn.begin()
+    sent = time.perf_counter()
+    output = await gradients.send_gradient(turn, step, result.grads)
+    return CustomStepOutput(
+        loss_fn_outputs=output.loss_fn_outputs,
+        metrics=_named(output.metrics, result.metrics),
+        loss_fn_output_type=output.loss_fn_output_type,
+        route="by_gradient",
+        forward_seconds=forward_seconds,
+        client_seconds=turn.computing_seconds,
+        backward_seconds=time.perf_counter() - sent,
     )
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from mintjax.client.connection import Connection
+from mintjax.client.gradient_steps import GRADIENT_PATH, LOGPROBS_PATH, GradientStep
 from mintjax.client.lane import Turn
 from mintjax.client.passes import Pass
 from mintjax.client.reductions import Measure, reduction_of
 from mintjax.errors import APIError, RequestFailedError
+from mintjax.protocol import messages
 from mintjax.step.accumulated import Accumulated, Sent
 from mintjax.step.reduction import Reduction
-from mintjax.types import ForwardBackwardOutput, OptimStepResponse
+from mintjax.types import Datum, ForwardBackwardOutput, OptimStepResponse
 
 T = TypeVar("T")
 
@@ -32,13 +37,20 @@ class AccumulatedGradients:
         self._measure = measure
         self._accumulated = Accumulated()
 
-    async def reduction(self) -> Reduction:
+    async def reduction(self, data: Sequence[Datum]) -> Reduction | None:
         """Says what the trainer divides losses by, and measures it if nobody has.
+
+        Args:
+            data: of the custom step.
+
+        Returns:
+            None where it need not be known, because the trainer takes gradients of logprobs.
 
         Raises:
             UnknownReductionError: it cannot be told.
         """
-        return await reduction_of(self.connection, self._measure)
+        one_target = all(datum.loss_fn_inputs["target_tokens"].ndim == 1 for datum in data)
+        return await reduction_of(self.connection, self._measure, one_target)
 
     async def datums_in_step(
         self, turn: Turn, reduction: Reduction, datums: int, announced: int | None
@@ -71,10 +83,35 @@ class AccumulatedGradients:
             APIError: the trainer refuses it, or fails.
         """
         sent = Sent(given.datums, scaled_for) if given.backward else None
-        messages = given.messages(self.model_id)
-        output = ForwardBackwardOutput
-        parts = await self._send(turn, sent, given.path, messages, output, leave, given.check)
+        requests, output = given.messages(self.model_id), ForwardBackwardOutput
+        parts = await self._send(turn, sent, given.path, requests, output, leave, given.check)
         return given.output(parts)
+
+    async def ask_logprobs(self, turn: Turn, step: GradientStep) -> list[npt.NDArray[np.float32]]:
+        """Asks for the logprobs of a custom step that the trainer takes by its gradient.
+
+        Raises:
+            APIError: the trainer refuses, or fails.
+        """
+        questions = step.questions(self.model_id)
+        answer = messages.CustomStepLogprobs
+        return step.read(
+            await self._send(turn, None, LOGPROBS_PATH, questions, answer, False, step.check)
+        )
+
+    async def send_gradient(
+        self, turn: Turn, step: GradientStep, grads: Sequence[npt.NDArray[Any]]
+    ) -> ForwardBackwardOutput:
+        """Sends the gradient by the logprobs that :meth:`ask_logprobs` gave.
+
+        Raises:
+            NonFiniteError: it is not finite; nothing was sent.
+            APIError: the trainer refuses, or fails.
+            UnknownReductionError: it says that it has added something else.
+        """
+        requests, answer = step.gradients(self.model_id, grads), messages.CustomStepGradient
+        parts = await self._send(turn, Sent(step.datums), GRADIENT_PATH, requests, answer)
+        return step.output(grads, parts)
 
     async def optim_step(self, turn: Turn, message: Any) -> OptimStepResponse:
         """Takes the optimizer step, after which nothing is accumulated.
@@ -99,19 +136,19 @@ class AccumulatedGradients:
         turn: Turn,
         sent: Sent | None,
         path: str,
-        messages: Sequence[Any],
+        requests: Sequence[Any],
         as_type: type[T],
         leave: bool = True,
         check: Callable[[int, T], None] = lambda part, result: None,
     ) -> list[T]:
         if sent is None:
             return await turn.request(
-                path, messages, as_type, mutates=False, leave=leave, check=check
+                path, requests, as_type, mutates=False, leave=leave, check=check
             )
         try:
             parts = await turn.request(
                 path,
-                messages,
+                requests,
                 as_type,
                 mutates=True,
                 leave=leave,

@@ -143,7 +143,7 @@ class Pass:
             APIResponseError: there is not one record for each datum, logprobs are not shaped as
                 the targets, or a number is none that it can be.
         """
-        _check_shapes(self._chunks[part], output)
+        check_shapes(self._chunks[part], output)
 
     def output(self, parts: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
         """Joins the outputs of all requests, each of them checked, to that of the batch."""
@@ -179,7 +179,12 @@ def _check_probable(first: int, rows: Sequence[TensorData | None]) -> None:
     )
 
 
-def _check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
+def check_shapes(chunk: Chunk, output: ForwardBackwardOutput) -> None:
+    """Checks that an output can be that of a chunk.
+
+    Raises:
+        APIResponseError: it cannot; see :meth:`Pass.check`.
+    """
     if len(output.loss_fn_outputs) != len(chunk.shapes):
         raise APIResponseError(
             f"the trainer returned {len(output.loss_fn_outputs)} outputs for "

@@ -30,6 +30,8 @@ _MAX_STATUS_BYTES = 1 << 20  # a larger answer to a pass holds its result
 _RESULTS = {
     "forward": "loss_fn_outputs",
     "forward_backward": "loss_fn_outputs",
+    "forward_backward_custom_step1": "logprobs",
+    "forward_backward_custom_step2": "surrogate",
     "optim_step": "metrics",
     "save_weights": "path",
     "load_weights": "path",
@@ -214,7 +216,7 @@ async def _pause(
     repeats = "never" if failure.final else verdict(failure.ending, in_doubt=True).repeats
     if gone:  # the request may be sent again
         repeats = "until the deadline"
-        if request.mutates and not policy.repeat_unanswered:
+        if request.is_given_up_in_doubt(policy):
             deadline = 0.0
     await transport.pause(request, failure, patience, deadline, repeats)
     if gone:

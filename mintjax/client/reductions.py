@@ -9,7 +9,7 @@ from typing import get_args
 
 from mintjax.client import remembered
 from mintjax.client.connection import Connection
-from mintjax.errors import UnknownReductionError
+from mintjax.errors import APIResponseError, APIStatusError, UnknownReductionError
 from mintjax.protocol import messages
 from mintjax.step.probe import Measurement
 from mintjax.step.reduction import SUM, Reduction, Unit
@@ -23,12 +23,23 @@ Measure = Callable[[Reduction | None], Awaitable[Measurement]]
 """Measures on a throwaway model; given a reduction, checks only whether the trainer has it."""
 
 
-async def reduction_of(connection: Connection, measure: Measure) -> Reduction:
+async def reduction_of(
+    connection: Connection, measure: Measure, one_target: bool
+) -> Reduction | None:
     """Says what the trainer divides losses by.
 
     In this order: what is known of this connection, what the user says, what an embedded trainer
     says of itself, what the documentation of a hosted trainer promises, what was measured by an
     earlier process and is confirmed by a short measurement, and a measurement.
+
+    Args:
+        connection: the session.
+        measure: how.
+        one_target: each token has one target, not several candidates.
+
+    Returns:
+        None where nobody has said it, and it need not be known, because the trainer has requests
+        that take the gradient of logprobs as it is.
 
     Raises:
         UnknownReductionError: it was measured in vain, now or before on this connection.
@@ -37,9 +48,31 @@ async def reduction_of(connection: Connection, measure: Measure) -> Reduction:
     facts = connection.facts
     async with connection.measuring:
         if facts.reduction is None:
-            known = _without_measuring(connection)
+            known = _said(connection)
+            if known is None and one_target and await _takes_gradients(connection):
+                return None
+            if known is None and not connection.settings.measure:
+                known = _assumed(connection)
             facts.reduction = known or await measured(connection, measure)
         return facts.reduction
+
+
+async def _takes_gradients(connection: Connection) -> bool:
+    """Asks, once, whether the trainer has requests that take the gradient of logprobs."""
+    facts = connection.facts
+    if facts.takes_gradients is None:
+        try:
+            await connection.capabilities()
+        except (APIResponseError, APIStatusError) as error:
+            logger.info("no use of get_server_capabilities: %s", error)
+        facts.takes_gradients = facts.takes_gradients or False
+        if facts.takes_gradients:
+            logger.info(
+                "%s takes gradients of logprobs as they are, so what it divides its own losses by "
+                "is not measured",
+                connection.transport.address,
+            )
+    return facts.takes_gradients
 
 
 async def measured(connection: Connection, measure: Measure, *, anew: bool = False) -> Reduction:
@@ -92,7 +125,7 @@ async def measured(connection: Connection, measure: Measure, *, anew: bool = Fal
     return found.reduction
 
 
-def _without_measuring(connection: Connection) -> Reduction | None:
+def _said(connection: Connection) -> Reduction | None:
     settings, address = connection.settings, connection.transport.address
     if settings.reduction is not None:
         return settings.reduction
@@ -102,14 +135,16 @@ def _without_measuring(connection: Connection) -> Reduction | None:
     if settings.transport is None and settings.url.host in PROMISE_A_SUM:
         logger.info("%s sums losses, as its documentation says; this was not measured", address)
         return SUM
-    if not settings.measure:
-        logger.warning(
-            "what %s divides losses by is not known and was not measured; gradients of custom "
-            "losses are sent as if it summed",
-            address,
-        )
-        return SUM
     return None
+
+
+def _assumed(connection: Connection) -> Reduction:
+    logger.warning(
+        "what %s divides losses by is not known and was not measured; gradients of custom losses "
+        "are sent as if it summed",
+        connection.transport.address,
+    )
+    return SUM
 
 
 def _read(stated: messages.StatedReduction) -> Reduction | None:

@@ -18,6 +18,7 @@ from mintjax.client.connection import Connection
 from mintjax.client.custom_step import custom_step
 from mintjax.client.custom_step import logprobs as logprobs_of
 from mintjax.client.futures import APIFuture, Limited, MadeClient, both, submitted, wait
+from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, Turn
 from mintjax.client.passes import Pass
@@ -216,11 +217,16 @@ class TrainingClient(MadeClient):
         batch = check_data(list(data), ["target_tokens"])
 
         async def run(turn: Turn) -> ForwardBackwardOutput:
-            reduction = await self._gradients.reduction()
+            limits = self._connection.limits
+            reduction = await self._gradients.reduction(batch)
+            if reduction is None:
+                step = GradientStep(limits, batch)
+                turn.begin()
+                await self._gradients.ask_logprobs(turn, step)
+                return await self._gradients.send_gradient(turn, step, grads)
             total = await self._gradients.datums_in_step(turn, reduction, len(batch), None)
             carried = carrier(reduction, batch, logprobs, grads, total)
             turn.begin()
-            limits = self._connection.limits
             given = Pass(limits, carried, reduction.loss_fn, backward=True)
             given.check_scaled_for(reduction)
             scaled_for = None if reduction.per_step is None else total

@@ -26,7 +26,7 @@ from mintjax.client.replies import (
     printable,
     unfold,
 )
-from mintjax.client.settings import Event, Patience, Progress, Settings, retry_after
+from mintjax.client.settings import Event, Patience, Progress, RetryPolicy, Settings, retry_after
 from mintjax.client.waiting import Notices, Wait
 from mintjax.errors import APIError, APIResponseError, APIStatusError
 from mintjax.protocol import messages, protobuf
@@ -53,6 +53,7 @@ _KINDS: dict[int, type[APIStatusError]] = {
     404: errors.NotFoundError,
     429: errors.RateLimitError,
 }
+_ONCE = frozenset({"forward_backward_custom_step2"})
 _NAMED = frozenset({"save_weights", "save_weights_for_sampler"})
 RECOVERY = "go on from the last checkpoint, with create_training_client_from_state_with_optimizer"
 
@@ -85,6 +86,13 @@ class Request(msgspec.Struct):
     started: float = msgspec.field(default_factory=time.monotonic)
     request_id: str = ""
     in_doubt: bool = False
+
+    def is_given_up_in_doubt(self, policy: RetryPolicy) -> bool:
+        """Tells whether it is not sent again once it may have been applied.
+
+        A trainer takes the gradient of a custom step once, and fails its repetition.
+        """
+        return self.mutates and (self.path in _ONCE or not policy.repeat_unanswered)
 
     @property
     def may_have_been_applied(self) -> bool:
@@ -210,7 +218,7 @@ class Transport:
                 if outcome.final or self._is_answered(request, outcome):
                     repeats = "never"
                 deadline = wait.limit
-                if request.in_doubt and request.mutates and not self.policy.repeat_unanswered:
+                if request.in_doubt and request.is_given_up_in_doubt(self.policy):
                     deadline = 0.0
                 wait.why = str(outcome.error)
                 await self.pause(request, outcome, patience, deadline, repeats)

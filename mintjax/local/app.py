@@ -30,6 +30,7 @@ from mintjax.local import bodies
 from mintjax.local.access import Access
 from mintjax.local.answers import RepeatKeys
 from mintjax.local.checkpoints import StorageError
+from mintjax.local.custom_steps import STEP1, STEP2, CustomSteps
 from mintjax.local.dialects import OWN, Dialect, NoNumberError, Player
 from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest, model_made_by_load
 from mintjax.local.engine import Engine
@@ -157,6 +158,12 @@ class _Http:
             self._route("retrieve_future", "POST", self._retrieve_future),
             self._route("retrieve_futures", "POST", self._retrieve_futures),
         ]
+        if self._dialect.takes_gradients:
+            custom = CustomSteps(do.engine, self._limits)
+            routes += [
+                self._queued(STEP1, messages.CustomStepRequest, custom.step1),
+                self._queued(STEP2, messages.CustomStepRequest, custom.step2),
+            ]
         for path in self._dialect.not_found:
             routes.insert(0, self._route(path, "POST", _not_found))
         return Starlette(

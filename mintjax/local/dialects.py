@@ -59,7 +59,7 @@ class Dialect:
         query_only: paths whose arguments are read from the query.
         answered_at_once: paths that are answered with a result, where others give a future.
         answered_later: paths that are answered with a future, where others give a result.
-        carries_gradients: it has ``forward_backward_custom_step1`` and ``_step2``.
+        takes_gradients: it has ``forward_backward_custom_step1`` and ``_step2``.
     """
 
     reduction: Reduction | None = None
@@ -84,7 +84,7 @@ class Dialect:
     query_only: frozenset[str] = frozenset()
     answered_at_once: frozenset[str] = frozenset()
     answered_later: frozenset[str] = frozenset()
-    carries_gradients: bool = False
+    takes_gradients: bool = False
 
     @property
     def not_found(self) -> frozenset[str]:
@@ -153,7 +153,7 @@ DIALECTS: Mapping[str, Dialect] = {
         query_only=frozenset({"unload_model"}),
         answered_at_once=frozenset({"unload_model"}),
         answered_later=frozenset({"create_sampling_session"}),
-        carries_gradients=True,
+        takes_gradients=True,
     ),
 }
 """The dialects of trainers, by name and version, as ``mintjax serve --like`` has them.
@@ -231,7 +231,8 @@ class Player:
             offered: list[dict[str, Any]] = msgspec.to_builtins(answer)["supported_models"]
             for one in offered:
                 one[self._dialect.calls_models] = one.pop("model_name")
-            return {"supported_models": offered}
+            takes = self._dialect.takes_gradients
+            return {"supported_models": offered, "supports_forward_backward_custom": takes}
         return answer
 
     def failure(self, words: str, category: str) -> tuple[int, Answer]:

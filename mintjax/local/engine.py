@@ -24,6 +24,7 @@ from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.sampling import NOTHING, Wanted
 from mintjax.local.slices import Slices, each_under, finish
 from mintjax.local.tokenizer import VOCAB_SIZE
+from mintjax.step.carrier import carrier
 from mintjax.step.reduction import SUM, Reduction, amount
 from mintjax.tensors import TensorData
 from mintjax.types import (
@@ -220,6 +221,29 @@ class Engine:
         return self._pass(model_id, data, loss_fn, loss_fn_config, backward=True)
 
     @own_settings()
+    def accumulate(
+        self, model_id: str, data: Sequence[Datum], grads: Sequence[npt.NDArray[np.float32]]
+    ) -> float:
+        """Adds a gradient with respect to logprobs to what has accumulated, divided by nothing.
+
+        Args:
+            model_id: which model.
+            data: the datums; ``target_tokens`` is read.
+            grads: the derivative of a loss by each logprob, in the shape of ``target_tokens``.
+
+        Returns:
+            The sum of gradients times logprobs.
+
+        Raises:
+            NotFoundError: there is no such model.
+            NonFiniteError: a gradient is not finite; nothing was added.
+        """
+        carried = carrier(SUM, data, None, grads, len(data))
+        return self._pass(
+            model_id, carried, "cross_entropy", None, backward=True, reduction=SUM
+        ).metrics["loss:sum"]
+
+    @own_settings()
     def optim_step(self, model_id: str, params: AdamParams) -> OptimStepResponse:
         """One AdamW step on the accumulated gradient, which is then zero again.
 
@@ -412,7 +436,9 @@ class Engine:
         loss_fn_config: Mapping[str, float] | None,
         *,
         backward: bool,
+        reduction: Reduction | None = None,
     ) -> ForwardBackwardOutput:
+        reduction = reduction or self.reduction
         state = self.model(model_id)
         result = compute.run(
             state.config,
@@ -420,12 +446,12 @@ class Engine:
             data,
             loss_fn,
             loss_fn_config,
-            per_sequence=self.reduction.per_sequence,
+            per_sequence=reduction.per_sequence,
             backward=backward,
         )
         if result.gradient is not None:
             weights = [_weights(datum) for datum in data]
-            divisor = max(1.0, amount(self.reduction.per_request, weights))
+            divisor = max(1.0, amount(reduction.per_request, weights))
             new = optimizer.divided(result.gradient, divisor)
             gradient = compute.add(state.gradient, new)
             if not math.isfinite(optimizer.norm(gradient)):
@@ -443,7 +469,7 @@ class Engine:
         total = float(result.losses.sum(dtype="float64"))
         return ForwardBackwardOutput(
             loss_fn_outputs=[{"logprobs": TensorData(logprobs)} for logprobs in result.logprobs],
-            metrics={"loss:sum": total} if self.reduction.per_sequence is None else {},
+            metrics={"loss:sum": total} if reduction.per_sequence is None else {},
         )
 
     def _divisor(self, state: Model) -> float:

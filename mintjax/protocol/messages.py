@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import orjson
 
 from mintjax.errors import DataError, NonFiniteError
-from mintjax.tensors import TensorData, as_travels, first_not_finite
+from mintjax.tensors import TensorData, as_travels, check_finite, first_not_finite
 from mintjax.types import (
     AdamParams,
     Datum,
@@ -53,6 +54,46 @@ class OptimizerConfig(msgspec.Struct):
     """The family of an optimizer; what else one has is passed over."""
 
     type: str = "adamw"
+
+
+class CustomStepInput(msgspec.Struct, eq=False):
+    """The content of both requests of a custom step, as hatchery has them.
+
+    Args:
+        custom_id: the same in both; the client makes it up.
+        data: in the first; ``target_tokens`` is read.
+        grad_logprobs: in the second: the gradient of the loss by each logprob, one row per datum.
+    """
+
+    custom_id: str
+    data: list[Datum] | msgspec.UnsetType = msgspec.UNSET
+    grad_logprobs: list[list[float]] | msgspec.UnsetType = msgspec.UNSET
+
+
+class CustomStepRequest(msgspec.Struct, eq=False):
+    """``POST forward_backward_custom_step1`` and ``POST forward_backward_custom_step2``."""
+
+    forward_backward_input: CustomStepInput
+    model_id: str
+    seq_id: int | None = None
+
+
+class CustomStepLogprobs(msgspec.Struct, eq=False):
+    """The result of a custom step's first request: a row of logprobs per datum, in nats."""
+
+    logprobs: list[list[float]]
+
+
+class CustomStepGradient(msgspec.Struct):
+    """The result of a custom step's second request.
+
+    Args:
+        surrogate: the sum of gradients times logprobs.
+        metrics: of the trainer.
+    """
+
+    surrogate: float
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
 
 
 class OptimStepRequest(msgspec.Struct):
@@ -339,6 +380,17 @@ def encode(message: Any) -> bytes:
     return _ENCODER.encode(message)
 
 
+def encode_rows(rows: Sequence[npt.NDArray[np.float32]]) -> msgspec.Raw:
+    """Encode rows of different lengths as a JSON list of lists, as :func:`encode` does tensors.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity; the message names the row.
+    """
+    for i, row in enumerate(rows):
+        check_finite(row, i, "grad_logprobs")
+    return msgspec.Raw(b"[" + b",".join(_numbers_as_json(row) for row in rows) + b"]")
+
+
 def decode(body: bytes | bytearray | memoryview, as_type: type[T]) -> T:
     """Decode JSON into a struct of the protocol.
 
@@ -367,11 +419,14 @@ def _encode_hook(value: Any) -> Any:
         raise NonFiniteError(
             f"{flat[position]} at position {position} of a tensor cannot be sent", position=position
         )
-    dtype = flat.dtype.name
-    if dtype == "float32" and (np.abs(flat) == _ROUNDED_TWICE).any():
+    numbers = msgspec.Raw(_numbers_as_json(flat))
+    return {"data": numbers, "dtype": flat.dtype.name, "shape": list(value.shape)}
+
+
+def _numbers_as_json(flat: npt.NDArray[Any]) -> bytes:
+    if flat.dtype == np.float32 and (np.abs(flat) == _ROUNDED_TWICE).any():
         flat = flat.astype(np.float64)  # whose text is long
-    numbers = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
-    return {"data": msgspec.Raw(numbers), "dtype": dtype, "shape": list(value.shape)}
+    return orjson.dumps(np.ascontiguousarray(flat), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class _TensorHeader(msgspec.Struct):

@@ -13,6 +13,8 @@ class TrainerFacts:
 
     Args:
         reduction: what it divides losses by, once that is known.
+        takes_gradients: it has requests of its own that take the gradient of logprobs as it is.
+            None where nobody has asked yet.
         unknown: why that cannot be told, if it was measured in vain.
         sums_reported: the trainer reports the sum of what was sent, as ``loss:sum``, so that a
             report of something else is a contradiction. None where nobody has looked yet.
@@ -21,6 +23,7 @@ class TrainerFacts:
     """
 
     reduction: Reduction | None = None
+    takes_gradients: bool | None = None
     unknown: str | None = None
     sums_reported: bool | None = None
     refused: set[str] = field(default_factory=set[str])
