@@ -400,7 +400,7 @@ def _place(message: Any) -> tuple[str | None, int | None]:
 
 
 def _group(message: Any) -> tuple[str, int] | None:
-    """What ``retrieve_futures`` lists a request under: a client that samples, or a copy of it."""
+    """Names the client that samples, or the copy of it, which ``retrieve_futures`` asks about."""
     if not isinstance(message, messages.SampleRequest) or message.sampling_session_id is None:
         return None
     return message.sampling_session_id, (message.seq_id or 0) // REQUESTS_OF_A_COPY

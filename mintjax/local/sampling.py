@@ -55,7 +55,7 @@ class Places(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What is asked for of tokens, beside the samples.
+    """Names what a request asks of tokens, beside the samples.
 
     Args:
         prompt_logprobs: the logprob of each token of the prompt.
