@@ -11,5 +11,6 @@ NAMES = sorted(page.relative_to(PAGES).as_posix() for page in PAGES.rglob("*.md"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_python_blocks_run_and_print_what_they_are_said_to(name, capsys):
+def test_the_python_blocks_run_and_print_what_they_are_said_to(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     check_blocks((PAGES / name).read_text(), name, capsys)
