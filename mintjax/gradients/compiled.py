@@ -172,11 +172,11 @@ def _gradient(
 ) -> tuple[Array, Metrics, Array, Array]:
     def read(name: str) -> Any:
         value = jnp.asarray(column(name))
-        return Ragged(value, layout) if value.ndim > 1 else value
+        return Ragged(tiling.fill(value, layout), layout) if value.ndim > 1 else value
 
     def value(tiles: Array) -> tuple[Array, Metrics]:
         data = Batch.of_columns(names, layout.lengths.shape[0], read)
-        return evaluate(objective, data, Ragged(tiles, layout))
+        return evaluate(objective, data, Ragged(tiling.fill(tiles, layout), layout))
 
     (loss, metrics), grads = jax.value_and_grad(value, has_aux=True)(column(_LOGPROBS))
     return loss, metrics, jnp.isfinite(grads).all(), grads

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +16,7 @@ from mintjax.gradients.identity import Identity
 from mintjax.gradients.torch import torch_objective
 from mintjax.ragged import Ragged, RowAccessError
 from mintjax.ragged.batch import Batch, as_batch, check_shapes
+from mintjax.ragged.transfers import transfers_allowed
 from mintjax.tensors import first_row_not_finite, numbers_of
 from mintjax.types import Datum
 
@@ -126,8 +126,7 @@ def _evaluate(
     """Computes the result, and whether its gradients are known to be finite."""
     if isinstance(objective, torch_objective):
         return LogprobGradients(*objective.evaluate(batch, rows)), False
-    # Data come from NumPy and results go there: the guard is for transfers nobody asked for.
-    with jax.transfer_guard("allow"):
+    with transfers_allowed():
         outcome = _in_columns_or_rows(
             objective,
             lambda program, identity: program.run(identity, batch, rows),
@@ -162,7 +161,7 @@ def constant_logprob_grads(
         return None
     batch = as_batch(data)
     rows = [np.zeros(targets.shape, np.float32) for targets in batch.rows("target_tokens")]
-    with jax.transfer_guard("allow"):
+    with transfers_allowed():
         depends = _in_columns_or_rows(
             objective,
             lambda program, identity: program.needs_logprobs(identity, batch, rows),

@@ -39,6 +39,7 @@ import numpy as np
 Fingerprint: TypeAlias = Any  # hashable
 
 _SCALARS = (type(None), bool, int, str, bytes, complex, type(...), Enum, np.dtype)
+_PLAIN = frozenset({float, int, bool, str, type(None)})
 _CONSTANT = (type, types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType)
 _INSTALLED = tuple(
     path
@@ -114,6 +115,41 @@ def identify(objective: Any, *, trace_attributes: bool = True) -> Identity:
     jitted = getattr(objective, "__wrapped__", None)
     if jitted is not None and type(objective).__module__.startswith("jax"):
         objective = jitted  # jax.jit would remember values that have changed since
+    if not _is_fixed(objective):
+        return _identify(objective, trace_attributes)
+    # A number that is the same object has the same value, so its address stands for it.
+    kind, values = _parts(objective)
+    key = (kind, trace_attributes, *map(id, values))
+    if key not in _fixed:
+        if len(_fixed) == _KEPT:
+            del _fixed[next(iter(_fixed))]
+        _fixed[key] = (values, _identify(objective, trace_attributes))
+    return _fixed[key][1]
+
+
+_KEPT = 256  # identities held at a time, the oldest dropped first
+_fixed: dict[Any, tuple[tuple[Any, ...], Identity]] = {}
+"""Identities by class and addresses of values, with the values, so that no address is reused."""
+
+
+def _parts(objective: Any) -> tuple[type[Any], tuple[Any, ...]]:
+    attributes = cast("dict[str, Any]", vars(objective))
+    return cast("type[Any]", type(objective)), tuple(attributes.values())
+
+
+def _is_fixed(objective: Any) -> bool:
+    """Tells whether an object is made of plain values by a class that is taken to be constant."""
+    kind = cast("type[Any]", type(objective))
+    values: dict[str, Any] = getattr(objective, "__dict__", {})
+    return (
+        dataclasses.is_dataclass(kind)
+        and _is_installed(kind)
+        and values.keys() == kind.__dataclass_fields__.keys()
+        and _PLAIN.issuperset(map(type, values.values()))
+    )
+
+
+def _identify(objective: Any, trace_attributes: bool) -> Identity:
     leaves, tree = cast("tuple[list[Any], Any]", jax.tree_util.tree_flatten(objective))
     if not (len(leaves) == 1 and leaves[0] is objective):
         return _of_pytree(objective, leaves, tree)

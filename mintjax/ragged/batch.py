@@ -15,6 +15,7 @@ from mintjax.errors import DataError
 from mintjax.ragged import padding, tiling
 from mintjax.ragged.rows import Ragged, RowAccessError
 from mintjax.ragged.tiling import Sealed
+from mintjax.ragged.transfers import transfers_allowed
 from mintjax.types import Datum, EncodedTextChunk, ModelInput, as_datums
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
@@ -129,7 +130,7 @@ class Batch(Sequence[Datum]):
             raise DataError("there is no column; a batch of padded arrays needs one")
         # Where every column is [B], there is nothing to lay out, so T may be anything.
         shape = wide[0][:2] if wide else (*next(iter(arrays.values())).shape, 0)
-        with jax.transfer_guard("allow"):
+        with transfers_allowed():
             where = padding.places(shape, mask, lengths) if wide else None
             found = {name: _padded(name, array, shape, where) for name, array in arrays.items()}
         batch = cls.of_columns(found, shape[0], found.__getitem__)
@@ -210,7 +211,7 @@ class Batch(Sequence[Datum]):
             tokens is not None,
             None if sealed is None else sealed[1:],
         )
-        with jax.transfer_guard("allow"):
+        with transfers_allowed():
             put = [
                 jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves
             ]

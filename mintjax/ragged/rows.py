@@ -19,6 +19,7 @@ from mintjax.losses._arrays import product
 from mintjax.ragged import padding, tiling
 from mintjax.ragged.operators import Operators
 from mintjax.ragged.tiling import Layout, Sealed
+from mintjax.ragged.transfers import transfers_allowed
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 Operand: TypeAlias = "Ragged | Array | float"
@@ -48,14 +49,11 @@ _ADVICE = (
 
 
 def _moves_data(method: Callable[P, T]) -> Callable[P, T]:
-    """Lets a method bring its own arrays and constants to the device under a transfer guard.
-
-    A guard is for transfers that nobody asked for.
-    """
+    """Lets a method bring its own arrays and constants to the device under a transfer guard."""
 
     @functools.wraps(method)
     def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
-        with jax.transfer_guard("allow"):
+        with transfers_allowed():
             return method(*args, **kwargs)
 
     return allowed
@@ -535,8 +533,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         where = self._checked(where)
         if where is None:
             return jnp.asarray(self._layout.lengths) * int(np.prod(self.trailing_shape, dtype=int))
-        ones = jnp.ones_like(self.tiles, jnp.int32)
-        return Ragged(ones, self._layout).sum(where)
+        return self._ones().sum(where)
 
     @_moves_data
     def mean(self, where: Ragged | None = None) -> Array:
@@ -620,12 +617,15 @@ class Ragged(Operators, metaclass=_NotAnArray):
     @_moves_data
     def total(self, where: Ragged | None = None) -> Array:
         """The sum over all numbers of all rows: a scalar."""
-        return jnp.sum(self.sum(where))
+        return tiling.total(_wide(self._masked(where, 0)))
 
     @_moves_data
     def total_count(self, where: Ragged | None = None) -> Array:
         """Counts the numbers of all rows, or those that ``where`` marks: an int32 scalar."""
-        return jnp.sum(self.count(where))
+        return jnp.sum(self.count()) if where is None else self._ones().total(where)
+
+    def _ones(self) -> Ragged:
+        return Ragged(jnp.ones_like(self.tiles, jnp.int32), self._layout)
 
     @_moves_data
     def quantile(self, q: Any, where: Ragged | None = None) -> Array:
@@ -683,14 +683,11 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
 def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
     """Tile rows that may be traced, whose lengths are known; differentiable in the rows."""
-
-    def repeated(row: Array, size: int) -> Array:
-        return jnp.resize(jax.lax.stop_gradient(row), (size, *row.shape[1:]))
-
     _check_devices(*rows, whole=True)
     size = layout.tile_row.shape[0] * tiling.TILE
-    flat = jnp.concatenate(tiling.pieces(rows, [row.shape[0] for row in rows], size, repeated))
-    return flat.reshape(-1, tiling.TILE, *rows[0].shape[1:])
+    lengths = [row.shape[0] for row in rows]
+    flat = jnp.concatenate(tiling.pieces(rows, lengths, size, rows[0].dtype))
+    return tiling.fill(flat.reshape(-1, tiling.TILE, *rows[0].shape[1:]), layout)
 
 
 def _check_devices(*arrays: Array, whole: bool = False) -> None:

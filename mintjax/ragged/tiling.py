@@ -2,7 +2,7 @@
 
 Every row starts on a tile of its own and the number of tiles is rounded up to one of a few sizes,
 so that ``jit`` meets the same shapes again although no two batches have the same lengths. The rest
-of a row's last tile repeats the row's own tokens: whatever a function does there it has already
+of a row's last tile repeats the row's first token: whatever a function does there it has already
 done at a real token, so padding brings no NaN of its own.
 """
 
@@ -11,10 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
-import sys
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -102,24 +99,17 @@ def place(lengths: Sequence[int], spare: int = 0) -> Place:
         lengths: tokens of each row, ``[B]``.
         spare: how many empty rows to pad the batch with.
     """
-    # Without NumPy until the end: it takes a while to begin, and small batches are to be fast too.
-    padding = [0] * spare
-    tiles = [*(length + TILE - 1 >> _SHIFT for length in lengths), *padding]
-    firsts = [0, *itertools.accumulate(tiles)]
-    used = firsts.pop()
-    starts = [first << _SHIFT for first in firsts]
+    own = np.array([*lengths, *[0] * spare], np.int32)
+    tiles = own + (TILE - 1) >> _SHIFT
+    ends = np.cumsum(tiles, dtype=np.int32)
+    starts = (ends - tiles) << _SHIFT
+    used = int(ends[-1])
     count = bucket(used)
-    numbers = _numbers(len(tiles))
-    table = array("i", [*lengths, *padding, *starts, *([1] * len(lengths)), *padding])
-    table.frombytes(b"".join(map(operator.mul, numbers, tiles)))
-    table.frombytes(numbers[longest_row(lengths)] * (count - used))
-    return Place(np.frombuffer(table, np.int32), starts, count)
-
-
-@functools.lru_cache(maxsize=64)
-def _numbers(count: int) -> tuple[bytes, ...]:
-    """The int32 numbers from 0 on as they lie in memory."""
-    return tuple(number.to_bytes(4, sys.byteorder) for number in range(count))
+    real = np.arange(own.size) < len(lengths)
+    rows = np.repeat(np.arange(own.size, dtype=np.int32), tiles)
+    rest = np.full(count - used, own.argmax(), np.int32)
+    table = np.concatenate([own, starts, real, rows, rest], dtype=np.int32)
+    return Place(table, starts.tolist(), count)
 
 
 def read_table(table: Array, tiles: int, *, padded: bool) -> Layout:
@@ -156,7 +146,7 @@ def empty(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
 def pack(
     columns: Sequence[Sequence[Array]], lengths: Sequence[int], flat: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
-    """Copy NumPy rows into a tiled buffer, padded as :func:`pieces` says.
+    """Copies NumPy rows into a tiled buffer; zeros lie between them, until :func:`fill` fills them.
 
     Args:
         columns: one array per row, of the buffer's dtype or one that converts to it, in each.
@@ -168,38 +158,53 @@ def pack(
     """
     size = len(flat) // len(columns)
     for part, rows in zip(flat.reshape(-1, size, *flat.shape[1:]), columns, strict=True):
-        np.concatenate(pieces(rows, lengths, size, _repeated), out=part)
+        np.concatenate(pieces(rows, lengths, size, flat.dtype), out=part)
     return flat.reshape(len(columns), -1, TILE, *flat.shape[1:])
 
 
-def pieces(
-    rows: Sequence[Array],
-    lengths: Sequence[int],
-    size: int,
-    repeated: Callable[[Array, int], Array],
-) -> list[Array]:
-    """Lists the arrays whose concatenation is the rows in tiles.
-
-    The gap behind a row repeats its own tokens, and a spare tile is as the first one of the longest
-    row, which it counts as: the same ones in every column, so that no function meets anything in
-    the padding that it has not met.
+def pieces(rows: Sequence[Array], lengths: Sequence[int], size: int, dtype: Any) -> list[Array]:
+    """Lists the arrays whose concatenation is the rows in tiles, with zeros between them.
 
     Args:
         rows: one array per row.
         lengths: tokens of each.
         size: of the tiles, in tokens.
-        repeated: so many tokens of a row, from its first on and then again; zeros if it has none.
+        dtype: of the zeros.
     """
+    trailing = rows[0].shape[1:]
+    zeros = _zeros(trailing, np.dtype(dtype))
     gaps = [-length % TILE for length in lengths]
-    parts: list[Array] = []
-    for row, gap in zip(rows, gaps, strict=True):
-        parts.append(row)
-        if gap:
-            parts.append(repeated(row, gap))
-    spare = size - sum(lengths) - sum(gaps)
-    if spare:
-        parts += [repeated(rows[longest_row(lengths)], TILE)] * (spare >> _SHIFT)
-    return parts
+    rest = size - sum(lengths) - sum(gaps)
+    parts: list[Array] = [None] * (2 * len(rows))
+    parts[::2] = rows
+    parts[1::2] = [zeros[gap] for gap in gaps]
+    return [*parts, np.zeros((rest, *trailing), dtype)]
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(trailing: tuple[int, ...], dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+    """Zeros for every gap that a row can leave in its last tile."""
+    zeros = np.zeros((TILE, *trailing), dtype)
+    zeros.flags.writeable = False
+    return [zeros[:gap] for gap in range(TILE)]
+
+
+def fill(tiles: Array, layout: Layout) -> Array:
+    """Writes the first token of each row over the positions that are nobody's.
+
+    So no function meets anything in the padding that it has not met at a token. A spare tile is
+    filled as the longest row, which it counts as. The same token fills a gap in every column.
+
+    Args:
+        tiles: ``[tiles, TILE, ...]``.
+        layout: of the rows.
+    """
+    xp: Any = jnp if isinstance(tiles, jax.Array) or isinstance(layout.tile_row, jax.Array) else np
+    flat = xp.asarray(tiles).reshape(-1, *tiles.shape[2:])
+    start = xp.take(layout.row_start, layout.tile_row, mode="clip")
+    first = xp.take(flat, start, axis=0, mode="clip")
+    first = first if xp is np else jax.lax.stop_gradient(first)
+    return xp.where(widen(mask(layout), tiles), tiles, first[:, None])
 
 
 _SEAL = 0x52414747  # the last number of a sealed layout; a leaf that was replaced lacks it
@@ -280,19 +285,10 @@ def seal(layout: Layout) -> Sealed:
     return Sealed(keys, rows, tiles, layout.row_mask is not None, layout.width)
 
 
-def longest_row(lengths: Sequence[int]) -> int:
-    """The row that tiles without a token of their own count as; it has some if any has."""
-    return lengths.index(max(lengths))
-
-
-def _repeated(row: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
-    return row[:size] if size <= len(row) else np.resize(row, (size, *row.shape[1:]))
-
-
 def pack_anew(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
     """NumPy rows as tiles, in a buffer of their own."""
     flat = empty(len(layout.tile_row) * TILE, rows[0].shape[1:], dtype)
-    return pack([rows], layout.lengths.tolist(), flat)[0]
+    return fill(pack([rows], layout.lengths.tolist(), flat)[0], layout)
 
 
 def mask(layout: Layout) -> Array:
@@ -373,11 +369,15 @@ def _add_tiles(sums: Array, tile_row: Array, lengths: Array) -> Array:
     """
     rows = lengths.shape[0]
     largest = jax.ops.segment_max(jnp.abs(sums), tile_row, rows)
-    beyond = jnp.take(largest * (2 * sums.shape[0]), tile_row, mode="clip")
-    coarse = (beyond + sums) - beyond
-    coarse = jnp.where(jnp.isfinite(coarse), coarse, 0)
+    coarse = _exact_part(sums, jnp.take(largest, tile_row, mode="clip"))
     parts = jax.ops.segment_sum(jnp.stack([coarse, sums - coarse], 1), tile_row, rows)
     return parts[:, 0] + parts[:, 1]
+
+
+def _exact_part(sums: Array, largest: Array) -> Array:
+    beyond = largest * (2 * sums.shape[0])
+    coarse = (beyond + sums) - beyond
+    return jnp.where(jnp.isfinite(coarse), coarse, 0)
 
 
 @_add_tiles.defjvp
@@ -386,6 +386,25 @@ def _add_tiles_jvp(  # pyright: ignore[reportUnusedFunction]
 ) -> tuple[Array, Array]:
     _, tile_row, lengths = primals
     return _add_tiles(*primals), jax.ops.segment_sum(tangents[0], tile_row, lengths.shape[0])
+
+
+def total(tiles: Array) -> Array:
+    """Sums everything in the tiles, as :func:`row_sums` sums a row: ``[tiles, TILE, ...]``."""
+    sums = _tile_sums(tiles)
+    return _add_all(sums) if jnp.issubdtype(sums.dtype, jnp.floating) else jnp.sum(sums)
+
+
+@jax.custom_jvp
+def _add_all(sums: Array) -> Array:
+    coarse = _exact_part(sums, jnp.max(jnp.abs(sums)))
+    return jnp.sum(coarse) + jnp.sum(sums - coarse)
+
+
+@_add_all.defjvp
+def _add_all_jvp(  # pyright: ignore[reportUnusedFunction]
+    primals: tuple[Any], tangents: tuple[Any]
+) -> tuple[Array, Array]:
+    return _add_all(*primals), jnp.sum(tangents[0])
 
 
 def _tile_sums(tiles: Array) -> Array:

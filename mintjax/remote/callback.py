@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import io_callback
 
 from mintjax.errors import TransformationError
+from mintjax.ragged.transfers import transfers_allowed
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 
@@ -32,7 +33,7 @@ def call(fn: Callable[..., Array], result: jax.ShapeDtypeStruct, *args: Array) -
         TransformationError: the first argument is batched, or any is differentiated.
     """
     # Within a trace even constants become tracers when something is computed from them.
-    with jax.transfer_guard("allow"):  # a guard is for transfers that nobody asked for
+    with transfers_allowed():
         first = jnp.array(args[0], copy=True)
     args = (first, *args[1:])
     if not any(isinstance(arg, jax.core.Tracer) for arg in args):

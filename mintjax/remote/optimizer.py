@@ -12,6 +12,7 @@ import numpy as np
 import optax  # pyright: ignore[reportMissingTypeStubs]
 
 from mintjax.errors import TransformationError
+from mintjax.ragged.transfers import transfers_allowed
 from mintjax.remote import callback
 from mintjax.remote.trainer import Optimizer
 from mintjax.remote.versions import versions_of
@@ -117,7 +118,7 @@ def remote_optimizer(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RemoteOptimizerState]:
         token, receipts = _token(params), _token(updates)
         # A schedule is JAX code, which has no place in a callback.
-        with jax.transfer_guard("allow"):  # of its constants
+        with transfers_allowed():  # of its constants
             scheduled = [schedule(state.count) for schedule in schedules.values()]
             count = state.count + 1
         result = jax.ShapeDtypeStruct((), np.float32)

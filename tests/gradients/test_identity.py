@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mintjax import Datum, ModelInput, gradients, objectives, value_and_logprob_grads
 from mintjax.errors import NonFiniteError, ObjectiveError
-from mintjax.gradients.identity import identify
+from mintjax.gradients.identity import _identify, identify
 
 SCALE = 1.0
 SETTINGS = types.SimpleNamespace(scale=1.0)
@@ -118,6 +120,33 @@ def test_a_frozen_dataclass_with_an_array_made_anew_runs_the_same_program():
     for scale in (1.0, 2.0, 3.0):
         assert slope(WithArray(np.array([scale, scale])))[0] == pytest.approx(2 * scale)
     assert gradients.stats() == before
+
+
+numbers = st.sampled_from([1, 1.0, True, 0.0, -0.0, 0.3, 2, np.float32(1), jnp.float32(1)])
+
+
+def _shown(identity):
+    kinds = [(type(value), str(value)) for value in identity.parameters]
+    return identity.key, kinds, identity.parameter_kinds
+
+
+@given(
+    objective=st.sampled_from([objectives.dpo(), objectives.ppo(), objectives.bradley_terry()]),
+    field=st.integers(0, 5),
+    values=st.lists(numbers, min_size=2, max_size=4),
+    in_place=st.booleans(),
+)
+def test_an_identity_that_is_remembered_is_the_one_that_is_found_anew(
+    objective, field, values, in_place
+):
+    names = list(vars(objective))
+    name = names[field % len(names)]
+    changed = dataclasses.replace(objective)
+    for value in values:
+        if not in_place:
+            changed = dataclasses.replace(objective)
+        object.__setattr__(changed, name, value)  # though frozen, as a determined user can
+        assert _shown(identify(changed)) == _shown(_identify(changed, True))
 
 
 def test_an_attribute_that_python_code_needs_is_compared():

@@ -18,7 +18,8 @@ def packed(columns, sizes, dtype, spare=0):
     place = tiling.place(sizes, spare)
     flat = tiling.empty(len(columns) * place.tiles * tiling.TILE, columns[0][0].shape[1:], dtype)
     flat[:] = 99  # what an earlier batch left there
-    return place, tiling.pack(columns, sizes, flat)
+    layout = tiling.read_table(place.table, place.tiles, padded=True)
+    return place, [tiling.fill(tiles, layout) for tiles in tiling.pack(columns, sizes, flat)]
 
 
 def numbered(sizes, trailing=()):
@@ -33,7 +34,9 @@ def numbered(sizes, trailing=()):
 
 
 @given(sizes=lengths, spare=st.integers(0, 3), trailing=st.sampled_from([(), (2,)]))
-def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes, spare, trailing):
+def test_every_number_is_where_the_layout_says_and_padding_is_the_first_of_the_row(
+    sizes, spare, trailing
+):
     rows = numbered(sizes, trailing)
     place, [tiles] = packed([rows], sizes, np.float32, spare)
     layout = tiling.read_table(place.table, place.tiles, padded=True)
@@ -45,13 +48,13 @@ def test_every_number_is_where_the_layout_says_and_padding_repeats_the_row(sizes
     assert layout.row_start.tolist() == place.starts
     for i, (row, start) in enumerate(zip(rows, place.starts, strict=False)):
         np.testing.assert_array_equal(flat[start : start + len(row)], row)
-        # Whatever counts as a row's holds what is in the row.
-        assert np.isin(flat[owner == i], row if sum(sizes) else 0).all()
+        # Whatever counts as a row's and is no token of it is its first token.
+        assert (flat[(owner == i) & ~inside] == (row[0] if len(row) else 0)).all()
     spare_tiles = layout.tile_count <= 0
     longest = sizes.index(max(sizes))
     assert (layout.tile_row[spare_tiles] == longest).all()
-    first = tiles[place.starts[longest] // tiling.TILE] if sum(sizes) else 0 * tiles[0]
-    assert (tiles[spare_tiles] == first).all()
+    assert (tiles[spare_tiles] == (rows[longest][0] if sum(sizes) else 0)).all()
+    np.testing.assert_array_equal(jax.jit(tiling.fill)(tiles, layout), tiles)
 
 
 @given(sizes=lengths.filter(sum))
@@ -98,6 +101,23 @@ def test_sums_of_rows_of_very_different_sizes_do_not_meet():
     np.testing.assert_allclose(sums, exact, rtol=1e-6)
 
 
+@given(sizes=lengths, seed=st.integers(0, 99), whole=st.booleans())
+def test_a_total_is_the_sum_of_all_rows(sizes, seed, whole):
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.integers(-6, 6, len(sizes))
+    rows = [rng.standard_normal(n) * s for n, s in zip(sizes, scale, strict=True)]
+    rows = [np.asarray(row, np.int32 if whole else np.float32) for row in rows]
+    layout = tiling.layout_of(sizes)
+    tiles = np.where(tiling.mask(layout), tiling.pack_anew(rows, layout, rows[0].dtype), 0)
+    exact = np.concatenate(rows).astype(np.float64)
+    slack = 0 if whole else 1e-6 * np.abs(exact).sum()
+    total = jax.jit(tiling.total)(tiles)
+    assert total.dtype == rows[0].dtype
+    np.testing.assert_allclose(float(total), exact.sum(), rtol=0, atol=slack)
+    sums = float(tiling.row_sums(tiles, layout).sum())
+    np.testing.assert_allclose(float(total), sums, rtol=0, atol=slack)
+
+
 def test_sums_have_derivatives_of_every_kind():
     layout = tiling.layout_of([130, 3])
     tiles = np.where(tiling.mask(layout), 1.5, 0).astype(np.float32)
@@ -108,6 +128,8 @@ def test_sums_have_derivatives_of_every_kind():
     def squares(t):
         return (tiling.row_sums(t, layout) ** 2).sum()
 
+    assert float(jax.jvp(tiling.total, (tiles,), (tangent,))[1]) == 266.0
+    assert (jax.grad(lambda t: tiling.total(t) ** 2)(tiles) == 2 * 1.5 * 133).all()
     gradient = np.asarray(jax.grad(squares)(tiles))
     np.testing.assert_array_equal(gradient[:, 0], np.array([390, 9])[layout.tile_row])
     _, second = jax.jvp(jax.grad(squares), (tiles,), (tangent,))
