@@ -43,6 +43,8 @@ def serve(
     max_datum_tokens: Annotated[int, _limit("Tokens of one datum.")] = 2048,
     max_targets: Annotated[int, _limit("Targets of one pass.")] = 1 << 22,
     max_candidates: Annotated[int, _limit("Targets of one token.")] = 1024,
+    max_loss_nodes: Annotated[int, _limit("Nodes of a loss that runs here.")] = 1000,
+    max_losses: Annotated[int, _limit("Such losses of a session.")] = 1000,
     max_body_bytes: Annotated[int, _limit("Bytes of a request.")] = 128 * 1024 * 1024,
     max_metadata_bytes: Annotated[int, _limit("Bytes of what a client says of itself.")] = 16
     * 1024,
@@ -76,6 +78,8 @@ def serve(
         max_datum_tokens=max_datum_tokens,
         max_targets=max_targets,
         max_candidates=max_candidates,
+        max_loss_nodes=max_loss_nodes,
+        max_losses=max_losses,
         max_body_bytes=max_body_bytes,
         max_metadata_bytes=max_metadata_bytes,
         max_connections=max_connections,

@@ -20,6 +20,8 @@ class Limits:
         max_datum_tokens: tokens of one datum. The model's context is a bound of its own.
         max_targets: targets of one pass, over all datums; one a token, or K of ``[T, K]``.
         max_candidates: targets of one token, K of ``[T, K]``.
+        max_loss_nodes: nodes of the graph of a loss that runs here.
+        max_losses: losses of that kind that a session may make.
         max_body_bytes: of a request, also after it is decompressed.
         max_metadata_bytes: of what a client says of a session, a model or a checkpoint, as JSON.
         max_connections: open at a time. The one that has waited longest for its request is closed
@@ -41,6 +43,8 @@ class Limits:
     max_datum_tokens: int = 2048
     max_targets: int = 1 << 22
     max_candidates: int = 1024
+    max_loss_nodes: int = 1000
+    max_losses: int = 1000
     max_body_bytes: int = 128 * 1024 * 1024
     max_metadata_bytes: int = 16 * 1024
     max_connections: int = 512

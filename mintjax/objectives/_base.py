@@ -75,6 +75,14 @@ class LossObjective:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
+    def couples_datums(self) -> str | None:
+        """Says why the objective is not a sum over datums of what each alone makes of it.
+
+        None if it is one, so that a trainer that runs losses can add them up itself.
+        """
+        return f"{type(self).__name__} is not known to be a sum over datums"
+
+    @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:
         """The name and config under which a trainer computes the same loss, if there are such."""
         config = {name: getattr(self, name) for name in self.settings}

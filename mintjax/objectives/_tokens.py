@@ -58,6 +58,18 @@ class TokenObjective(LossObjective):
         return self.group_size or 1
 
     @property
+    def couples_datums(self) -> str | None:
+        """Says why losses of datums do not add up; None for a sum, or a mean over a whole step."""
+        if self.aggregation == "prompt_mean":
+            return "the datums of a prompt are averaged together"
+        if self.aggregation != "sum" and self.step_count is None:
+            return (
+                f"aggregation={self.aggregation!r} divides by what all datums hold; the objective "
+                "that over_step(data) gives does not"
+            )
+        return None
+
+    @property
     def builtin(self) -> tuple[LossFnName, dict[str, float]] | None:
         """The name and config of the loss, if it is a sum, as the trainers' are."""
         return super().builtin if self.aggregation == "sum" else None
@@ -255,6 +267,11 @@ class BatchPolicyObjective(PolicyObjective):
 
     drawn: ClassVar[Loss | None] = None
     """Marks the tokens that the loss leaves without a gradient beside those that it clips."""
+
+    @property
+    def couples_datums(self) -> str | None:
+        """Says that the loss of a token depends on those of other datums."""
+        return "the loss of a token depends on those of other datums"
 
     def losses_of(self, logprobs: Ragged, inputs: list[Any], where: Ragged | None) -> Ragged:
         """Computes the loss of each token, from all of them."""

@@ -162,6 +162,7 @@ class ClientConfigResponse(msgspec.Struct):
     fwdbwd_max_chunk_len: int = 1024
     fwdbwd_max_chunk_bytes_count: int = 5_000_000
     sample_use_retrieve_futures: bool = False
+    custom_loss_server_side: bool = False
     mintjax_reduction: StatedReduction | None = None
 
 
@@ -274,6 +275,62 @@ class PromptTargets(msgspec.Struct, kw_only=True):
     dtype: Literal["int64"] = "int64"
     sparse_crow_indices: list[_Size] | msgspec.UnsetType | None = msgspec.UNSET
     sparse_col_indices: list[_Size] | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class CustomLossInput(msgspec.Struct):
+    """An input of a loss that runs on the trainer.
+
+    Args:
+        name: ``"logprobs"``, of the targets, or that of a column.
+        rank: 0 of a number, 1 of ``[T]``, 2 of ``[T, K]``.
+    """
+
+    name: str
+    rank: Literal[0, 1, 2]
+
+
+class CustomLossNode(msgspec.Struct):
+    """One node of a graph of ``torch.fx``.
+
+    Args:
+        op: ``"placeholder"``, ``"call_function"``, ``"call_method"`` or ``"output"``.
+        name: by which later nodes refer to it.
+        target: the parameter, the function (``"torch.exp"``), the method, or ``"output"``.
+        args: numbers, strings and lists for themselves; else an object of one key, such as
+            ``{"ref": name}``.
+        kwargs: by name, alike.
+    """
+
+    op: str
+    name: str
+    target: str
+    args: list[Any] = msgspec.field(default_factory=list[Any])
+    kwargs: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+
+
+class CustomLossGraph(msgspec.Struct):
+    """The loss of one datum, its nodes in the order of execution."""
+
+    nodes: list[CustomLossNode]
+    format: Literal[1] = 1
+
+
+class CreateCustomLossRequest(msgspec.Struct):
+    """``POST create_custom_loss``."""
+
+    session_id: str
+    custom_loss_seq_id: int
+    name: str
+    inputs: list[CustomLossInput]
+    graph: CustomLossGraph
+    type: Literal["create_custom_loss"] = "create_custom_loss"
+
+
+class CreateCustomLossResponse(msgspec.Struct):
+    """The name of the loss in passes of the same session."""
+
+    loss_id: str
+    type: Literal["create_custom_loss"] = "create_custom_loss"
 
 
 class SampleRequest(msgspec.Struct):
