@@ -24,7 +24,7 @@ from jax import export
 
 from mintjax.errors import DataError, MintjaxError
 from mintjax.gradients.flat import Flat, flatten, size_of
-from mintjax.gradients.interpreted import Unsupported, prepare
+from mintjax.gradients.interpreted import Step, Unsupported, step_of
 from mintjax.local.jax_settings import own_settings
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
@@ -84,7 +84,7 @@ class CustomLoss:
         _check_inputs(self.inputs)
         limits.check("max_loss_nodes", len(graph.nodes), f"the graph has {len(graph.nodes)} nodes")
         self._parameters = _check_nodes(graph.nodes, self.inputs)
-        self._run: Callable[..., list[Array]] | None = None
+        self._steps: list[Step] | None = None
 
     @property
     def columns(self) -> list[CustomLossInput]:
@@ -98,7 +98,7 @@ class CustomLoss:
             DataError: shapes do not fit, or an operation cannot be served for all lengths; the
                 message names the node.
         """
-        if self._run is not None:
+        if self._steps is not None:
             return
         with own_settings(), jax.numpy_rank_promotion("allow"):
             tokens, candidates = export.symbolic_shape("n, k")
@@ -108,8 +108,8 @@ class CustomLoss:
             make = cast("Any", jax.make_jaxpr(self._gradient, return_shape=True))
             try:
                 closed, shape = make(*given)
-                self._flat = flatten(closed)
-                run = prepare(self._flat)
+                flat = flatten(closed)
+                steps = [step_of(flat, equation) for equation in flat.equations]
             except MintjaxError:
                 raise
             except Unsupported as error:
@@ -119,9 +119,11 @@ class CustomLoss:
                 ) from None
             except Exception as error:
                 raise _refusal(self.name, error) from None
+        self._flat = flat
         self._tree = cast("Any", jax.tree_util.tree_structure(shape))
-        self._sizes = _sizes(self._flat)
-        self._run = run
+        self._sizes = _sizes(flat)
+        self._frees = _frees(flat)
+        self._steps = steps
 
     def check_sizes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Checks that the evaluation of datums is within the limits.
@@ -156,13 +158,25 @@ class CustomLoss:
             columns: in the order of :attr:`columns`.
         """
         self.trace()
-        run = cast("Callable[..., list[Array]]", self._run)
         given = [np.asarray(one, np.float32) for one in (logprobs, *columns)]
-        outputs = run(given, _known(given[0].shape))
+        outputs = self._run(given, _known(given[0].shape))
         (loss, metrics), gradient = jax.tree_util.tree_unflatten(self._tree, outputs)
         return DatumLoss(
             float(loss), {name: float(value) for name, value in metrics.items()}, gradient
         )
+
+    def _run(self, given: Sequence[Array], sizes: dict[str, int]) -> list[Array]:
+        steps = cast("list[Step]", self._steps)
+        known = {text: size_of(text, sizes) for text in {t for step in steps for t in step.texts}}
+        values: dict[int, Array] = dict(self._flat.constants)
+        values.update(zip(self._flat.inputs, given, strict=True))
+        with np.errstate(all="ignore"):
+            for step, unused in zip(steps, self._frees, strict=True):
+                found = step.compute([values[slot] for slot in step.inputs], known)
+                values.update(zip(step.outputs, found, strict=True))
+                for slot in unused:
+                    values.pop(slot, None)
+        return [values[slot] for slot in self._flat.outputs]
 
     def _gradient(self, logprobs: Array, *columns: Array) -> Any:
         def value(logprobs: Array) -> Any:
@@ -179,6 +193,17 @@ def _sizes(flat: Flat) -> collections.Counter[tuple[str, ...]]:
     """Counts the shapes of all that is computed, as texts of sizes."""
     slots = {slot for equation in flat.equations for slot in equation.outputs}
     return collections.Counter(tuple(map(str, flat.avals[slot].shape)) for slot in slots)
+
+
+def _frees(flat: Flat) -> list[list[int]]:
+    """Lists, for each equation, the slots that none reads after it."""
+    seen = {*flat.outputs, *flat.constants}
+    frees: list[list[int]] = []
+    for equation in reversed(flat.equations):
+        used = {*equation.inputs, *equation.outputs} - seen
+        seen |= used
+        frees.append(list(used))
+    return frees[::-1]
 
 
 def _refusal(name: str, error: Exception) -> DataError:
@@ -371,8 +396,9 @@ def _interpret(nodes: Sequence[CustomLossNode], given: Sequence[Array], name: st
     result: tuple[Any, dict[str, Any]] = read(nodes[-1].args[0])
     loss, metrics = result
     for what, value in {"the loss": loss, **metrics}.items():
-        if np.shape(value) != () or isinstance(value, tuple):
-            raise DataError(f"loss {name!r}: {what} has shape {np.shape(value)}, where () is due")
+        shape: Any = np.shape(value)
+        if shape != () or type(value) is tuple:
+            raise DataError(f"loss {name!r}: {what} has shape {shape}, where () is due")
     if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise DataError(f"loss {name!r}: the loss is no float")
     metrics = {key: jax.lax.stop_gradient(jnp.asarray(value)) for key, value in metrics.items()}
@@ -383,7 +409,7 @@ def _array(value: Any) -> Array:
     """Takes an operand, which is an array or a number."""
     if isinstance(value, bool | int | float):
         return value
-    if isinstance(value, str | list | tuple | dict | slice | _Dtype) or value is None:
+    if type(value) in (str, list, tuple, dict, slice, _Dtype, type(None)):
         raise TypeError(f"an operand is a {type(value).__name__}, where a tensor is due")
     return value
 
