@@ -15,12 +15,12 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from mintjax.client.background import Background, begin
+from mintjax.client.encodings import Encoding
 from mintjax.client.futures import APIFuture, Limited
 from mintjax.client.polling import retrieve
 from mintjax.client.settings import Settings
 from mintjax.client.transport import Request, Transport
 from mintjax.errors import (
-    APIError,
     APIResponseError,
     APIStatusError,
     AuthenticationError,
@@ -59,6 +59,7 @@ class Connection:
 
     Attributes:
         facts: what was found out about the trainer.
+        encoding: of passes; it holds the trainer's limits.
         measuring: held while that is found out.
     """
 
@@ -66,7 +67,7 @@ class Connection:
         self.settings = settings
         self._version = installed_version()
         self.transport = Transport(settings, self._version)
-        self.limits = messages.ClientConfigResponse()
+        self.encoding = Encoding()
         self.facts = TrainerFacts()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
@@ -195,15 +196,6 @@ class Connection:
         request = Request(path, body, address=address)
         await self._answer(request, dict[str, msgspec.Raw])
 
-    def switch_to_protobuf_if_refused(self, request: Request, refusal: APIError) -> bool:
-        """Sends passes as protocol buffers from now on, if one was refused as JSON; says if so."""
-        is_pass = request.path in ("forward", "forward_backward")
-        if not is_pass or request.headers or not _refuses_json(request.path, refusal):
-            return False
-        logger.info("passes are sent as protocol buffers from now on: %s", refusal)
-        self.limits = msgspec.structs.replace(self.limits, proto_write_fwdbwd=True)
-        return True
-
     async def session(self) -> str:
         """Opens the session, if this is the first call, and returns its id.
 
@@ -212,7 +204,7 @@ class Connection:
         """
         async with self._opening:
             if self.transport.session_id is None:
-                self.limits = await self._client_config()
+                self.encoding = Encoding(await self._client_config(), self.transport.address)
                 metadata = self.settings.user_metadata or {}
                 request = messages.CreateSessionRequest(
                     self._version,
@@ -238,18 +230,6 @@ class Connection:
         except (APIResponseError, APIStatusError) as error:
             logger.info("no use of client/config: %s", error)
         return messages.ClientConfigResponse()  # small trainers have no such endpoint
-
-
-def _refuses_json(path: str, refusal: APIError) -> bool:
-    """Tells whether a trainer reads no JSON, or has no endpoint for a forward pass.
-
-    A trainer whose passes are protocol buffers only has no ``forward``. The words are compared
-    because a model that is not there is a 404, too; these are the words of Starlette and FastAPI.
-    """
-    if not isinstance(refusal, APIStatusError):
-        return False
-    no_endpoint = refusal.status_code == 404 and refusal.message == "Not Found"
-    return refusal.status_code == 415 or (path == "forward" and no_endpoint)
 
 
 async def _heartbeat(transport: Transport, session_id: str) -> None:

@@ -65,7 +65,7 @@ async def custom_step(
         DataError: the gradient cannot be carried to this trainer.
         APIError: the trainer refuses, or fails.
     """
-    facts, limits = gradients.connection.facts, gradients.connection.limits
+    facts, encoding = gradients.connection.facts, gradients.connection.encoding
     reduction = await gradients.reduction(data)
     if reduction is None:
         return await _by_gradient(gradients, turn, data, objective)
@@ -74,7 +74,7 @@ async def custom_step(
     forward_seconds = 0.0
 
     def encoded(backward: Backward) -> tuple[Backward, Pass]:
-        given = Pass(limits, backward.data, backward.loss_fn, backward.config, backward=True)
+        given = Pass(encoding, backward.data, backward.loss_fn, backward.config, backward=True)
         given.check_scaled_for(reduction)
         return backward, given
 
@@ -84,7 +84,7 @@ async def custom_step(
 
     found = await turn.compute(find) if single_pass else None
     if found is None:
-        given = Pass(limits, forward_data(data), FORWARD_LOSS_FN, backward=False)
+        given = Pass(encoding, forward_data(data), FORWARD_LOSS_FN, backward=False)
         sent = time.perf_counter()
         rows = logprobs(await gradients.send(turn, given, leave=False))
         forward_seconds = time.perf_counter() - sent
@@ -143,7 +143,7 @@ async def _by_gradient(
     gradients: AccumulatedGradients, turn: Turn, data: Batch, objective: Objective
 ) -> CustomStepOutput:
     """Takes the step by the trainer's own requests: logprobs come, and their gradient goes."""
-    step = GradientStep(gradients.connection.limits, data)
+    step = GradientStep(gradients.connection.encoding.limits, data)
     sent = time.perf_counter()
     rows = await gradients.ask_logprobs(turn, step)
     forward_seconds = time.perf_counter() - sent

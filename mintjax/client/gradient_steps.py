@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -35,9 +34,8 @@ class GradientStep:
     """
 
     def __init__(self, limits: messages.ClientConfigResponse, data: Sequence[Datum]) -> None:
-        in_json = msgspec.structs.replace(limits, proto_write_fwdbwd=False)
         self.datums = len(data)
-        self._chunks = chunks([_only_targets(datum) for datum in data], in_json)
+        self._chunks = chunks([_only_targets(datum) for datum in data], limits, in_protobuf=False)
         self._ids = [uuid.uuid4().hex for _ in self._chunks]
         self._rows: list[npt.NDArray[np.float32]] = []
 

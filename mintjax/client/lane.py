@@ -14,7 +14,7 @@ import msgspec
 
 from mintjax.client.background import Carried, begin, in_daemon_thread
 from mintjax.client.connection import Connection
-from mintjax.client.encodings import encode
+from mintjax.client.encodings import is_refusal_of_json
 from mintjax.client.futures import APIFuture
 from mintjax.client.polling import retrieve
 from mintjax.client.transport import RECOVERY, Request
@@ -108,19 +108,42 @@ class Lane:
         await self._settle()
         number = self._next_seq
         numbered = msgspec.structs.replace(message, seq_id=number)
-        request = encode(path, numbered, self.connection.limits, self.model_id, mutates)
+        encoding = self.connection.encoding
+        write = partial(encoding.request, path, numbered, self.model_id, mutates)
+        request = write(in_protobuf=encoding.in_protobuf)
+        try:
+            await self._submit(request)
+        except APIError as refusal:
+            if not encoding.may_be_refused_as_json(request, refusal):
+                raise
+            certain = is_refusal_of_json(path, refusal)
+            if certain:
+                encoding.switch(refusal)
+            request = write(in_protobuf=True)
+            try:
+                await self._submit(request)
+            except APIError:
+                if certain or request.in_doubt:
+                    raise
+                raise refusal from None  # refused in both encodings, so it is not the encoding
+            if not certain:
+                encoding.switch(refusal)
+        encoding.accepted(request)
+        self._next_seq = number + 1
+        return request
+
+    async def _submit(self, request: Request) -> None:
         try:
             await self.connection.transport.submit(request)
         except APIError as error:
-            if self.connection.switch_to_protobuf_if_refused(request, error):
-                return await self.post(path, message, mutates)
-            if request.in_doubt and mutates:
-                self.in_doubt(f"{path} (number {number}) may or may not have been applied: {error}")
+            if request.in_doubt and request.mutates:
+                self.in_doubt(
+                    f"{request.path} (number {self._next_seq}) may or may not have been applied: "
+                    f"{error}"
+                )
             elif request.in_doubt:
                 self._unsettled = request
             raise
-        self._next_seq = number + 1
-        return request
 
     async def _settle(self) -> None:
         """Sends again what was not clearly answered and changes nothing, to use its number.

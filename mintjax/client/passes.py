@@ -9,12 +9,13 @@ from typing import cast
 import msgspec
 import numpy as np
 
+from mintjax.client.encodings import Encoding, encoded, joined
 from mintjax.client.metrics import combine_metrics
-from mintjax.errors import APIResponseError, DataError, NonFiniteError
+from mintjax.errors import APIResponseError, DataError
 from mintjax.protocol import messages
-from mintjax.protocol.protobuf import EncodedData, encode_datum
+from mintjax.protocol.protobuf import EncodedData
 from mintjax.step.reduction import Reduction
-from mintjax.tensors import TensorData, check_finite, first_row_not_finite
+from mintjax.tensors import TensorData, first_row_not_finite
 from mintjax.types import Datum, ForwardBackwardOutput
 
 Shape = tuple[int, ...]
@@ -37,16 +38,18 @@ class Chunk(msgspec.Struct):
     first: int
 
 
-def chunks(data: Sequence[Datum], limits: messages.ClientConfigResponse) -> list[Chunk]:
+def chunks(
+    data: Sequence[Datum], limits: messages.ClientConfigResponse, *, in_protobuf: bool
+) -> list[Chunk]:
     """Encodes a batch as it is now, in requests of a size that the trainer takes.
 
     Raises:
         NonFiniteError: a number that no encoding carries; the message names its place.
         DataError: a token that the encoding does not carry.
     """
-    encoded = [_encoded(datum, i, limits.proto_write_fwdbwd) for i, datum in enumerate(data)]
+    datums = [encoded(datum, i, in_protobuf) for i, datum in enumerate(data)]
     starts, size = [0], 0
-    for i, one in enumerate(encoded):
+    for i, one in enumerate(datums):
         too_long = i - starts[-1] >= limits.fwdbwd_max_chunk_len
         too_big = size + len(one) > limits.fwdbwd_max_chunk_bytes_count
         if i > starts[-1] and (too_long or too_big):
@@ -55,31 +58,17 @@ def chunks(data: Sequence[Datum], limits: messages.ClientConfigResponse) -> list
         size += len(one)
 
     def chunk(start: int, end: int) -> Chunk:
-        parts = encoded[start:end]
-        joined = (
-            EncodedData(b"".join(parts))
-            if limits.proto_write_fwdbwd
-            else msgspec.Raw(b"[" + b",".join(parts) + b"]")
-        )
-        return Chunk(joined, [_target_shape(datum) for datum in data[start:end]], start)
+        shapes = [_target_shape(datum) for datum in data[start:end]]
+        return Chunk(joined(datums[start:end], in_protobuf), shapes, start)
 
-    return [chunk(*ends) for ends in itertools.pairwise([*starts, len(encoded)])]
-
-
-def _encoded(datum: Datum, i: int, as_protobuf: bool) -> bytes:
-    try:
-        return encode_datum(datum, i) if as_protobuf else messages.encode(datum)
-    except NonFiniteError:
-        for name, column in datum.loss_fn_inputs.items():
-            check_finite(column, i, f"input {name!r}")
-        raise
+    return [chunk(*ends) for ends in itertools.pairwise([*starts, len(datums)])]
 
 
 class Pass:
     """A pass over a batch, encoded as the batch was when this was made.
 
     Args:
-        limits: the trainer's.
+        encoding: the trainer's.
         data: the batch.
         loss_fn: the loss to take of it.
         config: its hyperparameters.
@@ -92,7 +81,7 @@ class Pass:
 
     def __init__(
         self,
-        limits: messages.ClientConfigResponse,
+        encoding: Encoding,
         data: Sequence[Datum],
         loss_fn: str,
         config: Mapping[str, float] | None = None,
@@ -104,7 +93,7 @@ class Pass:
         self.path = "forward_backward" if backward else "forward"
         self.datums = len(data)
         self._config = None if config is None else dict(config)
-        self._chunks = chunks(data, limits)
+        self._chunks = chunks(data, encoding.limits, in_protobuf=encoding.in_protobuf)
 
     def check_scaled_for(self, reduction: Reduction) -> None:
         """Checks that the pass is divided by what its gradient was scaled for.

@@ -129,7 +129,7 @@ def _said(connection: Connection) -> Reduction | None:
     settings, address = connection.settings, connection.transport.address
     if settings.reduction is not None:
         return settings.reduction
-    stated = connection.limits.mintjax_reduction
+    stated = connection.encoding.limits.mintjax_reduction
     if stated is not None:
         return _read(stated)
     if settings.transport is None and settings.url.host in PROMISE_A_SUM:

@@ -343,7 +343,8 @@ class ServiceClient(NotCopyable, SdkMethods):
 
     async def _client_config(self) -> messages.ClientConfigResponse:
         await self._connection.session()
-        return self._connection.limits
+        encoding = self._connection.encoding
+        return msgspec.structs.replace(encoding.limits, proto_write_fwdbwd=encoding.in_protobuf)
 
     def _from_state(
         self,

@@ -217,17 +217,17 @@ class TrainingClient(MadeClient):
         batch = check_data(list(data), ["target_tokens"])
 
         async def run(turn: Turn) -> ForwardBackwardOutput:
-            limits = self._connection.limits
+            encoding = self._connection.encoding
             reduction = await self._gradients.reduction(batch)
             if reduction is None:
-                step = GradientStep(limits, batch)
+                step = GradientStep(encoding.limits, batch)
                 turn.begin()
                 await self._gradients.ask_logprobs(turn, step)
                 return await self._gradients.send_gradient(turn, step, grads)
             total = await self._gradients.datums_in_step(turn, reduction, len(batch), None)
             carried = carrier(reduction, batch, logprobs, grads, total)
             turn.begin()
-            given = Pass(limits, carried, reduction.loss_fn, backward=True)
+            given = Pass(encoding, carried, reduction.loss_fn, backward=True)
             given.check_scaled_for(reduction)
             scaled_for = None if reduction.per_step is None else total
             return await self._gradients.send(turn, given, scaled_for=scaled_for)
@@ -487,8 +487,8 @@ class TrainingClient(MadeClient):
         backward: bool,
     ) -> APIFuture[ForwardBackwardOutput]:
         config = None if loss_fn_config is None else _finite_floats(loss_fn_config)
-        batch, limits = check_data(list(data)), self._connection.limits
-        given = Pass(limits, batch, loss_fn, config, backward=backward)
+        batch, encoding = check_data(list(data)), self._connection.encoding
+        given = Pass(encoding, batch, loss_fn, config, backward=backward)
 
         async def run(turn: Turn) -> ForwardBackwardOutput:
             turn.begin()

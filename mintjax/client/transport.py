@@ -335,6 +335,8 @@ class Transport:
             ending = ending_of(reply.status, reply.detail if certain else "")
             if ending == "conflict" and request.path in _NAMED and "exists" in reply.detail:
                 ending = "refused"  # the name is taken, and not the number
+            if reply.status == 404 and request.path == "forward" and reply.detail == "Not Found":
+                ending = "refused"  # FastAPI's words for an endpoint that a trainer does not have
             error, wait = self._refusal(request, reply), retry_after(reply.headers)
             failure = Failure(error, ending, wait=wait, reply=reply)
         if failure.ending not in ("refused", "throttled"):

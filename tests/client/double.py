@@ -72,6 +72,13 @@ class Hold:
         self.released.set()
 
 
+async def _send(send: Any, answer: Answer) -> None:
+    content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+    headers = [(k.encode(), v.encode()) for k, v in answer.headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
 @dataclass(repr=False)
 class Trainer:
     """The double; an ASGI application."""
@@ -91,6 +98,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.results: dict[str, Any] = {}
         self.query = b""
+        self.in_protobuf = 0  # requests that it could not read
         self.by_key: dict[str, str] = {}
         self.by_seq: dict[tuple[str, int], str] = {}
         self.waiting: dict[str, dict[int, tuple[str, str, dict[str, Any]]]] = defaultdict(dict)
@@ -112,6 +120,10 @@ class Trainer:
         path = scope["path"].removeprefix("/api/v1/")
         self.query = scope["query_string"]
         headers = {k.decode().lower(): v.decode() for k, v in scope["headers"]}
+        if headers.get("content-type") == "application/x-protobuf":  # it reads JSON only
+            self.in_protobuf += 1
+            await _send(send, Answer(422, {"detail": "body: Input should be JSON"}))
+            return
         body = json.loads(raw, parse_constant=_refuse_constant) if raw else {}
         queue = self.faults[path] or self.faults[f"{path}/{body.get('request_id')}"]
         fault = queue.pop(0) if queue else None
@@ -129,17 +141,7 @@ class Trainer:
             await asyncio.to_thread(fault.released.wait, 10)
         if isinstance(fault, Answer):
             answer = fault
-        content = (
-            answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-        )
-        await send(
-            {
-                "type": "http.response.start",
-                "status": answer.status,
-                "headers": [(k.encode(), v.encode()) for k, v in answer.headers.items()],
-            }
-        )
-        await send({"type": "http.response.body", "body": content})
+        await _send(send, answer)
 
     def act(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Answer:
         if self.key is not None and headers.get("x-api-key") != self.key:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("safetensors")
 
 from mintjax.client import ServiceClient
+from mintjax.client.encodings import Encoding
 from mintjax.client.transport import Request
 from mintjax.errors import (
     APIResponseError,
@@ -148,21 +149,26 @@ def test_a_forward_pass_may_come_first_where_there_is_no_endpoint_for_it(engine,
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "words", "refused"),
+    ("path", "status", "words", "may_be"),
     [
         ("forward", 404, "Not Found", True),
         ("forward", 404, "model_id: there is no model 'm'", False),
         ("forward_backward", 404, "Not Found", False),
         ("forward_backward", 415, "content-type", True),
+        ("forward_backward", 400, "bad", True),
+        ("forward", 422, "bad", True),
+        ("optim_step", 415, "content-type", False),
         ("forward", 500, "Not Found", False),
     ],
 )
-def test_only_a_refusal_of_json_changes_the_encoding(path, status, words, refused):
-    with ServiceClient(ADDRESS, KEY) as service:
-        request = Request(path, b"{}", "m", mutates=False)
-        refusal = APIStatusError(status, words)
-        assert service._connection.switch_to_protobuf_if_refused(request, refusal) is refused
-        assert service._connection.limits.proto_write_fwdbwd is refused
+def test_only_some_refusals_may_be_of_json(path, status, words, may_be):
+    encoding, refusal = Encoding(), APIStatusError(status, words)
+    request = Request(path, b"{}", "m", mutates=False)
+    assert encoding.may_be_refused_as_json(request, refusal) is may_be
+    encoding.accepted(Request("optim_step"))
+    assert encoding.may_be_refused_as_json(request, refusal) is may_be
+    encoding.accepted(Request("forward"))
+    assert not encoding.may_be_refused_as_json(request, refusal)
 
 
 def test_which_encoding_is_used_is_told(engine):
@@ -244,6 +250,36 @@ def test_one_number_is_used_when_json_is_refused(connect):
     assert len(set(keys)) == len(keys) == 2
     client.forward(DATA).result(10)
     assert trainer.paths("forward", "forward_backward") == ["forward_backward"] * 3
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refusal_of_any_kind_may_be_one_of_json(connect, status, caplog):
+    trainer = Scripted(output())
+    trainer.faults["forward_backward"] = [Answer(status, {"detail": "not what I read"})]
+    client = connect(trainer)
+    client.forward_backward(DATA, "cross_entropy").result(10)
+    client.forward(DATA).result(10)
+    assert trainer.paths("forward", "forward_backward") == ["forward_backward"] * 3
+    [told] = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert f"{ADDRESS} reads passes as protocol buffers" in told.getMessage()
+    assert "not what I read" in told.getMessage()
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_users_mistake_is_told_as_what_it_is(connect, status):
+    """The trainer reads JSON only, and refuses the first pass for its content."""
+    trainer = Trainer()
+    mistake = [Answer(status, {"detail": "there is no such loss"})]
+    trainer.faults["forward_backward"] = list(mistake)
+    client = connect(trainer)
+    with pytest.raises(BadRequestError, match=f"HTTP {status}: there is no such loss"):
+        client.forward_backward(DATA, "cross_entropy").result(10)
+    client.forward_backward(DATA, "cross_entropy").result(10)
+    assert [body["seq_id"] for body in trainer.bodies("forward_backward")] == [1, 1]
+    trainer.faults["forward_backward"] = list(mistake)
+    with pytest.raises(BadRequestError, match="there is no such loss"):
+        client.forward_backward(DATA, "cross_entropy").result(10)
+    assert trainer.in_protobuf == 1  # once it has read JSON, no other encoding is tried
 
 
 def test_who_refuses_both_is_believed(connect):

@@ -36,7 +36,7 @@ def test_chunks_are_the_batch_in_order_within_the_limits(lengths, most, size):
     limits = messages.ClientConfigResponse(
         fwdbwd_max_chunk_len=most, fwdbwd_max_chunk_bytes_count=size
     )
-    parts = chunks(data, limits)
+    parts = chunks(data, limits, in_protobuf=False)
     decoded = [json.loads(bytes(part.data)) for part in parts]
     assert [d for part in decoded for d in part] == json.loads(messages.encode(data))
     for part, given_data in zip(parts, decoded, strict=True):
@@ -55,7 +55,7 @@ def test_a_non_finite_number_is_named():
     with pytest.raises(
         NonFiniteError, match=r"datum 1, position 1, input 'weights': inf"
     ) as caught:
-        chunks(data, messages.ClientConfigResponse())
+        chunks(data, messages.ClientConfigResponse(), in_protobuf=False)
     assert (caught.value.datum, caught.value.position) == (1, 1)
 
 
