@@ -111,11 +111,15 @@ def trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
         NotForAllLengths: the objective needs a length as a number, the value of a column, or
             something else that a datum of this kind does not have; or it raised an exception.
     """
+    with _symbols.lock:
+        return _trace(identity, batch, rows)
+
+
+def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
     names = batch.names
     kinds = {name: kind for name in names if (kind := kind_of(batch, name)) is not None}
     notes = _Notes()
-    symbols = [f"n{i}" for i in range(len(rows))]
-    sizes = export.symbolic_shape(",".join(symbols))
+    sizes = _symbols.first(len(rows))
 
     def shaped(size: Any, kind: Any) -> Any:
         trailing, dtype = kind
@@ -136,12 +140,15 @@ def trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
 
     identity.drop_traces()
     make: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
-    _observe(type(sizes[0]))
+    _observe(type(cast("object", sizes[0])))
     try:
         with _watch:
             closed, shape = make(logprobs, identity.parameters, columns)
     except Exception as error:
         raise _refusal(batch, notes, _reason(error)) from error
+    finally:
+        if _watch.seen:
+            _symbols.renew()
     if notes.refused:
         raise _refusal(batch, notes, notes.refused)
     if _watch.seen:
@@ -153,7 +160,7 @@ def trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
     kept = {name: kind for name, kind in kinds.items() if name in notes.read}
     flat = _keep_columns(flat, list(kinds), kept, len(rows), len(identity.parameters))
     _check_integers(flat, len(rows) + len(identity.parameters))
-    return Trace(flat, tree, kept, symbols, len(identity.parameters))
+    return Trace(flat, tree, kept, list(map(str, sizes)), len(identity.parameters))
 
 
 def _refusal(batch: Batch, notes: _Notes, reason: str) -> NotForAllLengths:
@@ -303,6 +310,43 @@ class _Data(Sequence[Any]):
         if isinstance(index, slice):
             return _Data(self.names, self._datums[index], self._notes)
         return self._datums[operator.index(index)]
+
+
+# Lengths that are symbols
+
+
+class _Symbols:
+    """The symbols that stand for lengths, the same in all traces.
+
+    JAX keeps the traces of functions that it compiles, ``jnp.clip`` among them, by the shapes of
+    their arguments, and finds them where the symbols are the same. So a trace for another number of
+    rows takes a fraction of the time of the first.
+
+    A function that chooses by a length is seen only while it is traced. So the symbols that it has
+    met are used no more.
+
+    Attributes:
+        lock: to be held for as long as a trace takes.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.renew()
+
+    def renew(self) -> None:
+        """Forgets the symbols."""
+        self._scope = export.SymbolicScope()
+        self._sizes: list[Any] = []
+
+    def first(self, count: int) -> list[Any]:
+        """Gives ``n0``, ``n1`` and so on."""
+        names = [f"n{i}" for i in range(len(self._sizes), count)]
+        if names:
+            self._sizes += export.symbolic_shape(",".join(names), scope=self._scope)
+        return self._sizes[:count]
+
+
+_symbols = _Symbols()
 
 
 # Choices by a length

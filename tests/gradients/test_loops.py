@@ -156,6 +156,23 @@ def test_a_float_attribute_that_changes_is_an_argument() -> None:
     assert mintjax.gradients.stats().objectives - before.objectives == 1
 
 
+@jax.jit
+def _dear_alone(lp: Any) -> Any:
+    return lp.sum() * (5.0 if lp.shape[0] == 1 else 1.0)
+
+
+def test_a_choice_that_jax_remembers_is_seen_for_every_number_of_rows() -> None:
+    def loss(data: Any, logprobs: Any) -> Any:
+        hidden = globals()["_dear_alone"]  # so that it does not count as the objective's own
+        return sum(hidden(lp) for lp in logprobs), {}
+
+    for lengths in ([1, 3, 2], [1, 3], [1]):
+        data, logprobs = batch_of(lengths, 0, candidates=False)
+        with pytest.warns(UserWarning, match="chooses by the length of a row"):
+            result = value_and_logprob_grads(loss, data, logprobs)
+        assert [grad[0] for grad in result.grads] == [5.0 if n == 1 else 1.0 for n in lengths]
+
+
 def test_what_is_traced_for_each_batch_is_warned_about_at_the_line_that_makes_it_so() -> None:
     def mean(data: Any, logprobs: Any) -> Any:
         return sum(lp.sum() / len(lp) for lp in logprobs), {}
