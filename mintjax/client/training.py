@@ -283,7 +283,7 @@ class TrainingClient(MadeClient):
         Args:
             name: of the checkpoint.
             ttl_seconds: after which the trainer may delete it; never if None.
-            overwrite: replace a checkpoint of that name, where the trainer makes a difference.
+            overwrite: replace a checkpoint of that name; else the trainer may refuse it.
             user_metadata: kept with it, where the trainer keeps such.
         """
         request = messages.SaveWeightsRequest(

@@ -28,11 +28,12 @@ from mintjax.errors import (
 )
 from mintjax.local import bodies
 from mintjax.local.access import Access
+from mintjax.local.administration import Page
 from mintjax.local.answers import RepeatKeys
-from mintjax.local.checkpoints import StorageError
+from mintjax.local.checkpoints import CheckpointPath, StorageError
 from mintjax.local.custom_steps import STEP1, STEP2, CustomSteps
 from mintjax.local.dialects import OWN, Dialect, NoNumberError, Player
-from mintjax.local.endpoints import Answer, Endpoints, Run, WeightsInfoRequest, model_made_by_load
+from mintjax.local.endpoints import Answer, Endpoints, Run, model_made_by_load
 from mintjax.local.engine import Engine
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.sequencer import (
@@ -114,7 +115,7 @@ class _Http:
         routes = [
             self._get("healthz", do.healthz),
             self._get("get_server_capabilities", do.get_server_capabilities),
-            self._get("sessions/{session_id}", do.get_session),
+            *self._administration(),
             self._post("sessions/{session_id}/finish", None, do.finish_session),
             self._get("samplers/{sampler_id}", do.get_sampler),
             self._post("client/config", None, do.client_config),
@@ -125,7 +126,7 @@ class _Http:
             self._post("create_session", messages.CreateSessionRequest, do.create_session),
             self._post("session_heartbeat", messages.SessionHeartbeatRequest, do.session_heartbeat),
             self._post("get_info", messages.ModelRequest, do.get_info),
-            self._post("weights_info", WeightsInfoRequest, do.weights_info),
+            self._post("weights_info", messages.WeightsInfoRequest, do.weights_info),
             self._post(
                 "create_sampling_session",
                 messages.CreateSamplingSessionRequest,
@@ -171,6 +172,58 @@ class _Http:
             middleware=[Middleware(RepeatKeys)],
             exception_handlers={HTTPException: _no_such_route},
         )
+
+    def _administration(self) -> list[Route]:
+        """Routes of the requests that list and change what is kept."""
+        do = self._do.administration
+        run, checkpoint = "training_runs/{training_run_id}", "checkpoints/{kind}/{name}"
+
+        def publish(path: CheckpointPath) -> None:
+            do.publish(path, True)
+
+        def unpublish(path: CheckpointPath) -> None:
+            do.publish(path, False)
+
+        async def set_ttl(request: Request) -> Response:
+            body = await bodies.content(request, self._limits)
+            message = self._read(request, body, messages.TimeToLiveRequest)
+            await run_in_threadpool(do.set_ttl, _checkpoint(request), message.ttl_seconds)
+            return _json({})
+
+        return [
+            self._listing("sessions", do.list_sessions),
+            self._get("sessions/{session_id}", do.get_session),
+            self._listing("training_runs", do.list_training_runs),
+            self._found(run, do.get_training_run),
+            self._found(f"{run}/checkpoints", do.list_checkpoints_of),
+            self._listing("checkpoints", do.list_checkpoints, limit=100),
+            self._of_checkpoint(f"{run}/{checkpoint}", "DELETE", do.delete),
+            self._of_checkpoint(f"{run}/{checkpoint}/publish", "POST", publish),
+            self._of_checkpoint(f"{run}/{checkpoint}/publish", "DELETE", unpublish),
+            self._route(f"{run}/{checkpoint}/ttl", "PUT", set_ttl),
+        ]
+
+    def _listing(self, path: str, answer: Callable[[Page], Answer], limit: int = 20) -> Route:
+        async def respond(request: Request) -> Response:
+            page = bodies.query(request, Page, {"limit": str(limit)})
+            return _json(await run_in_threadpool(answer, page))
+
+        return self._route(path, "GET", respond)
+
+    def _found(self, path: str, answer: Callable[..., Answer]) -> Route:
+        """A request whose answer is read from files, in a thread."""
+
+        async def respond(request: Request) -> Response:
+            return _json(await run_in_threadpool(answer, **request.path_params))
+
+        return self._route(path, "GET", respond)
+
+    def _of_checkpoint(self, path: str, method: str, do: Callable[[CheckpointPath], None]) -> Route:
+        async def respond(request: Request) -> Response:
+            await run_in_threadpool(do, _checkpoint(request))
+            return _json({})
+
+        return self._route(path, method, respond)
 
     def _get(self, path: str, answer: Callable[..., Answer]) -> Route:
         async def respond(request: Request) -> Response:
@@ -387,6 +440,13 @@ class _Http:
         """Let no later request wait for the number of one that was refused."""
         if refused is not None and refused[0] in self._do.engine.models:
             self._sequencer.reject(*refused)
+
+
+def _checkpoint(request: Request) -> CheckpointPath:
+    """The checkpoint that a request's address names."""
+    parts = request.path_params
+    path = "tinker://{training_run_id}/{kind}/{name}".format(**parts)
+    return CheckpointPath.parse(path, field="checkpoint_id")
 
 
 def _place(message: Any) -> tuple[str | None, int | None]:

@@ -116,6 +116,19 @@ def decode(request: Request, body: bytes, as_type: type[M]) -> M:
         raise BadRequestError(422, _column_at_fault(body) or str(error)) from None
 
 
+def query(request: Request, as_type: type[M], defaults: dict[str, str]) -> M:
+    """Reads the query of a request as a struct.
+
+    Raises:
+        BadRequestError: it is not of that type.
+    """
+    given = defaults | dict(request.query_params)
+    try:
+        return msgspec.convert(given, as_type, strict=False)
+    except msgspec.ValidationError as error:
+        raise BadRequestError(422, f"the query: {error}") from None
+
+
 def decode_pass(body: bytes) -> messages.ForwardRequest | messages.ForwardBackwardRequest:
     """Decode a pass that says that it is a protocol buffer.
 

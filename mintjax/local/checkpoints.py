@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ T = TypeVar("T")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # no separator, no leading dot: never a path
 _MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 _PATH = re.compile(rf"tinker://({_MODEL_ID})/(weights|sampler_weights)/({_NAME})")
+_SUFFIX = ".safetensors"
 _UNFINISHED = ".partial"
 
 
@@ -68,10 +70,57 @@ class CheckpointPath(NamedTuple):
 
 
 class Description(msgspec.Struct, frozen=True):
-    """The origin of a checkpoint, kept in the file's header."""
+    """The origin of a checkpoint, kept in the file's header.
+
+    Args:
+        base_model: of the model.
+        lora_config: its adapters.
+        user_metadata: what the client said of the checkpoint.
+        run_metadata: what the client said of the model.
+        created: when, in seconds since 1970.
+        expires: when it may be removed; never if None.
+        ephemeral: made for one sampling session, and not listed.
+        key: of this very checkpoint; another of the same path has another.
+    """
 
     base_model: str
     lora_config: LoraConfig
+    user_metadata: dict[str, str] | None = None
+    run_metadata: dict[str, Any] | None = None
+    created: float = 0.0
+    expires: float | None = None
+    ephemeral: bool = False
+    key: str = ""
+
+
+class Tags(msgspec.Struct, frozen=True):
+    """The changes to a checkpoint since it was written, kept in a file beside it.
+
+    Args:
+        key: of the checkpoint; tags of another that had its path are void.
+        public: whether it was published.
+        expires: when it may be removed; never if None.
+    """
+
+    key: str
+    public: bool = False
+    expires: float | None = None
+
+
+class Found(NamedTuple):
+    """A checkpoint that is there.
+
+    Args:
+        path: of it.
+        description: its origin.
+        tags: what holds of it now.
+        size: of the file, in bytes.
+    """
+
+    path: CheckpointPath
+    description: Description
+    tags: Tags
+    size: int
 
 
 class StorageError(MintjaxError):
@@ -122,9 +171,98 @@ def describe(directory: Path, path: CheckpointPath) -> Description:
         NotFoundError: there is no such checkpoint.
         StorageError: it cannot be read.
     """
+    return find(directory, path).description
+
+
+def find(directory: Path, path: CheckpointPath) -> Found:
+    """Finds a checkpoint, if it has not expired.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be read.
+    """
+    found = _find(directory, path)
+    if _has_expired(found):
+        raise _not_found(path)
+    return found
+
+
+def _find(directory: Path, path: CheckpointPath) -> Found:
     with _opened(directory, path) as file:
         header: dict[str, str] = file.metadata()
-    return msgspec.json.decode(header["description"], type=Description)
+        size = _file(directory, path).stat().st_size
+    description = msgspec.json.decode(header["description"], type=Description)
+    tags = Tags(description.key, expires=description.expires)
+    with suppress(OSError, msgspec.MsgspecError):
+        changed = msgspec.json.decode(_tags_file(directory, path).read_bytes(), type=Tags)
+        tags = changed if changed.key == description.key else tags
+    return Found(path, description, tags, size)
+
+
+def _has_expired(found: Found) -> bool:
+    return found.tags.expires is not None and found.tags.expires <= time.time()
+
+
+def find_all(directory: Path, model_id: str | None = None) -> list[Found]:
+    """Finds the checkpoints that clients have named, of one model or of all, the newest first.
+
+    What cannot be read, or is removed meanwhile, is left out.
+    """
+    found: list[Found] = []
+    for path in _paths(directory, model_id):
+        with suppress(NotFoundError, StorageError):
+            found.append(find(directory, path))
+    listed = (one for one in found if not one.description.ephemeral)
+    return sorted(listed, key=lambda one: (-one.description.created, one.path))
+
+
+def _paths(directory: Path, model_id: str | None) -> Generator[CheckpointPath]:
+    if model_id is not None and re.fullmatch(_MODEL_ID, model_id) is None:
+        return
+    folder = "*" if model_id is None else quote(model_id, safe="")
+    for file in directory.glob(f"{folder}/*/*{_SUFFIX}"):
+        owner, name = unquote(file.parents[1].name), file.name.removesuffix(_SUFFIX)
+        with suppress(DataError):  # of somebody else
+            yield CheckpointPath.parse(f"tinker://{owner}/{file.parent.name}/{name}", field="path")
+
+
+def change(directory: Path, path: CheckpointPath, make: Callable[[Tags], Tags]) -> None:
+    """Changes what holds of a checkpoint; only one thread at a time may.
+
+    Args:
+        directory: where this trainer keeps its checkpoints.
+        path: of the checkpoint.
+        make: makes the new tags of the old.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be read or written.
+    """
+    content = msgspec.json.encode(make(find(directory, path).tags))
+    _write(_tags_file(directory, path), lambda partial: Path(partial).write_bytes(content))
+
+
+def remove(directory: Path, path: CheckpointPath) -> None:
+    """Removes a checkpoint.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be removed.
+    """
+    file = _file(directory, path)
+    if not file.is_file():
+        raise _not_found(path)
+    with _storage("remove", path):
+        file.unlink(missing_ok=True)
+        _tags_file(directory, path).unlink(missing_ok=True)
+
+
+def purge(directory: Path) -> None:
+    """Removes the checkpoints that have expired; not while one is written."""
+    for path in _paths(directory, None):
+        with suppress(NotFoundError, StorageError):
+            if _has_expired(_find(directory, path)):
+                remove(directory, path)
 
 
 def load(directory: Path, path: CheckpointPath, like: T) -> T:
@@ -142,6 +280,7 @@ def load(directory: Path, path: CheckpointPath, like: T) -> T:
         NotFoundError: there is no such checkpoint.
         StorageError: it cannot be read.
     """
+    find(directory, path)
     with _opened(directory, path) as file:
         saved = {name: file.get_tensor(name) for name in _named_leaves(like)}
     leaves = [jnp.asarray(saved[name]) for name in saved]
@@ -203,7 +342,11 @@ def _storage(verb: str, what: object) -> Generator[None]:
 
 
 def _file(directory: Path, path: CheckpointPath) -> Path:
-    return directory / quote(path.model_id, safe="") / path.kind / f"{path.name}.safetensors"
+    return directory / quote(path.model_id, safe="") / path.kind / f"{path.name}{_SUFFIX}"
+
+
+def _tags_file(directory: Path, path: CheckpointPath) -> Path:
+    return _file(directory, path).with_name(f"{path.name}.tags.json")
 
 
 def _not_found(path: CheckpointPath) -> NotFoundError:

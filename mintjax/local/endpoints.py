@@ -14,8 +14,9 @@ import msgspec
 from mintjax.errors import DataError, NotFoundError
 from mintjax.local import optimizer, sampling
 from mintjax.local.access import Access
+from mintjax.local.administration import Administration, check_ttl
 from mintjax.local.checkpoints import CheckpointPath, check_name
-from mintjax.local.engine import Engine, check_create
+from mintjax.local.engine import Engine, Note, check_create
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS
 from mintjax.local.sequencer import Sequencer
@@ -23,6 +24,7 @@ from mintjax.local.sessions import Sessions
 from mintjax.local.slices import Slices
 from mintjax.local.tokenizer import TOKENIZER_ID
 from mintjax.protocol import messages
+from mintjax.runs import GetSamplerResponse, OptimizerConfig, WeightsInfoResponse
 from mintjax.types import (
     GetInfoResponse,
     LoadWeightsResponse,
@@ -41,12 +43,6 @@ Run = Callable[[], "Answer | Slices[Answer]"]
 
 MAX_NUMBER = 2**53
 """Numbers of models, which become part of their ids, are below this."""
-
-
-class WeightsInfoRequest(msgspec.Struct):
-    """``POST weights_info``."""
-
-    tinker_path: str
 
 
 class Endpoints:
@@ -82,6 +78,7 @@ class Endpoints:
         )
         self._limits = limits
         self._sessions = Sessions(limits)
+        self.administration = Administration(engine, self._sessions)
 
     def note_sender(self, message: object) -> None:
         """Notes that the client of a message is there, and lets go of those that are gone."""
@@ -132,8 +129,10 @@ class Endpoints:
 
     def create_session(self, request: messages.CreateSessionRequest) -> Answer:
         """``create_session``."""
-        self._check_metadata(request.user_metadata, request.display_name)
-        opened = self._sessions.open(request.display_name or None, request.user_metadata)
+        self._check_metadata(request.user_metadata, request.display_name, request.project_id)
+        opened = self._sessions.open(
+            request.display_name or None, request.user_metadata, request.project_id or None
+        )
         return messages.CreateSessionResponse(opened)
 
     def _check_metadata(self, *said: object) -> None:
@@ -150,16 +149,6 @@ class Endpoints:
         self._end_session(session_id)
         return {"session_id": session_id, "status": "finished"}
 
-    def get_session(self, session_id: str) -> Answer:
-        """``GET sessions/<id>``."""
-        session = self._sessions.get(session_id)
-        return {
-            "training_run_ids": session.model_ids,
-            "sampler_ids": session.sampling_session_ids,
-            "user_metadata": session.user_metadata,
-            "display_name": session.display_name,
-        }
-
     def join_sampling_session(self, request: messages.JoinSamplingSessionRequest) -> Answer:
         """``join_sampling_session``: for a number that no other copy of the client has."""
         return {"client_counter": self._sessions.join(request.sampling_session_id)}
@@ -175,11 +164,11 @@ class Endpoints:
     def get_sampler(self, sampler_id: str) -> Answer:
         """``GET samplers/<id>``."""
         source = self._sessions.source(sampler_id)
-        return {
-            "sampler_id": sampler_id,
-            "base_model": self._base_model(source),
-            "model_path": None if source in BASE_MODELS else source,
-        }
+        return GetSamplerResponse(
+            sampler_id=sampler_id,
+            base_model=self._base_model(source),
+            model_path=None if source in BASE_MODELS else source,
+        )
 
     def get_info(self, request: messages.ModelRequest) -> Answer:
         """``get_info``."""
@@ -192,18 +181,17 @@ class Endpoints:
             lora_rank=model.lora_config.rank,
         )
 
-    def weights_info(self, request: WeightsInfoRequest) -> Answer:
+    def weights_info(self, request: messages.WeightsInfoRequest) -> Answer:
         """``weights_info``: what it takes to make a model that can load a checkpoint."""
         made_from = self.engine.describe_checkpoint(request.tinker_path, field="tinker_path")
         lora = made_from.lora_config
-        return {
-            "base_model": made_from.base_model,
-            "is_lora": True,
-            "lora_rank": lora.rank,
-            "train_unembed": lora.train_unembed,
-            "train_mlp": lora.train_mlp,
-            "train_attn": lora.train_attn,
-        }
+        return WeightsInfoResponse(
+            base_model=made_from.base_model,
+            lora_rank=lora.rank,
+            train_unembed=lora.train_unembed,
+            train_mlp=lora.train_mlp,
+            train_attn=lora.train_attn,
+        )
 
     def create_sampling_session(self, request: messages.CreateSamplingSessionRequest) -> Answer:
         """``create_sampling_session``: from a checkpoint, else from a base model."""
@@ -229,7 +217,8 @@ class Endpoints:
         def run() -> Answer:
             model_id = self.engine.create_model(request.base_model, lora_config)
             with self._unloaded_on_error(model_id):
-                self._sessions.add_model(request.session_id, model_id)
+                metadata = request.user_metadata or None
+                self._sessions.add_model(request.session_id, model_id, metadata)
             return messages.CreateModelResponse(model_id)
 
         return run
@@ -283,8 +272,23 @@ class Endpoints:
         self.engine.model(request.model_id)
         if request.path is not None:
             check_name(request.path)
+        note = self._note(request)
+        overwrite = request.overwrite is not False
         return lambda: SaveWeightsResponse(
-            path=self.engine.save_weights(request.model_id, request.path)
+            path=self.engine.save_weights(
+                request.model_id, request.path, note=note, overwrite=overwrite
+            )
+        )
+
+    def _note(
+        self, request: messages.SaveWeightsRequest | messages.SaveWeightsForSamplerRequest
+    ) -> Note:
+        """Collects what a client wants kept with a checkpoint."""
+        self._check_metadata(request.user_metadata)
+        check_ttl(request.ttl_seconds)
+        of_run = self._sessions.run(request.model_id).user_metadata
+        return Note(
+            request.user_metadata, None if of_run is None else dict(of_run), request.ttl_seconds
         )
 
     def load_weights(self, request: messages.LoadWeightsRequest) -> Run:
@@ -329,7 +333,7 @@ class Endpoints:
             self.engine.create_model(saved.base_model, saved.lora_config, model_id)
             with self._unloaded_on_error(model_id):
                 self.engine.load_weights(model_id, request.path, with_optimizer=request.optimizer)
-                self._sessions.add_model(session_id, model_id)
+                self._sessions.add_model(session_id, model_id, request.user_metadata or None)
             return LoadWeightsResponse(path=request.path)
 
         return run
@@ -339,12 +343,19 @@ class Endpoints:
         self.engine.model(request.model_id)
         if request.path is not None:
             check_name(request.path)
+        if request.kind != "snapshot":
+            raise DataError(
+                f"this trainer has samplers of one saved set of weights, 'snapshot', not "
+                f"{request.kind!r}",
+                field="kind",
+            )
+        note = self._note(request)
 
         def run() -> Answer:
-            path = self.engine.save_weights_for_sampler(request.model_id, request.path)
+            path = self.engine.save_weights_for_sampler(request.model_id, request.path, note=note)
             if request.path is not None:
                 return messages.SaveWeightsForSamplerResponse(path=path)
-            session_id = self._sessions.of_model(request.model_id)
+            session_id = self._sessions.run(request.model_id).session_id
             opened = self._sessions.open_sampling(session_id, path)
             return messages.SaveWeightsForSamplerResponse(sampling_session_id=opened)
 
@@ -398,9 +409,7 @@ def model_made_by_load(request: messages.LoadWeightsRequest) -> tuple[str, str] 
     return session_id, f"{session_id}:train:{number}"
 
 
-def _check_optimizer(
-    config: messages.OptimizerConfig | msgspec.UnsetType | None, field: str
-) -> None:
+def _check_optimizer(config: OptimizerConfig | msgspec.UnsetType | None, field: str) -> None:
     if config and config.type != "adamw":
         raise DataError(
             f"this trainer has the optimizer 'adamw' only, not {config.type!r}", field=field

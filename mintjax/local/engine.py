@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,25 @@ class Model:
     amount: float = 0.0
 
 
+class Note(NamedTuple):
+    """The things that a client wants kept with a checkpoint.
+
+    Args:
+        user_metadata: what it says of the checkpoint.
+        run_metadata: what it said of the model.
+        ttl_seconds: after which it may be removed; never if None.
+    """
+
+    user_metadata: dict[str, str] | None = None
+    run_metadata: dict[str, Any] | None = None
+    ttl_seconds: int | None = None
+
+
+NO_NOTE = Note()
+PURGE_SECONDS = 3600.0
+"""Checkpoints that have expired are removed this often at most, where others are saved."""
+
+
 class Engine:
     """The embedded trainer as a Python object.
 
@@ -83,6 +103,8 @@ class Engine:
             directory = self._temporary.name
         self.directory = Path(directory)
         checkpoints.sweep(self.directory)
+        checkpoints.purge(self.directory)
+        self._purged = time.time()
         self._sampler: tuple[str, ModelConfig, Weights] | None = None
 
     def __enter__(self) -> Engine:
@@ -274,33 +296,77 @@ class Engine:
         return OptimStepResponse(metrics={"grad_norm": norm})
 
     @own_settings()
-    def save_weights(self, model_id: str, name: str | None = None) -> str:
-        """Write adapters and optimizer state; replaces a checkpoint of the same name.
+    def save_weights(
+        self,
+        model_id: str,
+        name: str | None = None,
+        *,
+        note: Note = NO_NOTE,
+        overwrite: bool = True,
+    ) -> str:
+        """Write adapters and optimizer state.
 
         Args:
             model_id: which model.
             name: of the checkpoint; one is made up if None.
+            note: what to keep with it.
+            overwrite: replace a checkpoint of the same name.
 
         Returns:
             Its path, ``tinker://<model>/weights/<name>``.
 
         Raises:
             NotFoundError: there is no such model.
-            DataError: the name is none.
+            DataError: the name is none, or a checkpoint has it that must not be replaced.
         """
         state = self.model(model_id)
         path = CheckpointPath(model_id, "weights", _checked_name(name))
+        if not overwrite and self._has(path):
+            raise DataError(
+                f"there is a checkpoint {path} already; pass overwrite=True to replace it, or "
+                "another name",
+                field="path",
+            )
         whole = {"lora": state.lora, "optimizer": state.optimizer}
-        checkpoints.save(self.directory, path, _describe(state), whole)
+        self._save(path, state, note, whole)
         return str(path)
 
+    def _has(self, path: CheckpointPath) -> bool:
+        try:
+            checkpoints.find(self.directory, path)
+        except NotFoundError:
+            return False
+        return True
+
+    def _save(
+        self, path: CheckpointPath, state: Model, note: Note, whole: Any, ephemeral: bool = False
+    ) -> None:
+        now = time.time()
+        description = Description(
+            state.config.name,
+            state.lora_config,
+            user_metadata=note.user_metadata,
+            run_metadata=note.run_metadata,
+            created=now,
+            expires=None if note.ttl_seconds is None else now + note.ttl_seconds,
+            ephemeral=ephemeral,
+            key=uuid.uuid4().hex,
+        )
+        if now - self._purged > PURGE_SECONDS:
+            checkpoints.purge(self.directory)
+            self._purged = now
+        checkpoints.save(self.directory, path, description, whole)
+
     @own_settings()
-    def save_weights_for_sampler(self, model_id: str, name: str | None = None) -> str:
+    def save_weights_for_sampler(
+        self, model_id: str, name: str | None = None, *, note: Note = NO_NOTE
+    ) -> str:
         """Write the adapters, to sample from; replaces a checkpoint of the same name.
 
         Args:
             model_id: which model.
-            name: of the checkpoint; one is made up if None.
+            name: of the checkpoint; one is made up if None, and it is not listed.
+            note: what to keep with it.
 
         Returns:
             Its path, ``tinker://<model>/sampler_weights/<name>``.
@@ -311,7 +377,7 @@ class Engine:
         """
         state = self.model(model_id)
         path = CheckpointPath(model_id, "sampler_weights", _checked_name(name))
-        checkpoints.save(self.directory, path, _describe(state), {"lora": state.lora})
+        self._save(path, state, note, {"lora": state.lora}, ephemeral=name is None)
         self._sampler = None  # it may hold the checkpoint that was replaced
         return str(path)
 

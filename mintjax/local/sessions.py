@@ -20,6 +20,7 @@ class Session:
     Args:
         display_name: for people.
         user_metadata: whatever the client said of itself.
+        project_id: that it belongs to.
         model_ids: of the models that it trains.
         sampling_session_ids: of what it samples from.
         last_seen: when it last sent something, on the monotonic clock, in seconds.
@@ -27,9 +28,27 @@ class Session:
 
     display_name: str | None = None
     user_metadata: Mapping[str, object] | None = None
+    project_id: str | None = None
     model_ids: list[str] = field(default_factory=list[str])
     sampling_session_ids: list[str] = field(default_factory=list[str])
     last_seen: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Run:
+    """Records a model in training.
+
+    Args:
+        session_id: of the client.
+        project_id: of its session.
+        user_metadata: whatever the client said of the model.
+        last_request: when it was last asked for something, in seconds since 1970.
+    """
+
+    session_id: str
+    project_id: str | None
+    user_metadata: Mapping[str, object] | None
+    last_request: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -58,12 +77,15 @@ class Sessions:
         self._limits = limits
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
-        self._of_model: dict[str, str] = {}
+        self._runs: dict[str, Run] = {}
         self._samplers: dict[str, Sampler] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     def open(
-        self, display_name: str | None = None, user_metadata: Mapping[str, object] | None = None
+        self,
+        display_name: str | None = None,
+        user_metadata: Mapping[str, object] | None = None,
+        project_id: str | None = None,
     ) -> str:
         """Begins a session; returns its id.
 
@@ -73,7 +95,7 @@ class Sessions:
         with self._lock:
             self._check_room("max_sessions", len(self._sessions), "sessions")
             session_id = f"session-{uuid.uuid4().hex}"
-            self._sessions[session_id] = Session(display_name, user_metadata)
+            self._sessions[session_id] = Session(display_name, user_metadata, project_id)
         return session_id
 
     def get(self, session_id: str) -> Session:
@@ -97,9 +119,12 @@ class Sessions:
         """Notes that the client of one of these is still there."""
         with self._lock:
             owner = session_id
-            if model_id is not None:
-                owner = self._of_model.get(model_id)
-            elif sampling_session_id is not None:
+            if model_id:
+                run = self._runs.get(model_id)
+                if run is not None:
+                    run.last_request = time.time()
+                owner = None if run is None else run.session_id
+            elif sampling_session_id:
                 sampler = self._samplers.get(sampling_session_id)
                 owner = None if sampler is None else sampler.session_id
             if owner is not None and owner in self._sessions:
@@ -112,9 +137,11 @@ class Sessions:
             BadRequestError: there are as many as there may be.
         """
         with self._lock:
-            self._check_room("max_models", len(self._of_model), "models")
+            self._check_room("max_models", len(self._runs), "models")
 
-    def add_model(self, session_id: str, model_id: str) -> None:
+    def add_model(
+        self, session_id: str, model_id: str, user_metadata: Mapping[str, object] | None = None
+    ) -> None:
         """Notes that a session has made a model.
 
         Raises:
@@ -122,24 +149,30 @@ class Sessions:
             BadRequestError: there are as many models as there may be.
         """
         with self._lock:
-            self._check_room("max_models", len(self._of_model), "models")
-            self._get(session_id).model_ids.append(model_id)
-            self._of_model[model_id] = session_id
+            self._check_room("max_models", len(self._runs), "models")
+            session = self._get(session_id)
+            session.model_ids.append(model_id)
+            self._runs[model_id] = Run(session_id, session.project_id, user_metadata)
 
     def remove_model(self, model_id: str) -> None:
         """Notes that a model is no longer in training; its session still lists it."""
         with self._lock:
-            self._of_model.pop(model_id, None)
+            self._runs.pop(model_id, None)
 
-    def of_model(self, model_id: str) -> str:
-        """Returns the id of the session that a model was made in.
+    def runs(self) -> dict[str, Run]:
+        """Returns the models in training, by id."""
+        with self._lock:
+            return dict(self._runs)
+
+    def run(self, model_id: str) -> Run:
+        """Returns what is recorded of a model in training.
 
         Raises:
-            NotFoundError: that session has ended.
+            NotFoundError: its session has ended.
         """
         with self._lock:
             try:
-                return self._of_model[model_id]
+                return self._runs[model_id]
             except KeyError:
                 raise NotFoundError(404, f"model_id: {model_id!r} is in no session") from None
 
@@ -196,7 +229,7 @@ class Sessions:
                 self._ended.popitem(last=False)
             for sampling_session_id in session.sampling_session_ids:
                 self._samplers.pop(sampling_session_id, None)
-            return [one for one in session.model_ids if self._of_model.pop(one, None) is not None]
+            return [one for one in session.model_ids if self._runs.pop(one, None) is not None]
 
     def gone(self) -> Collection[str]:
         """Returns the ids of the sessions whose clients have sent nothing for too long."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import orjson
 
 from mintjax.errors import DataError, NonFiniteError
+from mintjax.runs import OptimizerConfig
 from mintjax.tensors import TensorData, as_travels, check_finite, first_not_finite
 from mintjax.types import (
     AdamParams,
@@ -48,12 +49,6 @@ class ForwardBackwardRequest(msgspec.Struct, eq=False, omit_defaults=True):
     forward_backward_input: ForwardBackwardInput
     model_id: str
     seq_id: int | None = None
-
-
-class OptimizerConfig(msgspec.Struct):
-    """The family of an optimizer; what else one has is passed over."""
-
-    type: str = "adamw"
 
 
 class CustomStepInput(msgspec.Struct, eq=False):
@@ -192,14 +187,14 @@ class ModelRequest(msgspec.Struct):
 
 
 class SaveWeightsRequest(msgspec.Struct, omit_defaults=True):
-    """``POST save_weights``."""
+    """``POST save_weights``. Clients that do not know ``overwrite`` replace what is there."""
 
     model_id: str
     path: str | None = None
     seq_id: int | None = None
     type: str | None = None
     ttl_seconds: int | None = None
-    overwrite: bool = False
+    overwrite: bool | msgspec.UnsetType | None = msgspec.UNSET
     user_metadata: dict[str, str] | None = None
 
 
@@ -232,6 +227,19 @@ class SaveWeightsForSamplerRequest(msgspec.Struct, omit_defaults=True):
     type: str | None = None
     ttl_seconds: int | None = None
     user_metadata: dict[str, str] | None = None
+    kind: str = "snapshot"
+
+
+class WeightsInfoRequest(msgspec.Struct):
+    """``POST weights_info``."""
+
+    tinker_path: str
+
+
+class TimeToLiveRequest(msgspec.Struct):
+    """``PUT training_runs/<id>/checkpoints/<id>/ttl``; None to keep it for ever."""
+
+    ttl_seconds: int | None
 
 
 class SaveWeightsForSamplerResponse(msgspec.Struct, omit_defaults=True):

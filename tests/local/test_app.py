@@ -126,6 +126,7 @@ class TestTraining:
             "train_unembed": True,
             "train_mlp": True,
             "train_attn": True,
+            "optimizer_config": {"type": "adamw"},
         }
 
     def test_a_checkpoint_without_a_name_is_given_one(self, http, model_id):
