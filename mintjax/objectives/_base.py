@@ -18,6 +18,9 @@ from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.types import Datum, LossFnName
 
+if TYPE_CHECKING:
+    from mintjax.objectives._combine import WeightedSum
+
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 Metrics: TypeAlias = Mapping[str, Array]
 Loss: TypeAlias = Callable[..., jax.Array]
@@ -43,6 +46,8 @@ class LossObjective:
     row_multiple: ClassVar[int | None] = 1
     """Pads the row count of a batch to a multiple of this; None disables padding. See
     ``Ragged.row_mask``."""
+
+    __array_ufunc__ = None  # so that a NumPy number times an objective is an objective
 
     if TYPE_CHECKING:
 
@@ -119,6 +124,28 @@ class LossObjective:
             rows = rows.astype(jnp.float32)
         return self.evaluate(as_batch(data), rows)
 
+    def __add__(self, other: Any) -> WeightedSum:
+        """Makes the weighted sum of both: ``dpo() + 0.1 * kl_k2()``."""
+        return _combine().add(self, other)
+
+    def __radd__(self, other: Any) -> WeightedSum:
+        """Makes the weighted sum of both; a 0 on the left, as ``sum`` has it, adds nothing."""
+        return _combine().add(other, self)
+
+    def __sub__(self, other: Any) -> WeightedSum:
+        """Makes the weighted sum of both, the second with its weight negated."""
+        return self + _combine().scale(-1.0, other)
+
+    def __mul__(self, weight: Any) -> WeightedSum:
+        """Makes a weighted sum of this one term; the weight is a number or a schedule."""
+        return _combine().scale(weight, self)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightedSum:
+        """Makes a weighted sum of this one term, with the weight -1."""
+        return self * -1.0
+
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
         """Does what a call does, of ``data`` as a Batch and ``logprobs`` as a Ragged."""
         raise NotImplementedError
@@ -148,6 +175,13 @@ class LossObjective:
         """Calls the loss with ``inputs``, the settings of this objective, and what is ``named``."""
         settings = {name: getattr(self, name) for name in self.settings}
         return type(self).loss(*inputs, **settings, **named)
+
+
+def _combine() -> Any:
+    """Gives the module of weighted sums, which are objectives and so import this one."""
+    from mintjax.objectives import _combine
+
+    return _combine
 
 
 _T = TypeVar("_T", bound=LossObjective)

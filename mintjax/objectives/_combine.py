@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mintjax.objectives._base import Array, LossObjective
 from mintjax.ragged import Ragged
@@ -146,6 +147,99 @@ class _Leaf:
         return cls(aux)
 
 
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """A schedule times a number, which is traced."""
+
+    factor: Any
+    schedule: Schedule
+
+    def __call__(self, step: Any) -> Any:
+        return self.factor * self.schedule(step)
+
+    def tree_flatten(self) -> tuple[tuple[Any], Schedule]:
+        return (self.factor,), self.schedule
+
+    @classmethod
+    def tree_unflatten(cls, aux: Schedule, children: tuple[Any]) -> _Scaled:
+        return cls(children[0], aux)
+
+
+def add(left: Any, right: Any) -> WeightedSum:
+    """Makes one weighted sum of the terms of both, as ``left + right`` of objectives does."""
+    for number, objective in ((left, right), (right, left)):
+        if isinstance(number, int) and number == 0:
+            return _sum_of(objective)
+    one, other = _sum_of(left), _sum_of(right)
+    twice = sorted(set(one.names) & set(other.names))
+    if twice:
+        raise ValueError(
+            f"both sides of + have a term called {', '.join(map(repr, twice))}, and its metrics "
+            'would be mixed up: write objectives.weighted_sum({"one": ..., "other": ...}), which '
+            "names the terms"
+        )
+    steps = {each.step for each in (one, other) if each.step is not None}
+    if len(steps) > 1:
+        raise ValueError(
+            f"the sides of + are at the steps {sorted(steps)}: add first, and call at_step(step) "
+            "of the sum"
+        )
+    return WeightedSum(
+        names=one.names + other.names,
+        terms=one.terms + other.terms,
+        weights=one.weights + other.weights,
+        step=steps.pop() if steps else None,
+        gradient_norms=one.gradient_norms or other.gradient_norms,
+    )
+
+
+def scale(weight: Any, objective: Any) -> WeightedSum:
+    """Multiplies the weights of all terms, as ``weight * objective`` does.
+
+    Args:
+        weight: a number or a schedule of the step.
+        objective: an objective; one that is no weighted sum becomes one of a single term.
+    """
+    if isinstance(weight, LossObjective) or (not callable(weight) and np.shape(weight) != ()):
+        raise TypeError(
+            f"an objective is multiplied by a number or by a schedule of the step, not by "
+            f"{weight!r}; a factor for each token or datum is the column weights of the data"
+        )
+    whole = _sum_of(objective)
+    return dataclasses.replace(whole, weights=tuple(_times(weight, w) for w in whole.weights))
+
+
+def _times(one: Any, other: Any) -> Any:
+    """Multiplies two weights, of which one may be a schedule."""
+    if callable(one) and callable(other):
+        raise TypeError(
+            "a term that already has a schedule for its weight is multiplied by numbers only: "
+            "multiply the schedules in one function of the step"
+        )
+    if isinstance(other, _Scaled):
+        return _Scaled(one * other.factor, other.schedule)
+    if callable(other):
+        return _Scaled(one, other)
+    if callable(one):
+        return one if isinstance(other, float) and other == 1.0 else _Scaled(other, one)
+    return one * other
+
+
+def _sum_of(objective: Any) -> WeightedSum:
+    """Gives an objective as a weighted sum; one that is none becomes a single term."""
+    if isinstance(objective, WeightedSum):
+        return objective
+    if isinstance(objective, LossObjective):
+        return WeightedSum(names=(type(objective).__name__,), terms=(objective,), weights=(1.0,))
+    said = "a plain function" if callable(objective) else f"{objective!r}"
+    raise TypeError(
+        f"+ and * join mintjax's objectives, and {said} is none: write objectives.weighted_sum("
+        '{"dpo": objectives.dpo(), "own": function}, {"own": 0.1}), which gives each term a name, '
+        "under which its metrics are reported"
+    )
+
+
 def weighted_sum(
     terms: Mapping[str, Term],
     weights: Mapping[str, float | Schedule] | None = None,
@@ -156,6 +250,10 @@ def weighted_sum(
 
     ``loss = sum_k weights[k] * terms[k](data, logprobs)``. Each term's metrics come under its name,
     ``"dpo/pair_accuracy"``, with ``"dpo/loss"``, its own unweighted value, and ``"dpo/weight"``.
+
+    ``dpo() + 0.1 * kl_k2()`` is ``weighted_sum({"dpo": dpo(), "kl_k2": kl_k2()}, {"kl_k2": 0.1})``:
+    terms have the names of their classes, sums among them are merged, and a factor may be a
+    schedule.
 
     Args:
         terms: objectives by name: mintjax's own, functions ``(data, logprobs) -> (loss, metrics)``,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from hypothesis import find, given, settings
+from hypothesis import strategies as st
 
 import mintjax
 from mintjax import objectives, testing
@@ -152,3 +154,85 @@ def test_a_terms_own_loss_metric_is_not_taken_for_its_value():
     whole = mintjax.value_and_logprob_grads(objectives.weighted_sum({"it": shouting}), *EXAMPLE)
     assert whole.metrics["it/loss"] == pytest.approx(whole.loss)
     assert whole.metrics["it/volume"] == 11
+
+
+def halving(step: Any) -> Any:
+    return 2.0**-step
+
+
+SUMMANDS = {name: getattr(objectives, name)() for name in ("dpo", "kl_k2", "kl_k3", "ppo")}
+NUMBERS = st.sampled_from([2, -0.5, 0.1, np.float32(3), np.array(0.25), jnp.float32(1.5)])
+
+
+@st.composite
+def sums(draw: st.DrawFn) -> tuple[Any, dict[str, float]]:
+    """A sum written with operators, and the weights that its terms have at step 3."""
+    names = draw(st.lists(st.sampled_from(sorted(SUMMANDS)), min_size=1, unique=True))
+    total, weights = None, {}
+    for name in names:
+        term, weight, moving = SUMMANDS[name], 1.0, False
+        for _ in range(draw(st.integers(0, 2))):
+            factor = draw(NUMBERS if moving else NUMBERS | st.just(halving))
+            moving = moving or factor is halving
+            term = factor * term if draw(st.booleans()) else term * factor
+            weight *= 2.0**-3 if factor is halving else float(factor)
+        way = draw(st.sampled_from("+-")) if total is not None else "+"
+        weights[name] = -weight if way == "-" else weight
+        total = term if total is None else total + term if way == "+" else total - term
+        if draw(st.booleans()):
+            total = draw(st.sampled_from([sum([total]), total * -1 * -1]))
+    return total, weights
+
+
+@given(sums())
+def test_operators_make_the_weighted_sum_of_the_same_terms_and_weights(case: Any):
+    total, weights = case
+    total = 0 + total
+    whole = objectives.weighted_sum({name: SUMMANDS[name] for name in weights}, weights)
+    assert (total.names, total.terms) == (whole.names, whole.terms)
+    found = [float(weight(3) if callable(weight) else weight) for weight in total.weights]
+    np.testing.assert_allclose(found, whole.weights, rtol=1e-6)
+
+
+def test_a_sum_written_with_operators_is_evaluated_as_one_that_is_named():
+    total = objectives.dpo() + halving * objectives.kl_k2() * 0.5 - objectives.kl_k3()
+    terms = {name: SUMMANDS[name] for name in ("dpo", "kl_k2", "kl_k3")}
+    whole = objectives.weighted_sum(terms, {"kl_k2": 0.0625, "kl_k3": -1.0})
+    found, expected = (
+        mintjax.value_and_logprob_grads(objective.at_step(3), *EXAMPLE)
+        for objective in (total, whole)
+    )
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    for mine, other in zip(found.grads, expected.grads, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_another_factor_or_step_of_a_sum_runs_the_same_program():
+    def total(factor: float) -> Any:
+        return objectives.dpo() + factor * (halving * objectives.kl_k2())
+
+    mintjax.value_and_logprob_grads(total(1.0).at_step(0), *EXAMPLE)
+    before = stats().compilations
+    for factor, step in ((0.5, 1), (0.25, 2)):
+        result = mintjax.value_and_logprob_grads(total(factor).at_step(step), *EXAMPLE)
+        assert result.metrics["kl_k2/weight"] == pytest.approx(factor * 2.0**-step)
+    assert stats().compilations == before
+
+
+def test_what_cannot_be_added_or_multiplied_says_what_to_write():
+    dpo, kl = objectives.dpo(), objectives.kl_k2()
+    for add in (lambda: dpo + mean_logprob, lambda: mean_logprob + dpo, lambda: dpo - mean_logprob):
+        with pytest.raises(TypeError, match=r'a plain function is none.*weighted_sum\(\{"dpo"'):
+            add()
+    with pytest.raises(TypeError, match=r"and 1\.5 is none"):
+        dpo + 1.5
+    with pytest.raises(ValueError, match=r"both sides of \+ have a term called 'kl_k2'.*names"):
+        dpo + kl + kl
+    for factor in (dpo, np.ones(3), [1.0]):
+        with pytest.raises(TypeError, match=r"by a number or by a schedule.*column weights"):
+            factor * kl
+    with pytest.raises(TypeError, match="multiply the schedules in one function"):
+        halving * (halving * kl)
+    with pytest.raises(ValueError, match=r"at the steps \[1, 2\]: add first"):
+        (halving * kl).at_step(1) + (halving * objectives.kl_k3()).at_step(2)
