@@ -43,6 +43,10 @@ _RESULTS = {
 _OTHERS = frozenset(_RESULTS.values()) - {"metrics", "model_id"}  # which may come with any result
 
 
+_ALIVE = partial(Request, "get_server_capabilities", method="GET")
+"""A question that a trainer answers without a look at any request."""
+
+
 class _NotYet(msgspec.Struct):
     """An answer that comes in place of a result."""
 
@@ -79,6 +83,7 @@ async def retrieve(
     policy, patience = transport.policy, Patience(transport.policy)
     headers = {"Accept": f"{protobuf.MEDIA_TYPE}, application/json"} if request.headers else {}
     metadata_only, quick_answers, queue_state = True, 0, "active"
+    broken_since: float | None = None
     started, longest = time.monotonic(), "RetryPolicy(result=...)"
     wait = Wait(request, f"{transport.address} is at work on it", started, policy.result, longest)
     with transport.notices.watch(wait):
@@ -95,7 +100,11 @@ async def retrieve(
                     answer = transport.decode(_PATH, _NotYet, reply)
                 answer.type = "try_again"
             if isinstance(answer, Failure):
-                await _pause(transport, request, answer, patience, wait)
+                now = time.monotonic()
+                broken_since = (broken_since or now) if answer.status == 500 else None
+                broken = broken_since is not None and now - broken_since >= policy.broken_result
+                give_up = broken and await transport.arrives(_ALIVE()) is None
+                await _pause(transport, request, answer, patience, wait, give_up)
                 wait.attempt = patience.attempts
             elif not isinstance(answer, _NotYet):
                 transport.report("done", request, patience.attempts)
@@ -105,6 +114,7 @@ async def retrieve(
                 transport.check_size(answer.response_payload_size or 0)
             else:
                 patience.renew()
+                broken_since = None
                 state = answer.queue_state or "active"
                 reason = f": {answer.queue_state_reason}" if answer.queue_state_reason else ""
                 detail = transport.words(f"{state.replace('_', ' ')}{reason}")
@@ -205,6 +215,7 @@ async def _pause(
     failure: Failure,
     patience: Patience,
     wait: Wait[Request],
+    give_up: bool,
 ) -> None:
     """Lets a while go by after a failed attempt, or raises its error when that takes too long."""
     policy = transport.policy
@@ -212,6 +223,10 @@ async def _pause(
     deadline = policy.silence if held_open else policy.deadline
     wait.why, wait.started, wait.limit = str(failure.error), patience.started, deadline
     wait.setting = f"RetryPolicy({'silence' if held_open else 'deadline'}=...)"
+    if failure.status == 500 and policy.broken_result < deadline:
+        wait.limit, wait.setting = policy.broken_result, "RetryPolicy(broken_result=...)"
+    if give_up:
+        deadline = 0.0
     gone = failure.status == 410
     repeats = "never" if failure.final else verdict(failure.ending, in_doubt=True).repeats
     if gone:  # the request may be sent again

@@ -33,6 +33,8 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
         poll_timeout: how long one question for a result is held open.
         silence: how long a result may be waited for on connections that open and never answer.
         result: how long a result may be waited for in all, while the trainer says "try again".
+        broken_result: how long a result is asked for that the trainer fails to give (HTTP 500),
+            while it answers other questions.
         blocking: how long a method waits that returns a result rather than a future, where it is
             given no ``timeout``.
         bad_answers: how many answers that are garbage, or a proxy's, to bear with.
@@ -52,6 +54,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     poll_timeout: float = 45.0
     silence: float = 1800.0
     result: float = 86_400.0
+    broken_result: float = 20.0
     blocking: float = 1800.0
     bad_answers: int = 3
     heartbeat: float = 10.0

@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 
 from mintjax.errors import BadRequestError, ConfigError, DataError
+from mintjax.local.dialects import WithNaN
 from mintjax.local.endpoints import Answer
 from mintjax.local.limits import Limits
 from mintjax.protocol import messages, protobuf, zstd
@@ -157,7 +158,8 @@ def number_of(request: Request, body: bytes) -> tuple[str, int] | None:
 def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
     """Encode a result; as a protocol buffer if that is wanted and there is a message for it."""
     if as_protobuf and isinstance(answer, ForwardBackwardOutput):
-        return ProtobufResult(protobuf.encode_output(answer))
+        finite = not isinstance(answer, WithNaN)
+        return ProtobufResult(protobuf.encode_output(answer, finite=finite))
     content = messages.encode(answer)
     if isinstance(answer, SampleResponse):
         content = SampleResult(content)

@@ -17,7 +17,8 @@ from mintjax.local.slices import Slices
 from mintjax.local.tokenizer import VOCAB_SIZE
 from mintjax.protocol import messages
 from mintjax.step.reduction import SUM, Reduction
-from mintjax.types import AdamParams, Datum
+from mintjax.tensors import TensorData
+from mintjax.types import AdamParams, Datum, ForwardBackwardOutput
 
 Refusal: TypeAlias = tuple[int, str]
 """An HTTP status and the words of ``detail``."""
@@ -121,6 +122,7 @@ DIALECTS: Mapping[str, Dialect] = {
             "gspo": "Loss functions ['gspo'] are not supported by the JAX backend",
         },
         failed=(400, ""),
+        unknown_tokens="no number",
         max_tokens_required=True,
         names=_SKYRL_NAMES,
         loads_first=True,
@@ -222,7 +224,7 @@ class Player:
             return prepare(message)
         self._engine.model(message.model_id)
         if words is None and dialect.unknown_tokens == "no number":
-            return _fails(NoNumberError())
+            return _fails(NoNumberError()) if dialect.json_passes else _no_numbers(given.data)
         return _fails(BadRequestError(400, words or f"index {unknown} is out of bounds"))
 
     def answer(self, path: str, answer: Answer) -> Answer:
@@ -291,6 +293,10 @@ class Player:
         return made
 
 
+class WithNaN(ForwardBackwardOutput):
+    """The result of a pass in which some logprobs are no numbers."""
+
+
 class NoNumberError(MintjaxError):
     """The result holds what is no number, so that it cannot be sent as JSON."""
 
@@ -318,6 +324,11 @@ def _fails(error: MintjaxError) -> Run:
         raise error
 
     return run
+
+
+def _no_numbers(data: Sequence[Datum]) -> Run:
+    rows = [TensorData(np.full(d.loss_fn_inputs["target_tokens"].shape, np.nan)) for d in data]
+    return lambda: WithNaN(loss_fn_outputs=[{"logprobs": row} for row in rows])
 
 
 def _beyond(params: AdamParams | msgspec.UnsetType, limits: Mapping[str, float]) -> Refusal | None:

@@ -98,7 +98,7 @@ def encode_datum(datum: Datum, position: int = 0) -> bytes:
     return b"".join(_datum(datum, position))
 
 
-def encode_output(output: ForwardBackwardOutput) -> bytes:
+def encode_output(output: ForwardBackwardOutput, *, finite: bool = True) -> bytes:
     """Encode the result of a pass, as ``ForwardBackwardOutput``.
 
     Neighbours that have the same fields of the same dtype and trailing shape are one record. What
@@ -106,6 +106,7 @@ def encode_output(output: ForwardBackwardOutput) -> bytes:
 
     Args:
         output: of a pass.
+        finite: refuse what is no number; some trainers send it.
 
     Returns:
         The message.
@@ -119,12 +120,12 @@ def encode_output(output: ForwardBackwardOutput) -> bytes:
     for i, one in enumerate(output.loss_fn_outputs):
         this = [(name, array.dtype, array.shape[1:]) for name, array in one.items()]
         if run and this != kind:
-            parts += _record(run, kind, i - len(run))
+            parts += _record(run, kind, i - len(run), finite)
             run = []
         kind = this
         run.append(one)
     if run:
-        parts += _record(run, kind, len(output.loss_fn_outputs) - len(run))
+        parts += _record(run, kind, len(output.loss_fn_outputs) - len(run), finite)
     for name, value in output.metrics.items():
         parts.append(_message(b"\x1a", _text(b"\x0a", name), b"\x11", struct.pack("<d", value)))
     return b"".join(parts)
@@ -217,13 +218,13 @@ def _datum(datum: Datum, position: int) -> list[Part]:
 
 
 def _record(
-    run: list[Mapping[str, npt.NDArray[Any]]], kind: list[Column], first: int
+    run: list[Mapping[str, npt.NDArray[Any]]], kind: list[Column], first: int, finite: bool
 ) -> list[Part]:
     parts: list[Part] = [b"", b"\x18", _varint(len(run)), _text(b"\x0a", "ArrayRecord")]
     for name, dtype, trailing in kind:
         rows = [np.ascontiguousarray(one[name]) for one in run]
         for i, row in enumerate(rows):
-            if first_not_finite(row) is not None:
+            if finite and first_not_finite(row) is not None:
                 check_finite(row, first + i, f"output {name!r}")
         offsets = np.cumsum([0, *(row.nbytes for row in rows)], dtype="<i8")
         about = _bytes(b"\x12", offsets.tobytes()) + _about(dtype, trailing)
