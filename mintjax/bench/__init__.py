@@ -1,6 +1,6 @@
-"""Measures the cost of the client's side of a training step, for any objective.
+"""Measures the time that the client takes in a training step, for any objective.
 
-``mintjax bench`` is its command; the scripts in ``benchmarks/`` take their clock from here.
+The command ``mintjax bench`` and the scripts in ``benchmarks/`` use it.
 """
 
 from mintjax.bench._clock import Timing, interleaved

@@ -1,4 +1,4 @@
-"""Several implementations on the same batches, one after the other, by the clock."""
+"""Times several implementations on the same batches, in turn."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 class Timing(msgspec.Struct, kw_only=True):
-    """The times of an implementation, step by step.
+    """The time of each step of an implementation.
 
     Args:
-        seconds: of each step, those of the warm-up among them.
-        compilations: programs that mintjax had compiled in each step.
-        warm_up: how many steps at the beginning do not count.
+        seconds: the time of each step, with the warm-up.
+        compilations: the number of programs that mintjax compiled in each step.
+        warm_up: the number of steps at the beginning that do not count.
     """
 
     seconds: list[float]
@@ -40,16 +40,16 @@ def interleaved(
     warm_up: int,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time implementations on the same batches, in turn.
+    """Times implementations on the same batches, in turn.
 
-    Each batch is given to all before the next is made, in an order that is drawn anew each time, so
-    that what else the machine does, and what one leaves in the caches to the next, falls on all
-    alike. (Were they to take turns at the beginning, each would still follow the same one.)
+    Every implementation gets a batch before the next batch is made, in an order that is drawn anew
+    for each batch. So other load on the machine, and what one implementation leaves in the caches
+    for the next, affects all of them alike.
 
     Args:
-        implementations: by name: functions of a batch.
-        batches: one for each step; made outside of what is timed.
-        warm_up: how many steps at the beginning do not count.
+        implementations: functions of a batch, by name.
+        batches: one for each step; making them is not timed.
+        warm_up: the number of steps at the beginning that do not count.
         on_step: called after each step.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Describes the machine and the versions that something was measured with."""
+"""Describes the machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PACKAGES = ("mintjax", "jax", "jaxlib", "numpy", "msgspec", "httpx", "torch", "
 
 
 class Machine(msgspec.Struct, kw_only=True):
-    """The machine, the versions and the date, by which others judge a number.
+    """The machine, the versions and the date of a measurement.
 
     Args:
-        cpu: its model, as the system names it.
-        cores: that this process may use.
+        cpu: the model of the processor, as the system names it.
+        cores: the number of cores that this process may use.
         system: operating system and architecture.
-        python: its version.
-        packages: versions of those that are installed.
-        date: of the measurement, UTC, ``YYYY-MM-DD``.
+        python: the version of Python.
+        packages: the versions of the installed packages that matter.
+        date: the date in UTC, ``YYYY-MM-DD``.
     """
 
     cpu: str
@@ -35,10 +35,10 @@ class Machine(msgspec.Struct, kw_only=True):
 
 
 def machine() -> Machine:
-    """This machine, these packages, today.
+    """Describes this machine, the installed packages and today's date.
 
     Returns:
-        What a measurement needs beside it to be read.
+        The description, to be kept beside a measurement.
     """
     return Machine(
         cpu=_cpu(),

@@ -1,4 +1,4 @@
-"""A report as a figure."""
+"""Draws a report as a figure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mintjax.errors import ConfigError
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw each step's time in order, and median and p90 by the number of datums.
+    """Draws the time of each step, and median and 90th percentile for each number of datums.
 
     Args:
-        report: what was measured.
-        path: where to; the ending says in which format: ``.svg``, ``.png``, ``.pdf``.
+        report: the measurements.
+        path: the file to write; its ending is the format: ``.svg``, ``.png``, ``.pdf``.
 
     Raises:
         ConfigError: matplotlib is missing, or does not know the format.

@@ -1,4 +1,4 @@
-"""An objective's cost for batches of several sizes, alone or beside another implementation."""
+"""Measures an objective for several batch sizes, alone or beside another implementation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mintjax.gradients import Objective, value_and_logprob_grads
 from mintjax.gradients.torch import torch_objective
 from mintjax.ragged.batch import Batch
 
-_AGREE = 1e-3  # of the largest gradient; implementations of one loss differ by rounding only
+_AGREE = 1e-3  # of the largest gradient, because two implementations differ only by rounding
 
 Implementations = dict[str, Callable[[Arrays], Any]]
 
@@ -28,10 +28,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The batches and the number of steps to measure.
 
     Args:
-        objective: its name, for the report.
-        datums: the sizes of batches, B, one after the other.
-        steps: measured steps of each size.
-        warm_up: steps in front of them that do not count.
+        objective: the objective's name, for the report.
+        datums: the batch sizes B to measure, in order.
+        steps: the number of measured steps for each size.
+        warm_up: the number of steps before them that do not count.
         against: None, ``"torch"`` for the counterpart of one of mintjax's own objectives, or
             ``"module:function"`` for a torch loss ``(data, list of tensors) -> (loss, metrics)``.
     """
@@ -44,17 +44,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """The times of one implementation for batches of one size.
+    """The times of one implementation for one batch size.
 
     Args:
-        implementation: ``"mintjax"``, ``"torch"``, or the name of what was given.
-        datums: B.
-        median_ms: of a step, in milliseconds.
-        p90_ms: nine steps of ten took no longer.
-        first_ms: the first step, with everything that is done once.
-        compilations: programs that mintjax had compiled, in the warm-up too.
-        tokens_per_second: tokens of a step over its time; the median.
-        step_ms: every step in order, those of the warm-up first.
+        implementation: ``"mintjax"``, ``"torch"``, or the name of the given function.
+        datums: the batch size B.
+        median_ms: the median time of a step, in milliseconds.
+        p90_ms: the 90th percentile, in milliseconds.
+        first_ms: the time of the first step, which compiles.
+        compilations: the number of programs that mintjax compiled, with the warm-up.
+        tokens_per_second: the median of the tokens of a step divided by its time.
+        step_ms: the time of every step in order, with the warm-up.
     """
 
     implementation: str
@@ -68,20 +68,20 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The results, with the machine that they are of.
+    """The results, with a description of the machine.
 
     Args:
-        objective: its name.
-        columns: of the batches.
-        lengths: least and greatest number of tokens.
-        steps: measured steps of each size.
-        warm_up: steps in front of them.
-        results: for each size and implementation.
-        gradient_difference: the largest between two implementations, over the largest gradient;
-            None if there was only one.
-        machine: where.
-        trainer: whose steps were timed, if any were.
-        custom_steps: where the time of those steps went, for each size.
+        objective: the objective's name.
+        columns: the names of the columns in the batches.
+        lengths: the least and the greatest number of tokens of a datum.
+        steps: the number of measured steps for each size.
+        warm_up: the number of steps before them.
+        results: one for each size and implementation.
+        gradient_difference: the largest difference between the gradients of two implementations,
+            divided by the largest gradient; None if there was only one implementation.
+        machine: the machine and the versions.
+        trainer: the trainer whose steps were timed, or None.
+        custom_steps: the parts of a custom step's time, for each size.
     """
 
     objective: str
@@ -102,24 +102,24 @@ def run(
     settings: Settings,
     on_step: Callable[[], object] = lambda: None,
 ) -> Report:
-    """Time ``value_and_logprob_grads`` of an objective on fresh lengths in every step.
+    """Times ``value_and_logprob_grads`` of an objective, with new lengths in every step.
 
-    What is timed goes from a list of NumPy arrays of logprobs to one of gradients: packing,
-    the compiled gradient, unpacking and the check that all is finite.
+    The time goes from a list of NumPy arrays of logprobs to a list of gradients: packing, the
+    compiled gradient, unpacking, and the check that all numbers are finite.
 
     Args:
         objective: ``(data, logprobs) -> (loss, metrics)``.
-        source: of the batches; the columns that the objective reads are added to it.
-        settings: how much, and against what.
+        source: makes the batches; the columns that the objective reads are added to it.
+        settings: the sizes, the number of steps, and what to compare with.
         on_step: called after each step.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: there is nothing of that name to compare with.
-        MintjaxError: the other implementation's gradients are not the same.
-        Exception: whatever the objective raises.
+        ConfigError: the implementation to compare with does not exist.
+        MintjaxError: the other implementation's gradients differ.
+        Exception: any exception of the objective.
     """
     implementations: Implementations = {"mintjax": _ours(objective)}
     if settings.against is not None:
@@ -188,7 +188,8 @@ def _difference(arrays: Arrays, implementations: Implementations) -> float:
     if not difference <= _AGREE:
         at = int(np.argmax(np.abs(ours - theirs)))
         raise MintjaxError(
-            f"{name} is another loss: its gradient at token {at} of the batch is {theirs[at]:.6g}, "
+            f"{name} computes another loss: its gradient at token {at} of the batch is "
+            f"{theirs[at]:.6g}, "
             f"where the objective's is {ours[at]:.6g}; times would not compare"
         )
     return difference

@@ -1,4 +1,4 @@
-"""Custom steps on a real trainer, and where their time goes."""
+"""Times custom steps on a trainer, and the parts of that time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class StepTimes(msgspec.Struct, kw_only=True):
 
     Args:
         datums: B of the last step.
-        route: how the gradient went; see :data:`mintjax.types.Route`.
-        steps: how many were measured, after the warm-up.
-        seconds: from submission until the weights were updated.
-        forward_seconds: of the forward pass; 0 if there was none.
-        client_seconds: of loss, gradient and encoding, here.
+        route: the way of the gradient; see :data:`mintjax.types.Route`.
+        steps: the number of measured steps, after the warm-up.
+        seconds: the time from submission until the weights were updated.
+        forward_seconds: the time of the forward pass; 0 if there was none.
+        client_seconds: the time of loss, gradient and encoding on the client.
         backward_seconds: of the backward pass.
         optimizer_seconds: from the backward pass's result until that of the optimizer step.
         client_share: the median share of the client in a step.
@@ -48,13 +48,13 @@ def time_steps(
     single_pass: bool = True,
     on_step: Callable[[], object] = lambda: None,
 ) -> StepTimes:
-    """Train with an objective, and say where the time went.
+    """Trains with an objective, and times the parts of each step.
 
     Args:
-        model: is trained, at a learning rate of 1e-6.
+        model: the model to train, at a learning rate of 1e-6.
         objective: ``(data, logprobs) -> (loss, metrics)``.
-        batches: one for each step, more of them than ``warm_up``.
-        warm_up: how many steps at the beginning do not count.
+        batches: one for each step; there must be more than ``warm_up``.
+        warm_up: the number of steps at the beginning that do not count.
         single_pass: as for ``forward_backward_custom``.
         on_step: called after each step.
 

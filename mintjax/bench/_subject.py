@@ -1,4 +1,4 @@
-"""From what a user types to the function that is meant."""
+"""Finds the objective or the function that a name stands for."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ BUILT_IN = tuple(
         and value not in (objectives.LossObjective, objectives.WeightedSum)
     )
 )
-"""The objectives that go by their name alone."""
+"""The objectives that need no module before their name."""
 
 
 def load_objective(name: str) -> Objective:
-    """An objective by its name.
+    """Finds an objective by its name.
 
     Args:
-        name: one of ``mintjax.objectives`` (``"ppo"``), taken with its defaults, or
+        name: one of ``mintjax.objectives`` (``"ppo"``), which gets its defaults, or
             ``"module:attribute"``: a function ``(data, logprobs) -> (loss, metrics)`` or any other
-            objective. The module is looked for in the working directory first.
+            objective. The working directory is searched first.
 
     Returns:
         The objective.

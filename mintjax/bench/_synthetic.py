@@ -1,4 +1,4 @@
-"""Batches of random numbers with the columns that an objective reads."""
+"""Makes batches of random numbers with the columns that an objective reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Arrays(NamedTuple):
 
     Args:
         data: B datums.
-        logprobs: of their targets, in nats: float32, ``[T_i]``, or ``[T_i, K]``.
+        logprobs: the logprobs of their targets, in nats: float32, ``[T_i]`` or ``[T_i, K]``.
     """
 
     data: list[Datum]
@@ -35,10 +35,10 @@ class Arrays(NamedTuple):
 class Synthetic:
     """A source of batches.
 
-    Logprobs are those of a model in training: ``-lp`` is exponential with mean 1. Columns are made
-    to fit: ``weights`` is 0 on a prompt and 1 on the answer behind it, columns whose name ends in
-    ``logprobs`` lie near the logprobs, ``desirable`` is 1 or 0 for each datum, all others are
-    normal, ``advantages`` among them.
+    The logprobs resemble those of a model in training: ``-lp`` is exponential with mean 1.
+    ``weights`` is 0 on a prompt and 1 on the answer after it. Columns whose name ends in
+    ``logprobs`` lie near the logprobs. ``desirable`` is 1 or 0 for each datum. All other columns,
+    such as ``advantages``, are normal.
 
     Args:
         columns: the names of the columns, with ``:datum`` behind one that holds a single number for
@@ -73,19 +73,19 @@ class Synthetic:
                 raise ConfigError(f"column {column!r}: give its name, or name:datum")
 
     def batch(self, datums: int) -> Arrays:
-        """A batch of so many ``datums``, of lengths of its own."""
+        """Makes a batch of so many ``datums``, with new lengths."""
         low, high = self.lengths
         return self._of_lengths(self._rng.integers(low, high + 1, datums))
 
     def complete(self, objective: Objective, datums: int) -> None:
-        """Add the columns that an objective turns out to read.
+        """Adds the columns that an objective reads.
 
-        The objective is traced, not compiled, with what there is; the column whose absence it
-        complains of is added, until it complains no more.
+        The objective is traced, not compiled. While it fails because a column is missing, that
+        column is added and the objective is traced again.
 
         Args:
             objective: ``(data, logprobs) -> (loss, metrics)``.
-            datums: B, which some objectives must be able to divide.
+            datums: B; some objectives need a multiple of 2 or of a group's size.
 
         Raises:
             Exception: whatever else the objective raises.
@@ -127,7 +127,7 @@ class Synthetic:
 
 
 def _missing_column(objective: Objective, arrays: Arrays) -> str | None:
-    """The column that an objective reads and that is not there, if there is one."""
+    """Finds a column that an objective reads and that is missing."""
     batch = Batch(arrays.data)
 
     def value(rows: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The same objectives for torch, on lists of rows, as the official SDK's users write them."""
+"""The same objectives in torch, on lists of rows, as users of the official SDK write them."""
 
 from __future__ import annotations
 

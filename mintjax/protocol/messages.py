@@ -28,7 +28,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class ForwardBackwardInput(msgspec.Struct, eq=False):
-    """The data of a pass, and the built-in loss to take of it."""
+    """The data of a pass, and the built-in loss to compute from it."""
 
     data: list[Datum]
     loss_fn: str
@@ -52,12 +52,13 @@ class ForwardBackwardRequest(msgspec.Struct, eq=False, omit_defaults=True):
 
 
 class CustomStepInput(msgspec.Struct, eq=False):
-    """The content of both requests of a custom step, as hatchery has them.
+    """The content of both requests of a custom step, in hatchery's form.
 
     Args:
-        custom_id: the same in both; the client makes it up.
-        data: in the first; ``target_tokens`` is read.
-        grad_logprobs: in the second: the gradient of the loss by each logprob, one row per datum.
+        custom_id: a name that the client chooses; it is the same in both requests.
+        data: the datums, in the first request only; ``target_tokens`` is read.
+        grad_logprobs: in the second request only: the gradient of the loss with respect to each
+            logprob, one row per datum.
     """
 
     custom_id: str

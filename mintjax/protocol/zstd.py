@@ -1,4 +1,4 @@
-"""Bodies compressed with Zstandard, as ``Content-Encoding: zstd`` has them."""
+"""Compresses and decompresses bodies with Zstandard, for ``Content-Encoding: zstd``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd
 
 
 class TooLargeError(DataError):
-    """A compressed body unfolds to more than the limit."""
+    """The content of a compressed body is larger than the limit."""
 
 
 def require() -> None:
-    """Make sure that there is what it takes.
+    """Checks that a Zstandard package is installed.
 
     Raises:
-        ConfigError: the extra is not installed; the message says how to install it.
+        ConfigError: none is; the message says how to install one.
     """
     _zstd()
 
 
 def compress(body: bytes) -> bytes:
-    """Compress, at Zstandard's default level.
+    """Compresses a body at Zstandard's default level.
 
     Raises:
         ConfigError: the extra ``protobuf`` is not installed.
@@ -34,7 +34,7 @@ def compress(body: bytes) -> bytes:
 
 
 def decompress(body: bytes, limit: int) -> bytes:
-    """The content of a compressed body, of which no more than the limit is ever unfolded.
+    """Decompresses a body, and stops as soon as the content is larger than the limit.
 
     Args:
         body: one or more whole frames.
@@ -42,7 +42,7 @@ def decompress(body: bytes, limit: int) -> bytes:
 
     Raises:
         TooLargeError: the content is larger than that.
-        DataError: the body is not compressed so, or not complete.
+        DataError: the body is not Zstandard, or it is not complete.
         ConfigError: the extra ``protobuf`` is not installed.
     """
     zstd = _zstd()
@@ -53,10 +53,10 @@ def decompress(body: bytes, limit: int) -> bytes:
         try:
             part = frame.decompress(body, max_length=room + 1)
         except zstd.ZstdError as error:
-            raise DataError(f"the body is no Zstandard: {error}") from None
+            raise DataError(f"the body is not Zstandard: {error}") from None
         room -= len(part)
         if room < 0:
-            raise TooLargeError(f"the body unfolds to more than {limit} bytes")
+            raise TooLargeError(f"the body is larger than {limit} bytes when it is decompressed")
         if not frame.eof:
             raise DataError("the body ends within a Zstandard frame")
         parts.append(part)
@@ -69,4 +69,4 @@ def _zstd() -> Any:
         return importlib.import_module(_MODULE)
     except ModuleNotFoundError:
         pass
-    raise ConfigError(f'Zstandard needs {_MODULE}, of: pip install "mintjax[protobuf]"')
+    raise ConfigError(f'Zstandard needs {_MODULE}: pip install "mintjax[protobuf]"')

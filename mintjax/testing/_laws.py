@@ -1,4 +1,4 @@
-"""The laws that a loss must obey, as functions that raise :class:`LawError` with what broke."""
+"""The laws that a loss must obey, as functions that raise :class:`LawError`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Reference: TypeAlias = Callable[[list[Mapping[str, Array]], list[Array], list[Ar
 
 
 class LawError(AssertionError):
-    """An objective breaks a law; the message says which, and at which datum and token."""
+    """An objective breaks a law; the message names the law, the datum and the token."""
 
 
 def check_gradient(
@@ -36,25 +36,25 @@ def check_gradient(
     step: float = 1e-5,
     rtol: float = 1e-5,
 ) -> None:
-    """The gradient is the derivative: held against central differences in float64.
+    """Checks the gradient against central differences in float64.
 
-    Differences are taken along one random direction, and along the token of the largest gradient.
-    Where a loss has a kink within ``step``, any slope between those of its two sides will do.
+    The differences are taken in one random direction, and at the token of the largest gradient.
+    Where a loss has a kink within ``step``, any slope between those of its two sides is right.
 
     Args:
         objective: the objective.
         data: the datums.
-        logprobs: of their tokens.
-        reference: the same loss stated independently, in NumPy: ``(columns, logprobs, at) -> loss``
-            with a dict of float64 columns and two float64 arrays for each datum. It, and not the
-            objective, is differenced then, and its value must be the objective's. ``at`` holds the
-            logprobs at which the gradient is taken: use it where the objective stops the gradient.
-            Only a reference tells a wrong sign, or a stop-gradient forgotten, from a right one.
-        step: of the difference, in nats.
-        rtol: relative to ``sum_t |gradient_t * direction_t|``.
+        logprobs: the logprobs of their tokens.
+        reference: the same loss, written independently in NumPy: ``(columns, logprobs, at) ->
+            loss``, with a dict of float64 columns and two float64 arrays for each datum. Then the
+            differences are those of the reference, and its value must be the objective's. ``at``
+            holds the logprobs at which the gradient is taken; use it where the objective stops the
+            gradient. Only a reference finds a wrong sign or a missing stop-gradient.
+        step: the step of the difference, in nats.
+        rtol: the tolerance, relative to ``sum_t |gradient_t * direction_t|``.
 
     Raises:
-        LawError: the derivative, or the value, is another.
+        LawError: the derivative or the value differs.
     """
     at = [np.asarray(row, np.float64) for row in logprobs]
     loss, grads = _evaluate(objective, data, at, "check_gradient")
@@ -94,13 +94,13 @@ def check_gradient(
 def check_permutation(
     objective: Objective, data: Sequence[Datum], logprobs: Rows, *, block: int = 1
 ) -> None:
-    """The order of datums does not matter: same loss, gradients reordered with them.
+    """Checks that the order of datums does not matter: same loss, gradients in the new order.
 
     Args:
         objective: the objective.
         data: the datums.
-        logprobs: of their tokens.
-        block: how many datums stay together: 2 for pairs, the group's size for groups.
+        logprobs: the logprobs of their tokens.
+        block: the number of datums that stay together: 2 for pairs, G for groups of G.
 
     Raises:
         LawError: the loss or a gradient changed.
@@ -119,12 +119,12 @@ def check_permutation(
 
 
 def check_padding_invariance(objective: Objective, data: Sequence[Datum], logprobs: Rows) -> None:
-    """Nothing reads the padding between rows: other numbers there give the same result.
+    """Checks that other numbers in the padding between rows change nothing.
 
     Args:
         objective: the objective.
         data: the datums.
-        logprobs: of their tokens.
+        logprobs: the logprobs of their tokens.
 
     Raises:
         LawError: the loss or a gradient changed.
@@ -145,12 +145,14 @@ def check_padding_invariance(objective: Objective, data: Sequence[Datum], logpro
 def check_masked_equals_removed(
     objective: Objective, data: Sequence[Datum], logprobs: Rows, *, mask: str = "weights"
 ) -> None:
-    """A token whose mask is 0 is as good as not there, and has gradient 0.
+    """Checks that a token whose mask is 0 counts as little as one that is not there.
+
+    Its gradient must be 0, and all else must be as without it.
 
     Args:
         objective: the objective.
-        data: the datums; those masked whole stay, with no token.
-        logprobs: of their tokens.
+        data: the datums; one that is masked as a whole stays, with no token.
+        logprobs: the logprobs of their tokens.
         mask: the column that is 0 where a token does not count.
 
     Raises:
@@ -180,13 +182,15 @@ def check_masked_equals_removed(
 def check_chunk_additivity(
     objective: Objective, data: Sequence[Datum], logprobs: Rows, *, block: int = 1
 ) -> None:
-    """The loss of a batch is the sum of its parts', as a loss that sums over tokens must have it.
+    """Checks that the loss of a batch is the sum of the losses of its parts.
+
+    This holds for losses that sum over tokens or datums, and not for means.
 
     Args:
         objective: the objective.
         data: the datums.
-        logprobs: of their tokens.
-        block: how many datums stay together.
+        logprobs: the logprobs of their tokens.
+        block: the number of datums that stay together.
 
     Raises:
         LawError: the loss is not the sum, or a gradient is another in a part.
@@ -209,12 +213,12 @@ def check_chunk_additivity(
 
 
 def check_finite(objective: Objective, data: Sequence[Datum], logprobs: Rows) -> None:
-    """Loss, metrics and gradients are finite in float32.
+    """Checks that loss, metrics and gradients are finite in float32.
 
     Args:
         objective: the objective.
         data: the datums.
-        logprobs: of their tokens.
+        logprobs: the logprobs of their tokens.
 
     Raises:
         LawError: one is NaN or infinite.
@@ -229,13 +233,13 @@ def check_finite(objective: Objective, data: Sequence[Datum], logprobs: Rows) ->
         raise LawError(f"check_finite: {bad}")
 
 
-# How a law looks at an objective
+# Evaluating an objective
 
 
 def _evaluate(
     objective: Objective, data: Sequence[Datum], logprobs: Rows, law: str
 ) -> tuple[float, list[Array]]:
-    """Loss and gradients in float64, so that a law can be held to ten digits."""
+    """Computes loss and gradients in float64, so that a law can compare ten digits."""
     with jax.enable_x64(True):
         rows = [np.asarray(row, np.float64) for row in logprobs]
         try:
@@ -286,7 +290,7 @@ def _same(
     flat, flat_other = (
         np.concatenate([g.ravel() for g in grads]) for _, grads in (expected, other)
     )
-    # Sums of terms of both signs, in another order: known to their digits of the largest.
+    # A sum in another order differs by rounding, relative to the size of its terms.
     room = 1e-9 * (1 + float(np.abs(flat).sum()))
     if not _close(expected[0], other[0], room + 1e-9 * abs(expected[0])):
         raise LawError(f"{law}: the loss is {expected[0]} {ways[0]} and {other[0]} {ways[1]}")
@@ -300,7 +304,7 @@ def _same(
 
 
 def _where(data: Sequence[Datum], logprobs: Rows, flat: int) -> str:
-    """A position over all tokens, as datum, token and what stands there."""
+    """Describes a position among all tokens: its datum, its token, and the inputs there."""
     ends = np.cumsum([np.size(row) for row in logprobs])
     i = int(np.searchsorted(ends, flat, side="right"))
     row = np.asarray(logprobs[i])
@@ -318,7 +322,7 @@ def _where(data: Sequence[Datum], logprobs: Rows, flat: int) -> str:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class _Refilled:
-    """An objective that is shown other padding than the usual."""
+    """An objective that gets other numbers in the padding."""
 
     inner: Objective
     fill: float

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for ragged batches, the awkward ones among them."""
+"""Hypothesis strategies that make ragged batches, with awkward cases among them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LogRatios: TypeAlias = Literal["none", "small", "extreme"]
 
 
 class Example(NamedTuple):
-    """A batch to try an objective on.
+    """A batch for testing an objective.
 
     Args:
         data: the datums.
-        logprobs: of each datum's tokens, float32.
+        logprobs: the logprobs of each datum's tokens, float32.
     """
 
     data: list[Datum]
@@ -60,25 +60,25 @@ def batches(
     log_ratios: Sequence[LogRatios] = ("none", "small", "extreme"),
     poison: bool = False,
 ) -> Example:
-    """Batches of every kind: short rows and long ones, rows masked whole, ratios far from 1.
+    """Draws batches of many kinds: short rows, long rows, fully masked rows, ratios far from 1.
 
-    The structure is drawn by Hypothesis, so that a failing example shrinks to few and short rows;
-    the numbers come from a seed that is drawn too.
+    Hypothesis draws the structure, so that a failing example shrinks to few and short rows. The
+    numbers come from a seed that Hypothesis draws too.
 
     Args:
-        draw: given by Hypothesis.
-        block: how many datums belong together: 2 for pairs, the group's size for groups.
-        max_blocks: at most so many blocks, at least one.
-        max_length: of a row. Most rows are short; now and then one is up to this long.
-        candidates: K, for ``[T, K]`` rows; None for ``[T]``.
+        draw: Hypothesis passes it.
+        block: the number of datums that belong together: 2 for pairs, G for groups of G.
+        max_blocks: the largest number of blocks; there is at least one.
+        max_length: the largest number of tokens. Most rows are short; some have up to this many.
+        candidates: K for rows ``[T, K]``; None for rows ``[T]``.
         columns: names of the columns, or generators ``(rng, shape) -> array`` by name. Known names:
             ``weights`` (a mask with whole rows of 0 now and then), ``advantages``, ``logprobs``,
             ``ref_logprobs``, ``teacher_logprobs``, ``outcomes``, ``desirable`` (one number per
             datum).
-        log_ratios: how far ``logprobs`` and ``ref_logprobs`` may lie from the logprobs in training:
-            ``"none"`` makes them equal, ``"small"`` some tenths of a nat, ``"extreme"`` up to 80
-            nats either way.
-        poison: put infinities and NaN where ``weights`` is 0, where no loss may look.
+        log_ratios: the distances of ``logprobs`` and ``ref_logprobs`` from the logprobs in
+            training: ``"none"`` makes them equal, ``"small"`` is some tenths of a nat,
+            ``"extreme"`` is up to 80 nats in both directions.
+        poison: writes infinities and NaN where ``weights`` is 0, because no loss may read there.
 
     Returns:
         A strategy for :class:`Example`.
@@ -158,6 +158,6 @@ _DISTANCES: dict[LogRatios, Generator] = {
 
 
 def _poisoned(rng: np.random.Generator, values: Array, hidden: Array, poison: bool) -> Array:
-    """Puts a value far off, or worse, where a mask is 0."""
+    """Writes extreme numbers, or NaN and infinities, where a mask is 0."""
     kinds = np.array([np.nan, np.inf, -np.inf, -300.0]) if poison else np.array([-300.0, -1.0])
     return np.where(hidden, kinds[rng.integers(0, kinds.size, values.shape)], values)

@@ -1,8 +1,8 @@
-"""The protocol's passes as protocol buffers: the same structs as in JSON, as bytes.
+"""The protocol's messages as protocol buffers: the same structs as in JSON, as bytes.
 
-Numbers are most of them: they are copied once where a message is written, and not at all where an
-answer is read, where the message classes would copy them two to five times. Requests, which only a
-trainer reads, go through those classes, and they need the extra ``protobuf``.
+Nearly all of a message is numbers. Writing a message copies them once, and reading an answer copies
+none, because the generated message classes would copy them two to five times. Only a trainer reads
+requests. It uses the generated classes, which need the extra ``protobuf``.
 """
 
 from mintjax.protocol.protobuf.answers import decode_output, decode_sample

@@ -1,8 +1,9 @@
-"""Reading the result of a pass, which may be anybody's, without copying its numbers.
+"""Reads the answers of a trainer without copying their numbers.
 
-The message classes would copy them twice, and fresh memory costs more than all else that there is
-to do. What is here takes a message for what it is, numbered fields one after another, of which only
-the large one has to stay where it is.
+The generated message classes would copy the numbers twice, and the new memory would take more time
+than the rest of the reading. So this module reads the bytes itself: a message is a sequence of
+numbered fields, and an array is a view of its field. An answer may come from anybody, so every
+length and every offset in it is checked.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _SIZES = {_FIXED64: 8, _FIXED32: 4}
 _STOP_REASONS: dict[int, Literal["stop", "length"]] = {0: "stop", 1: "length"}
 _MOST_DATUMS = 1 << 20
-"""A record without fields may claim any number; each costs memory."""
+"""The limit on datums, because a record may claim any number of them in a few bytes."""
 
 
 class _Tensor(msgspec.Struct):
-    """A ``BatchedTensor``; a field that is given twice adds to what was there."""
+    """A ``BatchedTensor``; a list that comes in two parts is joined."""
 
     data: memoryview = memoryview(b"")
     offsets: memoryview = memoryview(b"")
@@ -54,19 +55,19 @@ class _Tensor(msgspec.Struct):
 
 
 def decode_output(body: bytes | bytearray | memoryview) -> ForwardBackwardOutput:
-    """Decode the result of a pass, a ``ForwardBackwardOutput``.
+    """Decodes the result of a pass, a ``ForwardBackwardOutput``.
 
     Args:
         body: of the answer.
 
     Returns:
-        The arrays of one field are views of the body, read-only if it is; ``Ragged.from_rows``
-        takes them as they are, and whether they are finite is for whoever uses them to see. int32
-        is widened to int64, bfloat16 to float32.
+        The output. Its arrays are views of the body, and read-only where the body is. They are not
+        checked for NaN, because the code that uses them checks. int32 becomes int64, and bfloat16
+        becomes float32.
 
     Raises:
-        DataError: it is no such message, or describes no arrays, or a metric is not finite; names
-            the field.
+        DataError: the bytes are no such message, an array in it is not valid, or a metric is not
+            finite; the error names the field.
     """
     kind = "ArrayRecord"
     outputs: list[dict[str, TensorData]] = []
@@ -87,18 +88,18 @@ def decode_output(body: bytes | bytearray | memoryview) -> ForwardBackwardOutput
 
 
 def decode_sample(body: bytes | bytearray | memoryview) -> SampleResponse:
-    """Decode what was sampled, a ``SampleResponse``.
+    """Decodes the answer to a request for samples, a ``SampleResponse``.
 
-    Fields that are not known here are passed over.
+    Unknown fields are skipped.
 
     Args:
         body: of the answer.
 
     Returns:
-        The samples. A prompt token whose logprob is NaN has None.
+        The samples. The logprob of a prompt token is None where the trainer sent NaN.
 
     Raises:
-        DataError: it is no such message, or a logprob of a sampled token is not finite.
+        DataError: the bytes are no such message, or a logprob of a sampled token is not finite.
     """
     sequences: list[SampledSequence] = []
     prompt: list[float | None] | None = None
@@ -166,7 +167,7 @@ def _alternatives(message: memoryview) -> PromptAltTokens:
 
 
 def _tensor(message: memoryview, name: str) -> TensorData:
-    """A ``Tensor``; a sparse one becomes dense."""
+    """Reads a ``Tensor``, and makes a sparse one dense."""
     code, shape = 0, list[int]()
     parts: dict[int, memoryview] = {}
     for field in _fields(message, "SampleResponse"):
@@ -233,7 +234,7 @@ def _record(record: memoryview, first: int) -> list[dict[str, TensorData]]:
     for field in _fields(record):
         match field:
             case (1, 2, tag):
-                _text(tag)  # of no use here, but no garbage either
+                _text(tag)  # not used, but it must be text
             case (2, 2, entry):
                 name, tensor = _named(entry)
                 tensors[name] = tensor
@@ -241,7 +242,7 @@ def _record(record: memoryview, first: int) -> list[dict[str, TensorData]]:
                 count = _signed(number)
             case _:
                 pass
-    if not count and tensors:  # written before there was such a number
+    if not count and tensors:  # older trainers do not send the count
         count = max(0, len(next(iter(tensors.values())).offsets) // 8 - 1)
     if not 0 <= count <= _MOST_DATUMS - first:
         raise DataError(f"a record of {count} datums, after {first} others")
@@ -327,7 +328,7 @@ def _metric(entry: memoryview) -> tuple[str, float]:
 
 
 def _fields(message: memoryview, kind: str = "ForwardBackwardOutput") -> Iterator[Field]:
-    """The fields of a message, in the order in which they come; ``kind`` is for its errors."""
+    """Yields the fields of a message in their order; ``kind`` names the message in errors."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at, kind)
@@ -344,12 +345,12 @@ def _fields(message: memoryview, kind: str = "ForwardBackwardOutput") -> Iterato
             value = message[at : at + size]
             at += size
         if at > len(message) or not 0 < number < 2**29:
-            raise DataError(f"not a {kind}: it ends within a field, or is garbage")
+            raise DataError(f"not a {kind}: it ends within a field, or its bytes are no fields")
         yield number, wire, value
 
 
 def _varint(message: memoryview, at: int, kind: str = "ForwardBackwardOutput") -> tuple[int, int]:
-    """An unsigned number of at most 64 bits, and where it ends."""
+    """Reads an unsigned number of at most 64 bits; also returns the position after it."""
     number = 0
     for shift, byte in enumerate(message[at : at + 10]):
         number |= (byte & 0x7F) << 7 * shift
@@ -366,4 +367,4 @@ def _text(content: memoryview) -> str:
     try:
         return str(content, "utf-8")
     except UnicodeDecodeError:
-        raise DataError("not a ForwardBackwardOutput: a name that is no UTF-8") from None
+        raise DataError("not a ForwardBackwardOutput: a name is not UTF-8") from None

@@ -1,4 +1,4 @@
-"""Reading requests, which may be anybody's, through the message classes of ``pb.proto``."""
+"""Reads requests with the generated message classes; a request may come from anybody."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ Request: TypeAlias = messages.ForwardRequest | messages.ForwardBackwardRequest
 
 
 def require() -> None:
-    """Make sure that there is what it takes to read.
+    """Checks that the package ``protobuf`` is installed.
 
     Raises:
-        ConfigError: the extra is not installed; the message says how to install it.
+        ConfigError: it is not; the message says how to install it.
     """
     _messages()
 
 
 def decode_request(body: Body) -> Request:
-    """Decode a request for a pass, a ``ForwardBackwardRequest``.
+    """Decodes a request for a pass, a ``ForwardBackwardRequest``.
 
     Args:
         body: of the request.
 
     Returns:
-        A ``ForwardRequest`` if it says ``forward_only``. A ``seq_id`` of 0 is none; an empty config
-        is none; a column without a shape is flat.
+        A ``ForwardRequest`` if the message says ``forward_only``. A ``seq_id`` of 0 and an empty
+        config become None. A column without a shape is one-dimensional.
 
     Raises:
-        DataError: it is no such message, or describes no datums; names datum and field.
+        DataError: the bytes are no such message, or a datum in it is not valid; the error names
+            datum and field.
         ConfigError: the extra ``protobuf`` is not installed.
     """
     message = _parse(_messages().ForwardBackwardRequest, body)
     config = {name: float(value) for name, value in message.loss_fn_config.items()}
     for name, value in message.loss_fn_config_v2.items():
         if value.WhichOneof("value") != "number":
-            raise DataError("only numbers are read here", field=f"loss_fn_config[{name!r}]")
+            raise DataError("its values must be numbers", field=f"loss_fn_config[{name!r}]")
         config[name] = float(value.number)
     check_numbers(config, "loss_fn_config")
     data = [_datum(datum, i) for i, datum in enumerate(message.data)]
@@ -64,7 +65,7 @@ def decode_request(body: Body) -> Request:
 
 
 def number_of(body: Body) -> tuple[str, int] | None:
-    """The model and the ``seq_id`` of a request that cannot be served.
+    """Reads the model and the ``seq_id`` of a request that cannot be served.
 
     Args:
         body: of the request.
@@ -85,7 +86,7 @@ def _messages() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "google":
             raise
-    raise ConfigError('protocol buffers take the package protobuf: pip install "mintjax[protobuf]"')
+    raise ConfigError('protocol buffers need the package protobuf: pip install "mintjax[protobuf]"')
 
 
 def _parse(kind: Any, body: Body) -> Any:
@@ -105,7 +106,7 @@ def _datum(message: pb.Datum, position: int) -> Datum:
     try:
         for chunk in message.model_input:
             if chunk.WhichOneof("kind") != "encoded_text":
-                raise DataError("a chunk that is no text cannot be read here")
+                raise DataError("only chunks of text tokens can be read here")
             tokens = numbers(chunk.encoded_text.tokens, dtype_of(INT32))
             chunks.append(EncodedTextChunk(tokens.tolist()))
         columns: dict[str, TensorData] = {}
@@ -124,7 +125,7 @@ def _tensor(message: pb.Tensor) -> TensorData:
         raise DataError(f"the shape {shape} has a negative size")
     layout = message.WhichOneof("layout")
     if layout is None:
-        raise DataError("a tensor without numbers, dense or sparse")
+        raise DataError("a tensor holds no numbers, neither dense nor sparse")
     if layout == "dense":
         values = widened(numbers(message.dense, dtype), message.dtype)
         _check_finite(values)

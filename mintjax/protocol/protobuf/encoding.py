@@ -1,8 +1,8 @@
-"""Writing the messages of ``messages.proto``.
+"""Writes the messages of ``messages.proto``.
 
-A message is written as the parts that it consists of, joined once: the numbers of a batch are
-copied from where they are to where they travel from, and nowhere else. Fields may come in any
-order: the numbers come last, so that all before them is one small head.
+A message is a list of parts that are joined once, so the numbers of a batch are copied once. The
+format allows fields in any order. Here the numbers come last, so that everything before them is one
+small head, which can be kept and used again.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _DTYPES = {np.dtype("<f4"): 1, np.dtype("<i8"): 2}
 
 
 class EncodedData(bytes):
-    """Datums that were encoded one by one, by :func:`encode_datum`, one after another.
+    """Datums encoded by :func:`encode_datum`, one after another.
 
-    Stands for the list of datums in the request that is encoded.
+    A request that is encoded may hold it in place of its list of datums.
     """
 
 
 def encode_request(request: Request) -> bytes:
-    """Encode a request for a pass, as ``ForwardBackwardRequest``.
+    """Encodes a request for a pass, as ``ForwardBackwardRequest``.
 
     Args:
         request: its data may be :class:`EncodedData`.
@@ -53,9 +53,9 @@ def encode_request(request: Request) -> bytes:
         The message.
 
     Raises:
-        NonFiniteError: a NaN or an infinity, which no encoding of the protocol carries; names datum
-            and position.
-        DataError: a token or a ``seq_id`` that is no int32.
+        NonFiniteError: a number is NaN or infinite, which the protocol does not allow; the error
+            names datum and position.
+        DataError: a token or a ``seq_id`` does not fit in int32.
     """
     if isinstance(request, messages.ForwardRequest):
         given, forward_only = request.forward_input, True
@@ -64,7 +64,7 @@ def encode_request(request: Request) -> bytes:
     parts: list[Part] = [_text(b"\x0a", request.model_id)]
     if request.seq_id is not None:
         if not 0 <= request.seq_id < 2**31:
-            raise DataError(f"{request.seq_id} is no int32", field="seq_id")
+            raise DataError(f"{request.seq_id} does not fit in int32", field="seq_id")
         parts += [b"\x10", _varint(request.seq_id)]
     if isinstance(given.data, EncodedData):
         parts.append(given.data)
@@ -82,37 +82,37 @@ def encode_request(request: Request) -> bytes:
 
 
 def encode_datum(datum: Datum, position: int = 0) -> bytes:
-    """Encode one datum, for :class:`EncodedData`.
+    """Encodes one datum, for :class:`EncodedData`.
 
     Args:
-        datum: one.
-        position: of it in its batch, for the errors' sake.
+        datum: the datum.
+        position: its position in the batch, which errors name.
 
     Returns:
         The field ``data`` of a request, with its tag and length.
 
     Raises:
-        NonFiniteError: a NaN or an infinity.
-        DataError: a token that is no int32.
+        NonFiniteError: a number is NaN or infinite.
+        DataError: a token does not fit in int32.
     """
     return b"".join(_datum(datum, position))
 
 
 def encode_output(output: ForwardBackwardOutput, *, finite: bool = True) -> bytes:
-    """Encode the result of a pass, as ``ForwardBackwardOutput``.
+    """Encodes the result of a pass, as ``ForwardBackwardOutput``.
 
-    Neighbours that have the same fields of the same dtype and trailing shape are one record. What
-    has no axis becomes an array of one number.
+    Consecutive datums whose fields have the same names, dtypes and trailing shapes share a record.
+    A number without an axis becomes an array of one number.
 
     Args:
-        output: of a pass.
-        finite: refuse what is no number; some trainers send it.
+        output: the result of a pass.
+        finite: whether to refuse NaN and infinities, which some trainers send.
 
     Returns:
         The message.
 
     Raises:
-        NonFiniteError: a NaN or an infinity; names datum and position.
+        NonFiniteError: a number is NaN or infinite; the error names datum and position.
     """
     parts: list[Part] = [_text(b"\x0a", output.loss_fn_output_type)]
     run: list[Mapping[str, npt.NDArray[Any]]] = []
@@ -132,12 +132,12 @@ def encode_output(output: ForwardBackwardOutput, *, finite: bool = True) -> byte
 
 
 def encode_sample(response: SampleResponse) -> bytes:
-    """Encode what was sampled, as ``SampleResponse``.
+    """Encodes the answer to a request for samples, as ``SampleResponse``.
 
-    A prompt token without a logprob has NaN, which is how the format says so.
+    The format marks a prompt token without a logprob by NaN.
 
     Args:
-        response: what was sampled; a :class:`~mintjax.protocol.messages.SparseSampleResponse` where
+        response: the samples; a :class:`~mintjax.protocol.messages.SparseSampleResponse` where
             the targets are sparse.
 
     Returns:
@@ -240,13 +240,15 @@ def _int32(chunk: EncodedTextChunk, position: int) -> bytes:
         return struct.pack(f"<{len(tokens)}i", *tokens)
     except struct.error:
         raise DataError(
-            f"a token among {len(tokens)} is no int32", datum=position, field="model_input"
+            f"one of {len(tokens)} tokens does not fit in int32",
+            datum=position,
+            field="model_input",
         ) from None
 
 
 @functools.lru_cache(maxsize=4096)
 def _head_of_tokens(size: int) -> bytes:
-    """A chunk, the text in it, and the tokens in that, of which ``size`` bytes follow."""
+    """Makes the head of a text chunk whose tokens, ``size`` bytes, follow."""
     head = b"\x0a" + _varint(size)
     for _ in range(2):
         head = b"\x0a" + _varint(len(head) + size) + head
@@ -259,14 +261,14 @@ def _head_of_column(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], siz
 
 
 def _head(name: str, about: bytes, size: int) -> bytes:
-    """An entry of field 2, by name: a tensor with these fields and ``size`` bytes that follow."""
+    """Makes the head of a named tensor, an entry of field 2, whose ``size`` bytes follow."""
     about += b"\x0a" + _varint(size)
     entry = _text(b"\x0a", name) + b"\x12" + _varint(len(about) + size) + about
     return b"\x12" + _varint(len(entry) + size) + entry
 
 
 def _about(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Fields 3 and 4 of a tensor: what its numbers are, and how they are arranged."""
+    """Writes fields 3 and 4 of a tensor: its dtype and its shape."""
     sizes = b"".join(map(_varint, shape))
     return b"\x18" + _varint(_DTYPES[dtype]) + (_bytes(b"\x22", sizes) if shape else b"")
 

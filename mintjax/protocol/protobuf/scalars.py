@@ -1,4 +1,4 @@
-"""Numbers as the messages hold them: little-endian bytes in one of four dtypes."""
+"""Converts the numbers of messages, which are little-endian bytes of one of four dtypes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DTYPES = {
 
 
 def dtype_of(code: int, field: str | None = None) -> np.dtype[Any]:
-    """The dtype of a ``DType``; bfloat16, which NumPy does not have, as the bits.
+    """Returns the NumPy dtype of a ``DType``; for bfloat16, which NumPy lacks, that of its bits.
 
     Raises:
-        DataError: there is none of that number.
+        DataError: the code stands for no dtype.
     """
     if code not in _DTYPES:
         raise DataError(f"there is no dtype of number {code}", field=field)
@@ -32,28 +32,30 @@ def dtype_of(code: int, field: str | None = None) -> np.dtype[Any]:
 
 
 def numbers(content: bytes | memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The numbers that some bytes are: a view of them, ``[N]``.
+    """Views bytes as numbers, ``[N]``.
 
     Raises:
-        DataError: they are not whole numbers of that size.
+        DataError: the number of bytes is not a multiple of the dtype's size.
     """
     if len(content) % dtype.itemsize:
-        raise DataError(f"{len(content)} bytes are no numbers of {dtype.itemsize} bytes each")
+        raise DataError(
+            f"{len(content)} bytes do not divide into numbers of {dtype.itemsize} bytes"
+        )
     return np.frombuffer(content, dtype)
 
 
 def widened(values: npt.NDArray[Any], code: int) -> npt.NDArray[Any]:
-    """The same numbers as float32 or int64, the two dtypes that are kept."""
+    """Converts bfloat16 to float32 and int32 to int64; others stay."""
     if code == BFLOAT16:  # the upper half of a float32
         return (values.astype("<u4") << 16).view("<f4")
     return values.astype("<i8") if code == INT32 else values
 
 
 def check_numbers(named: Mapping[str, float], field: str) -> None:
-    """Refuse a NaN or an infinity among some numbers by name.
+    """Checks that numbers are finite.
 
     Raises:
-        DataError: there is one; names it.
+        DataError: one is NaN or infinite; the error names it.
     """
     for name, value in named.items():
         if not math.isfinite(value):

@@ -239,14 +239,14 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("tensor", "words"),
         [
-            (pb.Tensor(dense=b"123", dtype=1), "3 bytes are no numbers of 4 bytes"),
-            (pb.Tensor(dense=b"1234", dtype=2), "4 bytes are no numbers of 8 bytes"),
+            (pb.Tensor(dense=b"123", dtype=1), "3 bytes do not divide into numbers of 4 bytes"),
+            (pb.Tensor(dense=b"1234", dtype=2), "4 bytes do not divide into numbers of 8 bytes"),
             (pb.Tensor(dense=b"1234", dtype=0), "no dtype of number 0"),
             (pb.Tensor(dense=b"1234", dtype=9), "no dtype of number 9"),
             (pb.Tensor(dense=b"\0" * 8, dtype=1, shape=[3]), "do not fill the shape"),
             (pb.Tensor(dense=b"\0" * 8, dtype=1, shape=[-1]), "negative size"),
             (pb.Tensor(dense=b"\0" * 8, dtype=1, shape=[2**62, 2**62]), "do not fill"),
-            (pb.Tensor(dtype=1, shape=[1]), "without numbers"),
+            (pb.Tensor(dtype=1, shape=[1]), "holds no numbers"),
             (pb.Tensor(dense=b"\0\0\x80\x7f", dtype=1, shape=[1]), "inf at position 0"),
             (pb.Tensor(dense=b"\0\0\xc0\x7f", dtype=1, shape=[1]), "nan at position 0"),
             (pb.Tensor(sparse_csr=pb.SparseCsr(), dtype=1, shape=[1, 1]), "sparse"),
@@ -373,7 +373,7 @@ class TestOutputs:
             ({"trailing_shape": [0]}, "logprobs"),
             ({"trailing_shape": [-3]}, "entries of shape"),
             ({"trailing_shape": [1] * 100}, "entries of shape"),
-            ({"dtype": 2}, "12 bytes are no numbers of 8 bytes"),
+            ({"dtype": 2}, "12 bytes do not divide into numbers of 8 bytes"),
             ({"dtype": 7}, "no dtype of number 7"),
         ],
     )
@@ -621,7 +621,7 @@ def test_what_is_read_from_garbage_in_place_of_samples_is_a_response(response, d
     [
         (b"\x0a\x02\x08\x07", "a stop reason of 7"),
         (b"\x0a\x06\x1a\x04\x00\x00\xc0\x7f", "nan at position 0 is not finite"),
-        (b"\x0a\x05\x12\x03\x00\x00\x00", "3 bytes are no numbers of 4 bytes each"),
+        (b"\x0a\x05\x12\x03\x00\x00\x00", "3 bytes do not divide into numbers of 4 bytes"),
         (b"\x0a\x09\x08", "not a SampleResponse: it ends within a field"),
         (b"\x1a\x0a\x0a\x04abcd\x18\x02\x20\x01", "1 tokens and 0 logprobs at 1 positions of 2"),
         (b"\x1a\x06\x20\xff\xff\xff\xff\x0f", "at 4294967295 positions of 0 each"),
