@@ -19,7 +19,7 @@ def test_frames_are_unfolded_one_after_another(parts):
     content = b"".join(parts)
     assert zstd.decompress(body, len(content)) == content
     if content:
-        with pytest.raises(zstd.TooLargeError, match=f"more than {len(content) - 1} bytes"):
+        with pytest.raises(zstd.TooLargeError, match=f"larger than {len(content) - 1} bytes"):
             zstd.decompress(body, len(content) - 1)
 
 

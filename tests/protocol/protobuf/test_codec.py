@@ -268,7 +268,7 @@ class TestTensors:
 
     def test_a_chunk_that_is_no_text(self):
         image = b"\x12\x02\x0a\x00"  # field 2 of a chunk
-        with pytest.raises(DataError, match="'model_input': a chunk that is no text"):
+        with pytest.raises(DataError, match="'model_input': only chunks of text tokens"):
             protobuf.decode_request(b"\x1a\x06\x0a\x04" + image)
 
     @pytest.mark.parametrize("token", [-1, -(2**31)])
@@ -282,7 +282,7 @@ class TestTensors:
     def test_a_setting_that_is_no_number(self):
         request = pb.ForwardBackwardRequest()
         request.loss_fn_config_v2["kind"].text = "soft"
-        with pytest.raises(DataError, match=r"kind.*only numbers"):
+        with pytest.raises(DataError, match=r"kind.*must be numbers"):
             protobuf.decode_request(request.SerializeToString())
         request.loss_fn_config_v2["kind"].number = np.nan
         with pytest.raises(DataError, match=r"kind.*not finite"):
