@@ -54,14 +54,14 @@ class Program:
     """An objective's compiled gradient, for batches of any lengths.
 
     Args:
-        row_multiple: pads the row count of a batch to a multiple of this, for an objective that
+        pad_rows_to: pads the row count of a batch to a multiple of this, for an objective that
             minds ``Ragged.row_mask``; None disables padding.
     """
 
-    def __init__(self, row_multiple: int | None) -> None:
+    def __init__(self, pad_rows_to: int | None) -> None:
         self.takes_rows = False
         self.loops = Loops()
-        self._row_multiple = row_multiple
+        self._pad_rows_to = pad_rows_to
         self._plans: dict[Any, list[Plan]] = {}
 
     def run(self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]) -> Outcome:
@@ -95,7 +95,7 @@ class Program:
         self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
     ) -> tuple[Place, Plan]:
         """Finds the plan of a trace that saw what this batch shows: its sizes, names and kinds."""
-        multiple = self._row_multiple
+        multiple = self._pad_rows_to
         # A batch that does not divide is not padded: the objective shall see it and say so.
         padded = multiple is not None and not len(batch) % multiple
         spare = _spare(len(batch), multiple) if multiple and padded else 0
@@ -281,7 +281,7 @@ def _program(objective: Objective, identity: Identity) -> Program:
             count("objectives")
             if len(_programs) == _KEPT:
                 del _programs[next(iter(_programs))]
-            _programs[identity.key] = Program(getattr(objective, "row_multiple", None))
+            _programs[identity.key] = Program(getattr(objective, "pad_rows_to", None))
         return _programs[identity.key]
 
 

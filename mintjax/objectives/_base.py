@@ -43,7 +43,7 @@ class LossObjective:
     """The settings that must be above 0."""
     served_as: ClassVar[LossFnName | None] = None
     """The name under which trainers serve the loss."""
-    row_multiple: ClassVar[int | None] = 1
+    pad_rows_to: ClassVar[int | None] = 1
     """Pads the row count of a batch to a multiple of this; None disables padding. See
     ``Ragged.row_mask``."""
 

@@ -42,9 +42,9 @@ class WeightedSum(LossObjective):
     gradient_norms: bool = False
 
     @property
-    def row_multiple(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def pad_rows_to(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Pads the row count to a multiple that suits all terms; None if one is a user's own."""
-        multiples = [getattr(term, "row_multiple", None) for term in self.terms]
+        multiples = [getattr(term, "pad_rows_to", None) for term in self.terms]
         return None if None in multiples else math.lcm(*cast("list[int]", multiples))
 
     def at_step(self, step: int) -> WeightedSum:

@@ -51,7 +51,7 @@ class PairObjective(SequenceObjective):
         reference_free: take the reference for uniform, and read no ``ref_logprobs``.
     """
 
-    row_multiple: ClassVar[int | None] = 2
+    pad_rows_to: ClassVar[int | None] = 2
     exact: ClassVar[bool] = False
     """True for a loss that looks at scores and references by themselves. For others the differences
     are summed token by token, because a difference of sums has fewer digits."""
@@ -204,7 +204,7 @@ class ListObjective(SequenceObjective):
     reference_free: bool = option(False, static=True)
 
     @property
-    def row_multiple(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def pad_rows_to(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Pads the row count of a batch to whole lists."""
         return self.group_size
 

@@ -53,7 +53,7 @@ class TokenObjective(LossObjective):
     step_count: float | None = option(None)
 
     @property
-    def row_multiple(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def pad_rows_to(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Pads the row count of a batch to whole groups."""
         return self.group_size or 1
 

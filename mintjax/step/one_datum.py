@@ -125,7 +125,7 @@ def loss_of_datum(objective: Objective, names: frozenset[str]) -> LossOfDatum:
     return value
 
 
-_FREE = frozenset({"loss", "watch", "drawn", "builtin", "reward", "over_step", "row_multiple"})
+_FREE = frozenset({"loss", "watch", "drawn", "builtin", "reward", "over_step", "pad_rows_to"})
 """The members that do not change how the losses of tokens become one."""
 
 

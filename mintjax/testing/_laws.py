@@ -328,8 +328,8 @@ class _Refilled:
     fill: float
 
     @property
-    def row_multiple(self) -> int | None:
-        return getattr(self.inner, "row_multiple", None)
+    def pad_rows_to(self) -> int | None:
+        return getattr(self.inner, "pad_rows_to", None)
 
     def __call__(self, data: Batch, logprobs: Ragged) -> Any:
         columns = Batch.of_columns(data.names, len(data), lambda name: self._fill(data[name]))

@@ -117,7 +117,9 @@ def test_counterparts_have_the_same_gradient(objective):
 def test_another_loss_does_not_compare(module):
     pytest.importorskip("torch")
     name = module("other_loss", "def loss(data, rows): return sum(r.sum() for r in rows), {}\n")
-    with pytest.raises(MintjaxError, match="other_loss:loss computes another loss: its gradient at"):
+    with pytest.raises(
+        MintjaxError, match="other_loss:loss computes another loss: its gradient at"
+    ):
         small(objectives.cross_entropy(), against=f"{name}:loss", datums=(2,))
 
 
@@ -170,7 +172,9 @@ def test_a_torch_loss_of_ones_own_is_taken_by_name(small_torch, module):
     assert report.results[1].implementation == "own_loss:loss"
     assert report.gradient_difference == 0
     name = module("no_such_loss", "def loss(data, rows): return sum(r.sum() for r in rows), {}\n")
-    with pytest.raises(MintjaxError, match="no_such_loss:loss computes another loss: its gradient at"):
+    with pytest.raises(
+        MintjaxError, match="no_such_loss:loss computes another loss: its gradient at"
+    ):
         small(objectives.cross_entropy(), against=f"{name}:loss", datums=(2,))
 
 

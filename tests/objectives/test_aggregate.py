@@ -65,7 +65,7 @@ def test_every_objective_of_tokens_has_every_aggregation(name):
     for how in get_args(objectives.Aggregation):
         objective = getattr(objectives, name)(aggregation=how, max_length=50.0, group_size=3)
         assert objective.aggregation == how
-        assert objective.row_multiple == 3
+        assert objective.pad_rows_to == 3
 
 
 def test_a_step_of_prompts_that_are_cut_short_is_refused():

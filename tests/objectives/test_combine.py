@@ -100,7 +100,7 @@ def test_rows_are_padded_for_groups_of_every_size():
         "pairs": objectives.dpo(),
         "threes": objectives.ppo(aggregation="prompt_mean", group_size=3),
     }
-    assert objectives.weighted_sum(groups).row_multiple == 6
+    assert objectives.weighted_sum(groups).pad_rows_to == 6
 
 
 def test_a_sum_is_a_value_and_nests():
@@ -116,9 +116,9 @@ def test_a_sum_is_a_value_and_nests():
 
 
 def test_rows_are_padded_only_if_every_term_minds_them():
-    assert BOTH.row_multiple == 1
-    assert objectives.weighted_sum({"dpo": objectives.dpo(), "ppo": BOTH}).row_multiple == 2
-    assert objectives.weighted_sum(TERMS).row_multiple is None
+    assert BOTH.pad_rows_to == 1
+    assert objectives.weighted_sum({"dpo": objectives.dpo(), "ppo": BOTH}).pad_rows_to == 2
+    assert objectives.weighted_sum(TERMS).pad_rows_to is None
 
 
 def test_wrong_use_is_refused():
