@@ -253,6 +253,12 @@ class _OneRow(Ragged):
     def count(self, where: Ragged | None = None) -> Array:
         return _OneRow(jnp.ones(self.tiles.shape, jnp.int32)).sum(where)
 
+    def total(self, where: Ragged | None = None) -> Array:
+        return jnp.sum(self._masked(where, 0))
+
+    def total_count(self, where: Ragged | None = None) -> Array:
+        return jnp.sum(self.count(where))
+
     def max(self, where: Ragged | None = None) -> Array:
         return jnp.max(self._masked(where, -jnp.inf)).reshape(1)
 
