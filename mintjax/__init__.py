@@ -4,7 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mintjax import errors, gradients, types
-from mintjax.client import APIFuture, RetryPolicy, SamplingClient, ServiceClient, TrainingClient
+from mintjax.client import (
+    APIFuture,
+    RestClient,
+    RetryPolicy,
+    SamplingClient,
+    ServiceClient,
+    TrainingClient,
+)
 from mintjax.client.connection import installed_version
 from mintjax.gradients import LogprobGradients, value_and_logprob_grads
 from mintjax.left_out import NAMES, missing
@@ -49,6 +56,7 @@ __all__ = [
     "Ragged",
     "Reduction",
     "RemoteLogprobs",
+    "RestClient",
     "RetryPolicy",
     "SampleResponse",
     "SampledSequence",
@@ -80,7 +88,10 @@ _ERRORS_OF_THE_SDK = {
     "TinkerError": "MintjaxError",
     "UnprocessableEntityError": "BadRequestError",
 }
-_TYPES_OF_THE_SDK = ("ModelID", "ModelInputChunk", "StopReason", "TensorDtype")
+_TYPES_OF_THE_SDK = (
+    *("Checkpoint", "CheckpointType", "ModelID", "ModelInputChunk", "ParsedCheckpointTinkerPath"),
+    *("StopReason", "TensorDtype", "TrainingRun"),
+)
 _ON_FIRST_USE = ("bench", "interop", "local", "losses", "mint", "objectives", "testing")
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mintjax.errors import DataError
 
 _ADMINISTRATION = (
-    "accounts, runs and checkpoints are administered with the official SDK or the trainer's own "
-    "command line"
+    "accounts, projects and archives are administered with the official SDK or the trainer's own "
+    "command line; RestClient lists runs, checkpoints and sessions"
 )
 _ADAM = "AdamParams are the one kind of optimizer parameters"
 _IMAGES = (
@@ -30,8 +30,6 @@ NAMES: Mapping[str, str] = {
     "AdminClient": _ADMINISTRATION,
     "BackcompatSamplingClientFuture": "SamplingClient, which is made when the call returns",
     "BackcompatTrainingClientFuture": "TrainingClient, which is made when the call returns",
-    "Checkpoint": _ADMINISTRATION,
-    "CheckpointType": _ADMINISTRATION,
     "DimuonOptimizerConfig": _ADAM,
     "DimuonParams": _ADAM,
     "DmelChunk": _IMAGES,
@@ -41,11 +39,9 @@ NAMES: Mapping[str, str] = {
     "LossHandle": _OBJECTIVE,
     "OptimParams": _ADAM,
     "OptimStepRequest": _WIRE,
-    "ParsedCheckpointTinkerPath": _ADMINISTRATION,
     "PerDatumLossFn": _OBJECTIVE,
     "PromptProvenanceSpan": _PROVENANCE,
     "RequestOptions": "ServiceClient(timeout=..., retry_policy=RetryPolicy(...))",
-    "RestClient": _ADMINISTRATION,
     "SampleRequest": _WIRE,
     "SampledProvenanceSpan": _PROVENANCE,
     "SidecarDiedError": "there is no sidecar",
@@ -53,16 +49,23 @@ NAMES: Mapping[str, str] = {
     "SidecarIPCError": "there is no sidecar",
     "SidecarStartupError": "there is no sidecar",
     "Timeout": "ServiceClient(timeout=...) takes seconds",
-    "TrainingRun": _ADMINISTRATION,
     "auth": "the key is an argument, or TINKER_API_KEY",
     "resources": _WIRE,
 }
 """Names of the SDK's modules ``tinker`` and ``tinker.types``."""
 
+_OF_ACCOUNTS = (
+    *("assign_session_project", "export_session_trace", "get_audit_log", "get_billing_usage"),
+    *("get_checkpoint_archive_url", "get_checkpoint_archive_url_from_tinker_path"),
+    *("get_current_checkpoint_storage_usage", "get_external_weights_urls", "search_sessions"),
+    "whoami",
+)
+
 METHODS: Mapping[str, str] = {
+    **{f"{name}{end}": _ADMINISTRATION for name in _OF_ACCOUNTS for end in ("", "_async")},
     "copy_weights": _ADMINISTRATION,
+    "copy_weights_async": _ADMINISTRATION,
     "create_custom_loss": _OBJECTIVE,
-    "create_rest_client": _ADMINISTRATION,
     "from_sampler_handle": "ServiceClient.create_sampling_client(model_path=...)",
     "get_base_model": "the name that the sampling client was made with",
     "get_base_model_async": "the name that the sampling client was made with",

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mintjax import runs
 from mintjax.errors import DataError
 from mintjax.left_out import NAMES, missing
 from mintjax.tensors import TensorData, numbers_of, to_tensor
@@ -690,6 +691,17 @@ class ServerCapabilities(msgspec.Struct, kw_only=True):
 
 GetServerCapabilitiesResponse: TypeAlias = ServerCapabilities
 SaveWeightsForSamplerResponse: TypeAlias = SaveWeightsResponse
+Checkpoint: TypeAlias = runs.Checkpoint
+CheckpointsListResponse: TypeAlias = runs.CheckpointsListResponse
+CheckpointType: TypeAlias = runs.CheckpointType
+Cursor: TypeAlias = runs.Cursor
+GetSamplerResponse: TypeAlias = runs.GetSamplerResponse
+GetSessionResponse: TypeAlias = runs.GetSessionResponse
+ListSessionsResponse: TypeAlias = runs.ListSessionsResponse
+ParsedCheckpointTinkerPath: TypeAlias = runs.ParsedCheckpointTinkerPath
+TrainingRun: TypeAlias = runs.TrainingRun
+TrainingRunsResponse: TypeAlias = runs.TrainingRunsResponse
+WeightsInfoResponse: TypeAlias = runs.WeightsInfoResponse
 
 
 if not TYPE_CHECKING:

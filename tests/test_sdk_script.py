@@ -18,7 +18,7 @@ import mintjax
 from mintjax import left_out
 from mintjax.protocol.messages import ClientConfigResponse
 
-CLIENTS = ("ServiceClient", "TrainingClient", "SamplingClient", "APIFuture")
+CLIENTS = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient", "APIFuture")
 
 
 def made(client):
@@ -206,6 +206,8 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("kind", CLIENTS)
 def test_every_method_of_the_sdk_takes_the_same_arguments(sdk, kind):
+    if not hasattr(sdk, kind):
+        pytest.skip(f"{kind} has no name in the SDK {sdk.__version__}")
     theirs, ours = getattr(sdk, kind), getattr(mintjax, kind)
     newest = not sdk.__version__.startswith("0.22")
     for name, method in vars(theirs).items():

@@ -13,28 +13,18 @@ import msgspec
 
 from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, wait
+from mintjax.client.rest import RestClient
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
 from mintjax.client.training import TrainingClient, make_model, measure_on, probe
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.left_out import SdkMethods, refuse
 from mintjax.protocol import messages
+from mintjax.runs import WeightsInfoResponse
 from mintjax.step.reduction import Reduction
 from mintjax.types import GetInfoResponse, LoraConfig, ServerCapabilities
 
 T = TypeVar("T")
-
-
-class _WeightsInfo(msgspec.Struct):
-    base_model: str
-    lora_rank: int | None = None
-    train_unembed: bool | None = None
-    train_mlp: bool | None = None
-    train_attn: bool | None = None
-
-
-class _WeightsInfoRequest(msgspec.Struct):
-    tinker_path: str
 
 
 class ServiceClient(NotCopyable, SdkMethods):
@@ -282,6 +272,10 @@ class ServiceClient(NotCopyable, SdkMethods):
         _get_client_config, messages.ClientConfigResponse
     )
 
+    def create_rest_client(self) -> RestClient:
+        """Makes a client that lists and changes what the trainer keeps."""
+        return RestClient(connection=self._connection)
+
     def probe(self, base_model: str | None = None, *, timeout: float | None = None) -> Reduction:
         """Measures, by a few steps on a throwaway model, what the trainer makes of losses.
 
@@ -373,11 +367,12 @@ class ServiceClient(NotCopyable, SdkMethods):
 
         return run
 
-    async def _weights_info(self, path: str) -> _WeightsInfo:
+    async def _weights_info(self, path: str) -> WeightsInfoResponse:
         ask = self._connection.ask
         await self._connection.session()
         try:
-            return await ask("weights_info", _WeightsInfoRequest(path), _WeightsInfo)
+            request = messages.WeightsInfoRequest(path)
+            return await ask("weights_info", request, WeightsInfoResponse)
         except APIStatusError as error:
             model_id = path.removeprefix("tinker://").partition("/")[0]
             if error.status_code not in (404, 405) or model_id == path:
@@ -385,7 +380,7 @@ class ServiceClient(NotCopyable, SdkMethods):
         # A trainer without that endpoint may still hold the model that the checkpoint is of.
         request = messages.ModelRequest(model_id, "get_info")
         info = await ask("get_info", request, GetInfoResponse)
-        return _WeightsInfo(info.model_data.model_name, info.lora_rank)
+        return WeightsInfoResponse(base_model=info.model_data.model_name, lora_rank=info.lora_rank)
 
 
 def _refuse_optimizer(optimizer: Any) -> None:

@@ -188,13 +188,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     key: ApiKey
     policy: RetryPolicy
     timeout: float
-    pipelined: bool
-    max_response_bytes: int
-    user_metadata: dict[str, str] | None
-    project_id: str | None
-    display_name: str | None
-    transport: httpx.AsyncBaseTransport | None
-    on_progress: Callable[[Progress], object] | None
+    pipelined: bool = True
+    max_response_bytes: int = 1 << 30
+    user_metadata: dict[str, str] | None = None
+    project_id: str | None = None
+    display_name: str | None = None
+    transport: httpx.AsyncBaseTransport | None = None
+    on_progress: Callable[[Progress], object] | None = None
     reduction: Reduction | None = None
     measure: bool = True
 

@@ -179,6 +179,10 @@ class Transport:
         """
         return await self._send(request, partial(self.decode, request.path, as_type))
 
+    async def tell(self, request: Request) -> None:
+        """Sends a request until it is answered, whatever the answer is; raises as :meth:`call`."""
+        await self._send(request, lambda _: None)
+
     async def call_or_submit(self, request: Request, as_type: type[T]) -> T | None:
         """Sends a request that some trainers answer at once, and others accept for later.
 
