@@ -44,15 +44,15 @@ def sdk_loss(objective: Objective, data: Sequence[Datum] | Batch | None = None) 
     the callback is called.
 
     Args:
-        objective: ``(data, logprobs) -> (scalar loss, dict of scalar metrics)``, as
+        objective: ``(data, logprobs) -> (scalar loss, dict of metrics)``, as
             :func:`mintjax.value_and_logprob_grads` takes it. It sees every column of
             ``loss_fn_inputs`` as it would in a :class:`mintjax.Datum`.
         data: the datums that the objective reads in place of the SDK's, in the same order. They
             are for an SDK that takes ``target_tokens`` and ``weights`` only, as 0.22 does.
 
     Returns:
-        A function of the SDK's list of datums and its list of torch rows. The metrics are numbers,
-        ``"loss"`` among them.
+        A function of the SDK's list of datums and its list of torch rows. The metrics are floats,
+        ``"loss"`` among them, and NumPy arrays of those with one number per datum.
 
     Raises:
         ImportError: from the callback, if torch is missing.

@@ -460,6 +460,7 @@ class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):
     """The result of a step with an objective, with its route and times.
 
     Args:
+        metrics: the objective's, floats and arrays ``[B]``, and the trainer's.
         route: see :data:`Route`.
         forward_seconds: from the forward pass's sending to its result; 0 if there was none.
         client_seconds: for loss, gradient and the encoding of what carries it, here.
@@ -467,6 +468,7 @@ class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):
     """
 
     route: Route
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
     forward_seconds: float
     client_seconds: float
     backward_seconds: float

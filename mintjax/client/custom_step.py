@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ async def custom_step(
     if reduction is None:
         return await _by_gradient(gradients, turn, data, objective)
     total = await gradients.datums_in_step(turn, reduction, len(data), datums_in_step)
-    metrics: dict[str, float] | None = None
+    metrics: dict[str, Any] | None = None
     forward_seconds = 0.0
 
     def encoded(backward: Backward) -> tuple[Backward, Pass]:
@@ -89,7 +90,7 @@ async def custom_step(
         rows = logprobs(await gradients.send(turn, given, leave=False))
         forward_seconds = time.perf_counter() - sent
 
-        def compute() -> tuple[dict[str, float], tuple[Backward, Pass]]:
+        def compute() -> tuple[dict[str, Any], tuple[Backward, Pass]]:
             result = value_and_logprob_grads(objective, data, rows)
             carried = carrier(reduction, data, rows, result.grads, total)
             return result.metrics, encoded(Backward("two_pass", reduction.loss_fn, None, carried))
@@ -162,7 +163,7 @@ async def _by_gradient(
     )
 
 
-def _named(trainers: Mapping[str, float], objectives: Mapping[str, float]) -> dict[str, float]:
+def _named(trainers: Mapping[str, float], objectives: Mapping[str, Any]) -> dict[str, Any]:
     """Joins metrics; those of the objective win, and ``"loss:sum"`` is its loss.
 
     As in the official SDK, the trainer's sum is that of what carried the gradient.

@@ -77,6 +77,9 @@ class Program:
         loss, metrics, finite, grads = plan.run(identity.parameters, place.table, blocks)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         cuts = zip(place.starts, batch.lengths, strict=False)
+        metrics = {
+            name: value[: len(batch)] if value.ndim else value for name, value in metrics.items()
+        }
         return Outcome(
             loss, metrics, finite, [buffer[start : start + length] for start, length in cuts]
         )

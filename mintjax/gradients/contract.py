@@ -50,8 +50,8 @@ def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array
         The loss, and the metrics as arrays that carry no gradient.
 
     Raises:
-        ObjectiveError: it did not return a scalar and a dict of scalars, or it needs the value of
-            something that JAX traces.
+        ObjectiveError: it did not return a scalar and a dict of scalars and arrays ``[B]``, or it
+            needs the value of something that JAX traces.
     """
     try:
         returned = cast("Any", objective(data, logprobs))
@@ -76,7 +76,8 @@ def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array
         raise ObjectiveError(
             f"the metrics of {name_of(objective)} must be a dict, not {_describe(metrics)}"
         )
-    named = {str(k): _scalar(k, v) for k, v in cast("Mapping[Any, Any]", metrics).items()}
+    items = cast("Mapping[Any, Any]", metrics).items()
+    named = {str(name): _metric(name, value, len(data)) for name, value in items}
     return loss, jax.lax.stop_gradient(named)
 
 
@@ -113,14 +114,17 @@ def _untraceable(objective: Any, error: Exception) -> str:
     return f"{where}{name_of(objective)} {what}. {advice}"
 
 
-def _scalar(name: Any, value: Any) -> Array:
+def _metric(name: Any, value: Any, datums: int) -> Array:
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError):
         raise ObjectiveError(f"metric {name!r} must be a number, not {_describe(value)}") from None
+    if array.shape == (datums,):
+        return array
     if array.size != 1:
         raise ObjectiveError(
-            f"metric {name!r} must be a scalar, not an array of shape {array.shape}"
+            f"metric {name!r} must be a scalar, or an array of one number per datum, ({datums},), "
+            f"not an array of shape {array.shape}"
         )
     return array.reshape(())
 

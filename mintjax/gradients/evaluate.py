@@ -38,13 +38,14 @@ class LogprobGradients(NamedTuple):
 
     Args:
         loss: the objective's value.
-        metrics: the objective's metrics as floats; ``"loss"`` is there too.
+        metrics: the objective's metrics, ``"loss"`` among them: floats, and NumPy arrays ``[B]`` of
+            those that have one number per datum.
         grads: ``d loss / d logprobs``, one array per datum, in order, in the shape of its logprobs;
             to be read only, as JAX's arrays are.
     """
 
     loss: float
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     grads: list[npt.NDArray[Any]]
 
 
@@ -61,7 +62,8 @@ def value_and_logprob_grads(
     the same numbers. :func:`mintjax.gradients.stats` counts such steps.
 
     Args:
-        objective: ``(data, logprobs) -> (loss, metrics)``: a scalar, and a dict of scalars. A pure
+        objective: ``(data, logprobs) -> (loss, metrics)``: a scalar, and a dict of scalars or of
+            arrays ``[B]`` with one number per datum, such as a histogram is drawn from. A pure
             function that JAX can trace. Hold on to it: compiled programs are kept by objective, and
             one that is made anew each step is compiled anew each step.
         data: B datums. The objective sees every ``loss_fn_inputs`` column.
@@ -74,7 +76,7 @@ def value_and_logprob_grads(
     Raises:
         DataError: the logprobs do not fit the data, or the objective reads a column that a datum
             does not have.
-        ObjectiveError: the objective did not return a scalar and a dict of scalars.
+        ObjectiveError: the objective did not return a scalar and such a dict.
         NonFiniteError: a gradient is NaN or infinite; names datum, position and inputs there.
         Exception: whatever the objective raises, as it is.
 
@@ -107,7 +109,7 @@ def loss_and_metrics(
     objective: Objective,
     data: Sequence[Datum] | Batch,
     logprobs: Sequence[npt.ArrayLike] | Ragged,
-) -> tuple[float, dict[str, float]]:
+) -> tuple[float, dict[str, Any]]:
     """Computes an objective and its metrics, by the program that has its gradient too.
 
     Args and errors are those of :func:`value_and_logprob_grads`, except that nothing need be
@@ -133,8 +135,13 @@ def _evaluate(
             lambda program, identity: program.loops.run(objective, identity, batch, rows),
         )
         loss = np.asarray(outcome.loss).item()
-        metrics = {name: float(np.asarray(value)) for name, value in outcome.metrics.items()}
+        metrics = {name: _as_plain(value) for name, value in outcome.metrics.items()}
     return LogprobGradients(loss, {"loss": loss, **metrics}, outcome.grads), bool(outcome.finite)
+
+
+def _as_plain(metric: Any) -> float | npt.NDArray[Any]:
+    array = np.asarray(metric)
+    return np.array(array) if array.ndim else float(array)
 
 
 def constant_logprob_grads(

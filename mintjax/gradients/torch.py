@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
 from mintjax.ragged.batch import Batch
+from mintjax.tensors import numbers_of
 
 TorchLoss = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 """``(data: list[Datum], logprobs: list[torch.Tensor]) -> (torch scalar, metrics)``."""
@@ -119,7 +120,7 @@ class torch_objective:
 
     def evaluate(
         self, data: Batch, rows: Sequence[npt.NDArray[Any]]
-    ) -> tuple[float, dict[str, float], list[npt.NDArray[Any]]]:
+    ) -> tuple[float, dict[str, Any], list[npt.NDArray[Any]]]:
         """Loss, metrics and gradient, by ``loss.backward()``.
 
         Args:
@@ -127,8 +128,8 @@ class torch_objective:
             rows: their logprobs, in nats.
 
         Returns:
-            The loss, the metrics as floats, and one gradient per datum; zeros for a row that the
-            loss does not read.
+            The loss, the metrics as floats and arrays ``[B]``, and one gradient per datum; zeros
+            for a row that the loss does not read.
 
         Raises:
             ObjectiveError: the loss is no scalar tensor, or a metric no number.
@@ -147,13 +148,16 @@ class torch_objective:
             for row, leaf in zip(rows, leaves, strict=True)
         ]
         value = float(loss.detach())
-        numbers = {str(name): self._number(name, metric) for name, metric in metrics.items()}
+        numbers = {str(name): self._plain(name, m, len(rows)) for name, m in metrics.items()}
         return value, {"loss": value, **numbers}, grads
 
-    def _number(self, name: Any, metric: Any) -> float:
+    def _plain(self, name: Any, metric: Any, datums: int) -> float | npt.NDArray[Any]:
         try:
+            if getattr(metric, "shape", None) == (datums,):
+                return np.array(numbers_of(metric))
             return float(metric.detach() if hasattr(metric, "detach") else metric)
         except (TypeError, ValueError, RuntimeError):
             raise ObjectiveError(
-                f"metric {name!r} of {self!r} must be a number, not {metric!r:.80}"
+                f"metric {name!r} of {self!r} must be a number, or an array of one number per "
+                f"datum, ({datums},), not {metric!r:.80}"
             ) from None

@@ -228,7 +228,7 @@ def check_finite(objective: Objective, data: Sequence[Datum], logprobs: Rows) ->
         result = value_and_logprob_grads(objective, data, rows)
     except NonFiniteError as error:
         raise LawError(f"check_finite: {error}") from None
-    bad = {name: value for name, value in result.metrics.items() if not np.isfinite(value)}
+    bad = {name: value for name, value in result.metrics.items() if not np.isfinite(value).all()}
     if bad:
         raise LawError(f"check_finite: {bad}")
 

@@ -138,8 +138,14 @@ def test_nothing_is_measured_and_no_model_is_made_for_it():
 
 def test_a_batch_goes_in_parts_of_the_size_that_the_trainer_takes(plain):
     config, data = messages.ClientConfigResponse(fwdbwd_max_chunk_len=2), make([3, 5, 4])
+
+    def watched(data, logprobs):
+        return square(data, logprobs)[0], {"scores": logprobs.sum()}
+
     with hatchery(config=config) as (model, engine, transport):
-        model.forward_backward_custom(data, square).result()
+        output = model.forward_backward_custom(data, watched).result()
+        scores = [row.sum() for row in output.logprobs]
+        np.testing.assert_allclose(output.metrics["scores"], scores, rtol=1e-5)
         assert transport.paths.count(STEP2) == 2
         found = gradient(engine, model)
     with plain[0].create_lora_training_client(NANO, 4, seed=1) as ours:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib.util
 import warnings
 
 import jax
@@ -13,6 +14,9 @@ import mintjax
 from mintjax import Batch, Datum, ModelInput, Ragged, objectives, value_and_logprob_grads
 from mintjax.errors import DataError, NonFiniteError, ObjectiveError
 from mintjax.gradients.evaluate import constant_logprob_grads
+from mintjax.gradients.torch import torch_objective
+
+from ..examples import examples
 
 
 def make(sizes, seed=0, **columns):
@@ -119,6 +123,53 @@ def test_a_loop_over_rows_gives_what_the_columns_give(sizes, seed):
     columns = value_and_logprob_grads(bradley_terry, data, logprobs)
     assert_grads(loop.grads, columns.grads, rtol=1e-4, atol=1e-7)
     assert loop.metrics == pytest.approx(columns.metrics, rel=1e-5, abs=1e-4)
+
+
+class Scores:
+    """Scores of datums as a metric, by an objective whose batches are padded with empty rows."""
+
+    row_multiple = 1
+
+    def __call__(self, data, logprobs):
+        scores = (logprobs * data["weights"]).sum()
+        return scores.sum(), {"scores": scores, "high": scores > -5}
+
+
+def scores_in_a_loop(data, logprobs):
+    scores = jnp.stack(
+        [
+            lp @ jnp.asarray(d.loss_fn_inputs["weights"])
+            for d, lp in zip(data, logprobs, strict=True)
+        ]
+    )
+    return scores.sum(), {"scores": scores, "high": scores > -5}
+
+
+def scores_in_torch(data, logprobs):
+    import torch
+
+    weights = [torch.tensor(np.asarray(datum.loss_fn_inputs["weights"])) for datum in data]
+    scores = torch.stack([lp @ w for lp, w in zip(logprobs, weights, strict=True)])
+    return scores.sum(), {"scores": scores, "high": scores > -5}
+
+
+@settings(max_examples=examples(4))
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_a_metric_may_have_one_number_per_datum(sizes, seed):
+    data, logprobs = make(sizes, seed)
+    ways = [Scores(), scores_in_a_loop]
+    if importlib.util.find_spec("torch"):
+        ways.append(torch_objective(scores_in_torch))
+    right = [
+        float(lp @ np.asarray(d.loss_fn_inputs["weights"]))
+        for d, lp in zip(data, logprobs, strict=True)
+    ]
+    for way in ways:
+        metrics = value_and_logprob_grads(way, data, logprobs).metrics
+        assert type(metrics["scores"]) is np.ndarray
+        assert type(metrics["loss"]) is float
+        np.testing.assert_allclose(metrics["scores"], right, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(metrics["high"], metrics["scores"] > -5)
 
 
 @pytest.mark.usefixtures("row_by_row")
@@ -422,7 +473,11 @@ def test_an_exception_in_an_objective_arrives_as_it_is(objective):
         (lambda d, lp: (lp, {}), "must be a floating-point scalar"),
         (lambda d, lp: (1.0, {}), "must be a floating-point scalar"),
         (lambda d, lp: (lp.total(), [1]), "metrics of .* must be a dict, not list"),
-        (lambda d, lp: (lp.total(), {"x": lp.sum()}), r"metric 'x' must be a scalar.*\(2,\)"),
+        (
+            lambda d, lp: (lp.total(), {"x": jnp.ones(3)}),
+            r"metric 'x' must be a scalar, or an array .* \(2,\), not .* \(3,\)",
+        ),
+        (lambda d, lp: (lp.total(), {"x": jnp.ones((2, 2))}), r"metric 'x' .* not .* \(2, 2\)"),
         (lambda d, lp: (lp.total(), {"x": "fast"}), "metric 'x' must be a number, not str"),
     ],
 )
