@@ -175,7 +175,7 @@ def encoder(model: TrainingClient) -> Encode:
     """
     info = model.get_info().model_data
     name = info.tokenizer_id or info.model_name
-    if name == "mintjax/bytes":
+    if name.endswith("mintjax/bytes"):
         return lambda text: list(text.encode())
     try:
         from tokenizers import Tokenizer  # pyright: ignore

@@ -161,7 +161,7 @@ def save(
     """
     header = {"description": msgspec.json.encode(description).decode()}
     arrays = _named_leaves(jax.device_get(state))
-    _write(_file(directory, path), lambda partial: save_file(arrays, partial, metadata=header))
+    write(_file(directory, path), lambda partial: save_file(arrays, partial, metadata=header))
 
 
 def describe(directory: Path, path: CheckpointPath) -> Description:
@@ -239,7 +239,7 @@ def change(directory: Path, path: CheckpointPath, make: Callable[[Tags], Tags]) 
         StorageError: it cannot be read or written.
     """
     content = msgspec.json.encode(make(find(directory, path).tags))
-    _write(_tags_file(directory, path), lambda partial: Path(partial).write_bytes(content))
+    write(_tags_file(directory, path), lambda partial: Path(partial).write_bytes(content))
 
 
 def remove(directory: Path, path: CheckpointPath) -> None:
@@ -295,13 +295,21 @@ def sweep(directory: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _write(file: Path, write: Callable[[str], object]) -> None:
-    """Writes a file whole or not at all, by way of another beside it."""
+def write(file: Path, fill: Callable[[str], object]) -> None:
+    """Writes a file whole or not at all, by way of another beside it.
+
+    Args:
+        file: its path; folders are made.
+        fill: writes the other one, given its name.
+
+    Raises:
+        StorageError: it cannot be written; what was there before still is.
+    """
     partial = file.with_name(f"{uuid.uuid4().hex}~{_writer()}{_UNFINISHED}")
     with _storage("write", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(str(partial))
+            fill(str(partial))
             os.replace(partial, file)
         except BaseException:
             partial.unlink(missing_ok=True)

@@ -22,7 +22,6 @@ from mintjax.local.model import BASE_MODELS
 from mintjax.local.sequencer import Sequencer
 from mintjax.local.sessions import Sessions
 from mintjax.local.slices import Slices
-from mintjax.local.tokenizer import TOKENIZER_ID
 from mintjax.protocol import messages
 from mintjax.runs import GetSamplerResponse, OptimizerConfig, WeightsInfoResponse
 from mintjax.types import (
@@ -173,10 +172,11 @@ class Endpoints:
     def get_info(self, request: messages.ModelRequest) -> Answer:
         """``get_info``."""
         model = self.engine.model(request.model_id)
+        tokenizer_id = self.engine.tokenizer_folder().as_posix()
         return GetInfoResponse(
             model_id=request.model_id,
             model_data=ModelData(
-                model_name=model.config.name, arch="transformer", tokenizer_id=TOKENIZER_ID
+                model_name=model.config.name, arch="transformer", tokenizer_id=tokenizer_id
             ),
             lora_rank=model.lora_config.rank,
         )

@@ -24,7 +24,7 @@ from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.sampling import NOTHING, Wanted
 from mintjax.local.slices import Slices, each_under, finish
-from mintjax.local.tokenizer import VOCAB_SIZE
+from mintjax.local.tokenizer import TOKENIZER_ID, VOCAB_SIZE, transformers_files
 from mintjax.step.carrier import carrier
 from mintjax.step.reduction import SUM, Reduction, amount
 from mintjax.tensors import TensorData
@@ -413,6 +413,21 @@ class Engine:
         loaded = checkpoints.load(self.directory, parsed, like)
         moments = loaded["optimizer"] if with_optimizer else optimizer.init(loaded["lora"])
         self._models[model_id] = _fresh(state.config, state.lora_config, loaded["lora"], moments)
+
+    def tokenizer_folder(self) -> Path:
+        """Returns a folder from which transformers reads the tokenizer; it is written if need be.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        folder = self.directory / TOKENIZER_ID
+        for name, content in transformers_files().items():
+            if not (folder / name).is_file():
+                checkpoints.write(
+                    folder / name,
+                    lambda partial, content=content: Path(partial).write_bytes(content),
+                )
+        return folder.resolve()
 
     def describe_checkpoint(self, path: str, *, field: str) -> Description:
         """Reads the origin of a checkpoint.
