@@ -84,7 +84,7 @@ class Pass:
         encoding: Encoding,
         data: Sequence[Datum],
         loss_fn: str,
-        config: Mapping[str, float] | None = None,
+        config: Mapping[str, float | str] | None = None,
         *,
         backward: bool,
     ) -> None:

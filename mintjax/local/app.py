@@ -71,14 +71,15 @@ def application(
         api_key: required of every request if given.
         poll_seconds: how long ``retrieve_future`` waits for a result before it says try again.
         config: what ``client/config`` asks of clients: protocol buffers, compression, sizes of
-            chunks. The default asks for JSON; what is served does not depend on it.
+            chunks; and whether custom losses run here. The default asks for JSON, and for such
+            losses where the dialect has them; what is served does not depend on it.
         dialect: the trainer to play.
         limits: bounds on what clients can make the trainer hold.
 
     Raises:
         ConfigError: it would ask for what takes the extra ``protobuf`` to read.
     """
-    config = config or messages.ClientConfigResponse()
+    config = config or messages.ClientConfigResponse(custom_loss_server_side=dialect == OWN)
     if config.proto_write_fwdbwd or not dialect.json_passes or dialect.always_protobuf:
         protobuf.require()
     if config.proto_compress_fwdbwd:
@@ -146,6 +147,9 @@ class _Http:
                 do.forward_backward,
                 is_pass=True,
                 forward_only=do.forward,
+            ),
+            self._queued(
+                "create_custom_loss", messages.CreateCustomLossRequest, do.create_custom_loss
             ),
             self._queued("optim_step", messages.OptimStepRequest, do.optim_step),
             self._queued("save_weights", messages.SaveWeightsRequest, do.save_weights),

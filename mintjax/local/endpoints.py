@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from mintjax.errors import DataError, NotFoundError
+from mintjax.errors import BadRequestError, DataError, NotFoundError
 from mintjax.local import optimizer, sampling
 from mintjax.local.access import Access
 from mintjax.local.administration import Administration, check_ttl
 from mintjax.local.checkpoints import CheckpointPath, check_name
+from mintjax.local.custom_losses import LOSS_FN, CustomLosses
 from mintjax.local.engine import Engine, Note, check_create
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS
@@ -24,6 +25,7 @@ from mintjax.local.sessions import Sessions
 from mintjax.local.slices import Slices
 from mintjax.protocol import messages
 from mintjax.runs import GetSamplerResponse, OptimizerConfig, WeightsInfoResponse
+from mintjax.step.reduction import SUM
 from mintjax.types import (
     GetInfoResponse,
     LoadWeightsResponse,
@@ -73,11 +75,15 @@ class Endpoints:
         self._access = access
         stated = messages.StatedReduction(**dataclasses.asdict(engine.reduction))
         self._config = msgspec.structs.replace(
-            config, mintjax_reduction=stated if states_reduction else None
+            config,
+            mintjax_reduction=stated if states_reduction else None,
+            custom_loss_server_side=config.custom_loss_server_side and engine.reduction == SUM,
         )
         self._limits = limits
         self._sessions = Sessions(limits)
         self.administration = Administration(engine, self._sessions)
+        sums = engine.reduction == SUM
+        self._losses = CustomLosses(engine, self._sessions, limits) if sums else None
 
     def note_sender(self, message: object) -> None:
         """Notes that the client of a message is there, and lets go of those that are gone."""
@@ -88,6 +94,8 @@ class Endpoints:
             self._end_session(session_id)
 
     def _end_session(self, session_id: str) -> None:
+        if self._losses is not None:
+            self._losses.end(session_id)
         for model_id in self._sessions.end(session_id):
             self._sequencer.submit(partial(self._let_go, model_id))
 
@@ -246,16 +254,28 @@ class Endpoints:
     def forward(self, request: messages.ForwardRequest) -> Run:
         """``forward``."""
         given = request.forward_input
-        arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
+        if given.loss_fn == LOSS_FN and self._losses is not None:
+            return self._losses.run_pass(request.model_id, given, backward=False)
+        arguments = (request.model_id, given.data, given.loss_fn, _numbers(given.loss_fn_config))
         self.engine.check_pass(*arguments, limits=self._limits)
         return lambda: self.engine.forward(*arguments)
 
     def forward_backward(self, request: messages.ForwardBackwardRequest) -> Run:
         """``forward_backward``."""
         given = request.forward_backward_input
-        arguments = (request.model_id, given.data, given.loss_fn, given.loss_fn_config)
+        if given.loss_fn == LOSS_FN and self._losses is not None:
+            return self._losses.run_pass(request.model_id, given, backward=True)
+        arguments = (request.model_id, given.data, given.loss_fn, _numbers(given.loss_fn_config))
         self.engine.check_pass(*arguments, limits=self._limits)
         return lambda: self.engine.forward_backward(*arguments)
+
+    def create_custom_loss(self, request: messages.CreateCustomLossRequest) -> Run:
+        """``create_custom_loss``: a loss that passes of the same session can name."""
+        if self._losses is None:
+            raise BadRequestError(
+                400, "custom losses are sums over datums, which this trainer divides"
+            )
+        return self._losses.create(request)
 
     def optim_step(self, request: messages.OptimStepRequest) -> Run:
         """``optim_step``."""
@@ -414,3 +434,17 @@ def _check_optimizer(config: OptimizerConfig | msgspec.UnsetType | None, field: 
         raise DataError(
             f"this trainer has the optimizer 'adamw' only, not {config.type!r}", field=field
         )
+
+
+def _numbers(config: Mapping[str, float | str] | None) -> dict[str, float] | None:
+    """The options of a loss that trainers have by name, which are numbers.
+
+    Raises:
+        DataError: one is a text.
+    """
+    numbers: dict[str, float] = {}
+    for name, value in (config or {}).items():
+        if isinstance(value, str):
+            raise DataError(f"{value[:80]!r} is no number", field=f"loss_fn_config[{name!r}]")
+        numbers[name] = value
+    return None if config is None else numbers

@@ -32,7 +32,7 @@ class ForwardBackwardInput(msgspec.Struct, eq=False):
 
     data: list[Datum]
     loss_fn: str
-    loss_fn_config: dict[str, float] | None = None
+    loss_fn_config: dict[str, float | str] | None = None
 
 
 class ForwardRequest(msgspec.Struct, eq=False, omit_defaults=True):

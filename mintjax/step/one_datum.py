@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mintjax.gradients import Objective
-from mintjax.gradients.contract import name_of
 from mintjax.gradients.flat import flatten, symbolic_sizes
 from mintjax.gradients.lengths import kind_of
 from mintjax.objectives import WeightedSum
@@ -48,7 +47,8 @@ def server_loss(objective: Objective, batch: Batch) -> ServerLoss:
     try:
         with jax.enable_x64(False), jax.transfer_guard("allow"):
             loss = loss_of_datum(objective, batch.names)
-            return lower(loss, kinds, targets.shape[1:], name_of(objective))
+            name = getattr(objective, "__name__", type(objective).__name__)
+            return lower(loss, kinds, targets.shape[1:], name)
     except NotLowered:
         raise
     except Exception as error:
@@ -249,6 +249,9 @@ class _OneRow(Ragged):
 
     def sum(self, where: Ragged | None = None) -> Array:
         return jnp.sum(self._masked(where, 0)).reshape(1)
+
+    def total(self, where: Ragged | None = None) -> Array:
+        return jnp.sum(self._masked(where, 0))
 
     def count(self, where: Ragged | None = None) -> Array:
         return _OneRow(jnp.ones(self.tiles.shape, jnp.int32)).sum(where)

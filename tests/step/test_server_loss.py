@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mintjax import Datum, ModelInput, objectives, value_and_logprob_grads
 from mintjax.errors import DataError
-from mintjax.local.custom_losses import CustomLoss
+from mintjax.local.loss_graphs import CustomLoss
 from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch
 from mintjax.step.one_datum import data_for, server_loss

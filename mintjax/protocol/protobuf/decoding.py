@@ -53,13 +53,18 @@ def decode_request(body: Body) -> Request:
     """
     message = _parse(_messages().ForwardBackwardRequest, body)
     config = {name: float(value) for name, value in message.loss_fn_config.items()}
+    texts: dict[str, str] = {}
     for name, value in message.loss_fn_config_v2.items():
-        if value.WhichOneof("value") != "number":
-            raise DataError("its values must be numbers", field=f"loss_fn_config[{name!r}]")
-        config[name] = float(value.number)
+        match value.WhichOneof("value"):
+            case "number":
+                config[name] = float(value.number)
+            case "text":
+                texts[name] = value.text
+            case _:
+                raise DataError("it has no value", field=f"loss_fn_config[{name!r}]")
     check_numbers(config, "loss_fn_config")
     data = [_datum(datum, i) for i, datum in enumerate(message.data)]
-    given = messages.ForwardBackwardInput(data, message.loss_fn, config or None)
+    given = messages.ForwardBackwardInput(data, message.loss_fn, {**config, **texts} or None)
     kind = messages.ForwardRequest if message.forward_only else messages.ForwardBackwardRequest
     return kind(given, message.model_id, message.seq_id or None)
 

@@ -73,7 +73,11 @@ def encode_request(request: Request) -> bytes:
             parts += _datum(datum, i)
     parts.append(_text(b"\x22", given.loss_fn))
     for name, value in (given.loss_fn_config or {}).items():
-        key, number = _text(b"\x0a", name), struct.pack("<d", value)
+        key = _text(b"\x0a", name)
+        if isinstance(value, str):
+            parts.append(_message(b"\x3a", key, _message(b"\x12", _text(b"\x12", value))))
+            continue
+        number = struct.pack("<d", value)
         parts.append(_message(b"\x2a", key, b"\x11", number))
         parts.append(_message(b"\x3a", key, _message(b"\x12", b"\x09", number)))
     if forward_only:

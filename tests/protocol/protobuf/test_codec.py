@@ -279,14 +279,27 @@ class TestTensors:
         with pytest.raises(DataError, match=f"datum 0.*{token} at position 1 is negative"):
             protobuf.decode_request(request.SerializeToString())
 
-    def test_a_setting_that_is_no_number(self):
+    def test_a_setting_without_a_value(self):
         request = pb.ForwardBackwardRequest()
-        request.loss_fn_config_v2["kind"].text = "soft"
-        with pytest.raises(DataError, match=r"kind.*must be numbers"):
+        request.loss_fn_config_v2["kind"].SetInParent()
+        with pytest.raises(DataError, match=r"kind.*no value"):
             protobuf.decode_request(request.SerializeToString())
+
+    def test_a_setting_that_is_not_finite(self):
+        request = pb.ForwardBackwardRequest()
         request.loss_fn_config_v2["kind"].number = np.nan
         with pytest.raises(DataError, match=r"kind.*not finite"):
             protobuf.decode_request(request.SerializeToString())
+
+    def test_a_setting_may_be_a_text(self):
+        request = messages.ForwardBackwardRequest(
+            messages.ForwardBackwardInput([], "custom", {"loss_id": "é", "a": 1.5}), "m", 1
+        )
+        body = protobuf.encode_request(request)
+        assert given_of(protobuf.decode_request(body)).loss_fn_config == {"loss_id": "é", "a": 1.5}
+        parsed = pb.ForwardBackwardRequest.FromString(body)
+        assert parsed.loss_fn_config_v2["loss_id"].text == "é"
+        assert dict(parsed.loss_fn_config) == {"a": 1.5}
 
     def test_the_newer_settings_win(self):
         request = pb.ForwardBackwardRequest(loss_fn_config={"a": 1.0, "b": 2.0})

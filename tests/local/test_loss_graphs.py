@@ -1,0 +1,309 @@
+"""Graphs of torch are evaluated as torch does, and anything else that arrives is refused."""
+
+import builtins
+import functools
+import math
+import operator
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mintjax.errors import BadRequestError, DataError
+from mintjax.local.limits import Limits
+from mintjax.local.loss_graphs import FUNCTIONS, METHODS, CustomLoss
+from mintjax.protocol.messages import CustomLossGraph, CustomLossInput, CustomLossNode
+
+INPUTS = [CustomLossInput("logprobs", 1), CustomLossInput("w", 1), CustomLossInput("c", 0)]
+ROWS = [
+    np.array([-1.0, 0.0, 0.8, 1.2, 25.0, -0.5], np.float32),
+    np.array([1.0, 0.0, -2.0], np.float32),
+    np.array([0.5], np.float32),
+]
+WEIGHTS = [np.array([1, 0, 0.8, 1.5, 2, -0.5], np.float32), np.ones(3, np.float32), ROWS[2]]
+
+
+class Method:
+    """Calls a method of its first argument."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, tensor, *args, **kwargs):
+        return getattr(tensor, self.name)(*args, **kwargs)
+
+
+def losses(torch):
+    """Losses of datums, which together use all that is served."""
+    functional = torch.nn.functional
+
+    def both(names, body):
+        for name in names.split():
+            yield functools.partial(body, getattr(torch, name))
+            yield functools.partial(body, Method(name))
+
+    yield from both(
+        "abs ceil cos exp expm1 floor relu sigmoid sign sin square tanh",
+        lambda f, x, w, c: (f(x / 8) * w).sum(),
+    )
+    yield from both("log log1p rsqrt sqrt", lambda f, x, w, c: (f(x * x + 1) * w).sum())
+    yield from both("add div maximum minimum mul sub", lambda f, x, w, c: f(x, w * w + 1).sum())
+    yield from both(
+        "eq ge gt le lt ne logical_and logical_or logical_xor",
+        lambda f, x, w, c: (f(x, w) * x).sum(),
+    )
+    for f in (operator.eq, operator.ge, operator.gt, operator.le, operator.lt, operator.ne):
+        yield functools.partial(lambda f, x, w, c: (f(x, w) * x).sum(), f)
+    for f in (operator.and_, operator.or_, operator.xor):
+        yield functools.partial(lambda f, x, w, c: (f(x > 0, w > 0) * x).sum(), f)
+    yield from both("amax amin mean sum", lambda f, x, w, c: f(x * w, 0) * c)
+    yield from both("amax amin mean sum", lambda f, x, w, c: (f(x * w, -1, keepdim=True) * x).sum())
+    yield from both("all any", lambda f, x, w, c: f(x > -0.6, 0).float() * x.sum())
+    yield lambda x, w, c: (torch.softmax(x, 0) * w).sum() + x.softmax(-1)[0]
+    yield lambda x, w, c: (torch.log_softmax(x, 0) * w).sum() + x.log_softmax(-1)[0]
+    yield lambda x, w, c: torch.logsumexp(x * w, 0) + x.logsumexp(-1)
+    yield lambda x, w, c: (torch.cumsum(x, 0) * w).sum() + (x.cumsum(-1) * x).sum()
+    yield lambda x, w, c: torch.dot(x, w) + x.dot(w) * c
+    yield lambda x, w, c: torch.clamp(x, 0.8, 1.2).sum() + (x.clamp(max=0.8) * w).sum()
+    yield lambda x, w, c: torch.clip(x, min=0.8).sum() + (x.clip(w, w + 1) * w).sum()
+    yield lambda x, w, c: torch.where(x > 0, x, w).sum() + torch.where(x < w, 1.0, 0.0).sum()
+    yield lambda x, w, c: torch.where(torch.isfinite(x) & ~torch.isnan(x), x, 0.0).sum()
+    yield lambda x, w, c: torch.where(x.isfinite() & ~x.isnan(), x, math.inf).sum()
+    yield lambda x, w, c: (torch.pow(x, 2) * w).sum() + (x**3).sum() + (x * x + 1).pow(w).sum()
+    yield lambda x, w, c: (2.0**x).sum() + torch.neg(x).sum() + x.neg().dot(w) + (-x * w).sum()
+    yield lambda x, w, c: (torch.logical_not(x) * w).sum() + (~(x > 0) * x).sum() + x.sum()
+    yield lambda x, w, c: (x.logical_not() * w).sum() + x.bool().float().dot(x)
+    yield lambda x, w, c: (x * torch.ones_like(w)).sum() + (w * torch.zeros_like(x)).sum() + x[0]
+    yield lambda x, w, c: (x * torch.full_like(w, 0.3)).sum() + abs(x).sum()
+    yield lambda x, w, c: (x * torch.exp(x - 25).detach()).sum()
+    yield lambda x, w, c: functional.logsigmoid(x).dot(w) + functional.softplus(x).sum()
+    yield (
+        lambda x, w, c: functional.softplus(x, beta=2, threshold=1).sum() + functional.relu(x).sum()
+    )
+    yield lambda x, w, c: functional.log_softmax(x, dim=0).dot(w)
+    yield lambda x, w, c: functional.softmax(x, -1).dot(w)
+    yield lambda x, w, c: x.sum() / x.shape[0] + x.sum() * x.size(0) + x.sum() / x.numel()
+    yield lambda x, w, c: x.sum() * torch.numel(w) * x.size()[0]
+    yield lambda x, w, c: (x[1:] * w[:-1]).sum() + x[:1].sum() + x[None, ...].sum()
+    yield lambda x, w, c: torch.squeeze(torch.unsqueeze(x, 1), 1).dot(w) + (x * c).sum()
+    yield lambda x, w, c: x.unsqueeze(0).squeeze(0).dot(w) + x.sum().to(torch.float32)
+    yield lambda x, w, c: (x - w).abs().sum() + (1 - c) * x.sum() - x.sum() / c
+
+
+def encoded(torch, function):
+    """The graph that the official SDK uploads for a function."""
+    qualified = torch.fx.node._get_qualified_name
+
+    def argument(value):
+        if isinstance(value, torch.fx.Node):
+            return {"ref": value.name}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        if isinstance(value, tuple):
+            return {"tuple": [argument(one) for one in value]}
+        if isinstance(value, dict):
+            return {"dict": {key: argument(one) for key, one in value.items()}}
+        if isinstance(value, slice):
+            return {"slice": [argument(one) for one in (value.start, value.stop, value.step)]}
+        if value is Ellipsis:
+            return {"ellipsis": True}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        return value
+
+    def loss(logprobs, w, c):
+        value = function(logprobs, w, c)
+        return value, {"custom/value:sum": value}
+
+    traced = torch.fx.symbolic_trace(loss)
+    nodes = []
+    for node in traced.graph.nodes:
+        target = qualified(node.target) if callable(node.target) else str(node.target)
+        nodes.append(
+            CustomLossNode(
+                node.op,
+                node.name,
+                target.replace("_operator.", "operator."),
+                [argument(one) for one in node.args],
+                {key: argument(one) for key, one in node.kwargs.items()},
+            )
+        )
+    return traced, CustomLossGraph(nodes)
+
+
+def test_what_is_served_has_the_value_and_the_gradient_of_torch():
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch.fx
+    used = set()
+    for function in losses(torch):
+        traced, graph = encoded(torch, function)
+        used |= {(node.op, node.target) for node in graph.nodes}
+        loss = CustomLoss("loss", INPUTS, graph)
+        for row, w in zip(ROWS, WEIGHTS, strict=True):
+            if len(row) == 1 and "slice" in str(graph.nodes):
+                continue
+            x = torch.tensor(row, requires_grad=True)
+            value, _ = traced(x, torch.tensor(w), torch.tensor(0.75))
+            value.backward()
+            found = loss.evaluate(row, [w, np.float32(0.75)])
+            assert found.metrics == {"custom/value:sum": found.loss}
+            np.testing.assert_allclose(found.loss, value.item(), rtol=2e-5, err_msg=traced.code)
+            np.testing.assert_allclose(
+                found.gradient, x.grad.numpy(), rtol=2e-5, atol=1e-6, err_msg=traced.code
+            )
+    calls = {("call_function", name) for name in FUNCTIONS if "." in name}
+    calls |= {("call_method", name) for name in METHODS}
+    left = {name for name in calls - used if name[1] not in ("builtins.getattr",)}
+    assert not left
+
+
+def node(op="call_function", name="a", target="torch.exp", args=({"ref": "logprobs"},), **kwargs):
+    return CustomLossNode(op, name, target, list(args), kwargs)
+
+
+LOGPROBS = node("placeholder", "logprobs", "logprobs", ())
+TOTAL = node(name="t", target="torch.sum")
+OUTPUT = node("output", "output", "output", ({"tuple": [{"ref": "t"}, {"dict": {}}]},))
+
+
+def graph(*nodes, output=OUTPUT):
+    return CustomLossGraph([LOGPROBS, *nodes, TOTAL, output])
+
+
+def output(metrics):
+    return node("output", "output", "output", ({"tuple": [{"ref": "t"}, {"dict": metrics}]},))
+
+
+VECTOR = {"tuple": [{"ref": "logprobs"}, {"dict": {}}]}
+REFUSED = {
+    "a module": (graph(node("call_module", target="lin")), "kind 'call_module' is not served"),
+    "an attribute": (graph(node("get_attr", target="w")), "kind 'get_attr' is not served"),
+    "another function": (graph(node(target="os.system")), "'os.system' is not served"),
+    "a private one": (graph(node(target="torch.load")), "'torch.load' is not served"),
+    "another method": (graph(node("call_method", target="backward")), "'backward' is not served"),
+    "an attribute by name": (
+        graph(node(target="builtins.getattr", args=({"ref": "logprobs"}, "__class__"))),
+        "shape is served",
+    ),
+    "an unknown node": (graph(node(args=({"ref": "later"},))), "which no node before is"),
+    "an unhashable reference": (graph(node(args=({"ref": ["a"]},))), "which no node before is"),
+    "a name twice": (graph(node(name="logprobs")), "second node"),
+    "no argument": (graph(node(args=())), "missing a required argument"),
+    "an unknown argument": (graph(node(out={"ref": "logprobs"})), "unexpected keyword"),
+    "an object of two keys": (graph(node(args=({"ref": "logprobs", "b": 1},))), "one key"),
+    "a device": (graph(node(args=({"device": "cpu"},))), "kind 'device'"),
+    "depth": (graph(node(args=([[[[[[[[[[1]]]]]]]]]],))), "lists within lists"),
+    "no output": (CustomLossGraph([LOGPROBS, TOTAL]), "last node is not the output"),
+    "no nodes": (CustomLossGraph([]), "last node is not the output"),
+    "another input": (graph(node("placeholder", "w", "w", ())), "not the inputs"),
+    "a bare output": (
+        graph(output=node("output", "output", "output", ({"ref": "t"},))),
+        "a loss and a dict",
+    ),
+    "a metric's name": (graph(output=output({"loss:sum": {"ref": "t"}})), "is not named custom/"),
+    "a metric's value": (graph(output=output({"custom/a:sum": 1})), "is no node"),
+    "a place that may not be there": (
+        graph(node(target="operator.getitem", args=({"ref": "logprobs"}, 3))),
+        "first and the last",
+    ),
+    "shapes": (
+        graph(
+            node(target="operator.getitem", args=({"ref": "logprobs"}, {"slice": [1, None, None]})),
+            node(name="b", target="operator.add", args=({"ref": "a"}, {"ref": "logprobs"})),
+        ),
+        "operator.add cannot be evaluated",
+    ),
+    "a text operand": (graph(node(target="operator.add", args=("a", 1))), "operand is a str"),
+    "no scalar": (
+        graph(output=node("output", "output", "output", (VECTOR,))),
+        "has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_graph_that_is_none_is_refused_with_the_reason(name):
+    given, reason = REFUSED[name]
+    with pytest.raises(DataError, match=reason):
+        CustomLoss("loss", INPUTS[:1], given).trace()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ([], "first input is logprobs"),
+        ([CustomLossInput("w", 1)], "first input is logprobs"),
+        ([CustomLossInput("logprobs", 0)], "first input is logprobs"),
+        ([*INPUTS, CustomLossInput("W", 1)], "lowercase"),
+        ([*INPUTS, INPUTS[1]], "one name"),
+        ([INPUTS[0], *(CustomLossInput(f"c{i}", 1) for i in range(16))], "17 inputs"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(inputs, reason):
+    with pytest.raises(DataError, match=reason):
+        CustomLoss("loss", inputs, graph())
+
+
+def test_nodes_and_sizes_are_bounded():
+    many = graph(*(node(name=f"n{i}") for i in range(20)))
+    with pytest.raises(BadRequestError, match="max_loss_nodes"):
+        CustomLoss("loss", INPUTS[:1], many, Limits(max_loss_nodes=20))
+    square = CustomLossGraph(
+        [
+            LOGPROBS,
+            node(name="a", target="torch.unsqueeze", args=({"ref": "logprobs"}, 1)),
+            node(name="b", target="operator.mul", args=({"ref": "a"}, {"ref": "logprobs"})),
+            node(name="t", target="torch.sum", args=({"ref": "b"},)),
+            OUTPUT,
+        ]
+    )
+    loss = CustomLoss("loss", INPUTS[:1], square, Limits(max_targets=10_000))
+    loss.check_sizes([(100,)])
+    with pytest.raises(BadRequestError, match="max_targets"):
+        loss.check_sizes([(101,)])
+    with pytest.raises(BadRequestError, match="computes"):
+        loss.check_sizes([(100,)] * 1000)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+arguments = st.recursive(
+    scalars | st.builds(lambda name: {"ref": name}, st.sampled_from(["logprobs", "a", "t"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["tuple", "slice", "dict", "ellipsis", "float", "dtype", "ref"]),
+            inner,
+            max_size=1,
+        )
+    ),
+    max_leaves=4,
+)
+targets = st.sampled_from([*FUNCTIONS, *METHODS, "logprobs", "output", "os.system"])
+nodes = st.builds(
+    CustomLossNode,
+    st.sampled_from(["call_function", "call_method", "placeholder", "output", "get_attr"]),
+    st.sampled_from(["a", "b", "t"]),
+    targets,
+    st.lists(arguments, max_size=3),
+    st.dictionaries(st.sampled_from(["dim", "min", "keepdim"]), arguments, max_size=1),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(nodes, max_size=3), st.booleans())
+def test_garbage_is_refused_in_words(between, whole):
+    given = graph(*between) if whole else CustomLossGraph(between)
+    try:
+        loss = CustomLoss("loss", INPUTS[:1], given)
+        loss.trace()
+        loss.evaluate(ROWS[0], [])
+    except DataError:
+        pass
+
+
+def test_builtins_are_what_they_are():
+    assert FUNCTIONS["getattr"] is FUNCTIONS["builtins.getattr"] is not builtins.getattr
