@@ -133,7 +133,7 @@ class CustomLosses:
                 "a custom loss takes its loss_id, and nothing else", field="loss_fn_config"
             )
         with self._lock:
-            loss = self._losses.get(self._sessions.of_model(model_id), {}).get(loss_id)
+            loss = self._losses.get(self._sessions.run(model_id).session_id, {}).get(loss_id)
         if loss is None:
             raise DataError(
                 f"there is no loss {loss_id[:80]!r} in this session; make one first, with "

@@ -250,9 +250,6 @@ class _OneRow(Ragged):
     def sum(self, where: Ragged | None = None) -> Array:
         return jnp.sum(self._masked(where, 0)).reshape(1)
 
-    def total(self, where: Ragged | None = None) -> Array:
-        return jnp.sum(self._masked(where, 0))
-
     def count(self, where: Ragged | None = None) -> Array:
         return _OneRow(jnp.ones(self.tiles.shape, jnp.int32)).sum(where)
 
