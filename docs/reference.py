@@ -17,24 +17,19 @@ class Page(NamedTuple):
         title: its heading.
         holds: its contents, in a few words.
         shows: the modules, functions and classes that it shows.
+        first: the names of its module that come before the others.
     """
 
     title: str
     holds: str
     shows: tuple[str, ...]
+    first: tuple[str, ...] = ()
 
 
 PAGES = {
     "client": Page(
-        "Client", "sessions with a trainer, training and sampling, futures",
-        (
-            "mintjax.client.ServiceClient",
-            "mintjax.client.TrainingClient",
-            "mintjax.client.SamplingClient",
-            "mintjax.client.APIFuture",
-            "mintjax.client.RetryPolicy",
-            "mintjax.client.Progress",
-        ),
+        "Client", "sessions with a trainer, training and sampling, futures", ("mintjax.client",),
+        ("ServiceClient", "TrainingClient", "SamplingClient", "APIFuture"),
     ),
     "types": Page(
         "Values", "datums and the other values that travel",
@@ -90,15 +85,18 @@ def pages() -> dict[str, str]:
 def _page(page: Page) -> str:
     """Writes a page, whose heading is that of its module if it shows a single one."""
     if len(page.shows) == 1:
-        return f"{_show(page.shows[0], page.title)}"
+        return _show(page.shows[0], page.title, page.first)
     return "\n".join([f"# {page.title}\n", *map(_show, page.shows)])
 
 
-def _show(path: str, title: str = "") -> str:
+def _show(path: str, title: str = "", first: tuple[str, ...] = ()) -> str:
     """Writes the directive that shows a module with all that is public in it, or one name."""
-    options = {"heading_level": 1 if title else 2}
+    options: dict[str, object] = {"heading_level": 1 if title else 2}
     if title:
         options |= {"heading": title, "toc_label": title}
+    if first:
+        others = [name for name in names_of(path) if name not in first]
+        options["members"] = [*first, *others]
     return f"::: {path}\n    options: {json.dumps(options)}\n"
 
 
