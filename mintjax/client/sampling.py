@@ -154,6 +154,8 @@ class SamplingClient(MadeClient):
     ) -> messages.SampleRequest:
         prompt, params = as_model_input(prompt), as_params(SamplingParams, params)
         _check(prompt, num_samples, params)
+        if isinstance(params.stop, str):  # every trainer takes a list, and SkyRL nothing else
+            params = msgspec.structs.replace(params, stop=[params.stop])
         number = next(self._numbers)
         return messages.SampleRequest(
             prompt, params, self._session, number, num_samples, prompt_logprobs

@@ -51,6 +51,7 @@ class Dialect:
         unknown_tokens: what becomes of a token beyond the vocabulary: it is refused at once, or
             the pass fails, or its logprob is no number, which JSON cannot say (500).
         max_tokens_required: a request to sample has to say how many tokens at most.
+        stop_as_list: a single string as ``stop`` is refused.
         names: the names that a checkpoint may have; a name that is taken is refused (409).
         loads_first: ``load_weights`` only as a model's first request.
         adapters: places for models, one of them for the base; one model more fails when it is made.
@@ -76,6 +77,7 @@ class Dialect:
     failed: Literal["error"] | tuple[int, str] | Literal["user_error"] = "error"
     unknown_tokens: Literal["refused", "fails", "no number"] = "refused"
     max_tokens_required: bool = False
+    stop_as_list: bool = False
     names: str | None = None
     loads_first: bool = False
     adapters: int | None = None
@@ -107,6 +109,7 @@ DIALECTS: Mapping[str, Dialect] = {
         failed=(400, ""),
         unknown_tokens="no number",
         max_tokens_required=True,
+        stop_as_list=True,
         names=_SKYRL_NAMES,
         adapters=8,
     ),
@@ -124,6 +127,7 @@ DIALECTS: Mapping[str, Dialect] = {
         failed=(400, ""),
         unknown_tokens="no number",
         max_tokens_required=True,
+        stop_as_list=True,
         names=_SKYRL_NAMES,
         loads_first=True,
         adapters=8,
@@ -255,8 +259,10 @@ class Player:
                 return 422, "body.user_metadata: Input should be a valid dictionary"
             case messages.OptimStepRequest(adam_params=params):
                 return _beyond(params, dialect.adam_limits)
-            case messages.SampleRequest(sampling_params=params) if dialect.max_tokens_required:
-                if params.max_tokens is None:
+            case messages.SampleRequest(sampling_params=params):
+                if dialect.stop_as_list and isinstance(params.stop, str):
+                    return 422, "body.sampling_params.stop: Input should be a valid list"
+                if dialect.max_tokens_required and params.max_tokens is None:
                     return 400, "max_tokens is currently required"
             case messages.LoadWeightsRequest() if dialect.loads_first:
                 if message.model_id in self._used:

@@ -107,7 +107,9 @@ def test_a_script_runs_as_on_the_embedded_trainer(playing, own):
             rows = model.logprobs(data())
             sampler = model.save_weights_and_get_sampling_client()
             answer = sampler.sample(
-                ModelInput.from_ints([1, 2, 3]), 2, SamplingParams(max_tokens=3, seed=1)
+                ModelInput.from_ints([1, 2, 3]),
+                2,
+                SamplingParams(max_tokens=3, seed=1, stop="~~~~"),
             ).result()
             assert [len(one.logprobs) for one in answer.sequences] == [3, 3]
         again = where.service.create_training_client_from_state_with_optimizer(saved)
@@ -148,6 +150,18 @@ def test_losses_by_name_are_served_or_refused_at_once(playing):
 def test_a_loss_that_is_refused_by_name_goes_as_its_gradient(playing):
     with playing.model() as model:
         model.forward_backward_custom(rl_data(), objectives.dro(beta=0.1)).result(20)
+
+
+@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo"])
+def test_an_objective_is_the_same_whatever_a_trainer_calls_by_its_name(playing, own, loss_fn):
+    """Trainers have other hyperparameters by default, other reductions, and other losses."""
+    gradients = []
+    for where in (own, playing):
+        with where.model() as model:
+            model.forward_backward_custom(rl_data(), getattr(objectives, loss_fn)()).result()
+            gradients.append(where.gradient(model))
+    error = np.linalg.norm(gradients[1] - gradients[0]) / np.linalg.norm(gradients[0])
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["tuft-0.2"])
