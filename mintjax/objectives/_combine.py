@@ -63,11 +63,9 @@ class WeightedSum(LossObjective):
         weights = jnp.stack([jnp.asarray(weight, values.dtype) for weight in self._weights()])
         metrics: dict[str, Array] = {}
         for i, (name, term_metrics) in enumerate(zip(self.names, reported, strict=True)):
+            metrics |= {f"{name}/{key}": value for key, value in term_metrics.items()}
             metrics[f"{name}/loss"] = jax.lax.stop_gradient(values[i])
             metrics[f"{name}/weight"] = weights[i]
-            for key, value in term_metrics.items():
-                if key != "loss":
-                    metrics[f"{name}/{key}"] = value
         if self.gradient_norms:
             norms = self._norms(data, logprobs)
             metrics |= {f"{name}/gradient_norm": norms[i] for i, name in enumerate(self.names)}

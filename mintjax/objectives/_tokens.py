@@ -121,7 +121,7 @@ class CrossEntropyObjective(TokenObjective):
     """The loss that supervised learning sums, over a batch.
 
     Reads ``weights``. Metrics: ``mean_nll``, the negative log-likelihood per unit of weight, in
-    nats, and ``weight``, their sum.
+    nats, and ``weight_sum``, by which those of several requests are weighed.
     """
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
@@ -130,7 +130,7 @@ class CrossEntropyObjective(TokenObjective):
         loss = self.reduce(logprobs.map(self.apply, weights), answer_mask(data, logprobs))
         mass = logprobs.map(_spread, weights).total()
         nll = jax.lax.stop_gradient(logprobs.map(losses.cross_entropy, weights).total())
-        return loss, {"mean_nll": nll / jnp.where(mass == 0, 1, mass), "weight": mass}
+        return loss, {"mean_nll": nll / jnp.where(mass == 0, 1, mass), "weight_sum": mass}
 
 
 def _spread(mine: Array, other: Array) -> Array:

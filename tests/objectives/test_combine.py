@@ -50,6 +50,18 @@ def test_value_gradient_and_metrics_are_the_terms():
             assert whole.metrics[f"{name}/{key}"] == pytest.approx(value, rel=1e-5)
 
 
+def test_metrics_of_a_term_do_not_stand_in_for_its_value_and_weight():
+    def term(data, logprobs):
+        return logprobs.total(), {"loss": 7.0, "weight": 8.0, "kept": 9.0}
+
+    terms = {"own": term, "nll": objectives.cross_entropy()}
+    sum_of = objectives.weighted_sum(terms, {"own": 0.5, "nll": 0.25})
+    metrics = mintjax.value_and_logprob_grads(sum_of, *EXAMPLE).metrics
+    total = sum(float(np.sum(row)) for row in EXAMPLE[1])
+    assert metrics["own/loss"] == pytest.approx(total, rel=1e-5)
+    assert (metrics["own/weight"], metrics["nll/weight"], metrics["own/kept"]) == (0.5, 0.25, 9.0)
+
+
 def test_gradient_norms_are_those_of_the_terms():
     norms = mintjax.value_and_logprob_grads(
         objectives.weighted_sum(TERMS, {"kl": 0.3}, gradient_norms=True), *EXAMPLE
