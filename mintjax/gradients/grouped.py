@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -56,13 +57,15 @@ class Grouped(NamedTuple):
     operations: int
 
 
-def prepare(flat: Flat, rows: int, parameters: int) -> Grouped:
+def prepare(flat: Flat, rows: int, parameters: int, *, piece: int = 16384) -> Grouped:
     """Readies the program of a :class:`mintjax.gradients.lengths.Trace` to be run by groups.
 
     Args:
         flat: its program; the lengths are the symbols ``n0``, ``n1``, ...
         rows: how many there are.
         parameters: how many parameters the objective has.
+        piece: how many numbers to compute at a time, so that what one operation gives the next
+            stays in the cache of the processor.
 
     Raises:
         Unsupported: an equation with symbolic sizes has no rule.
@@ -77,8 +80,10 @@ def prepare(flat: Flat, rows: int, parameters: int) -> Grouped:
     everywhere = tuple(range(rows))
     results = [planner.whole(slot) for slot in flat.outputs[:-rows]]
     gradient = planner.full(planner.together(flat.outputs[-rows:], everywhere), everywhere)
-    steps, constants = planner.steps, planner.constants
-    frees = _frees(steps, {*results, gradient, *constants})
+    constants = planner.constants
+    kept = {*results, gradient, *constants}
+    steps = _in_pieces(_needed(planner.steps, kept), planner.kinds, kept, piece)
+    frees = _frees(steps, kept)
 
     def run(arguments: Sequence[Any], lengths: Sequence[int]) -> tuple[list[Array], Array]:
         sizes = _Sizes(np.asarray(lengths, np.int64))
@@ -95,16 +100,42 @@ def prepare(flat: Flat, rows: int, parameters: int) -> Grouped:
                     values[value] = array
                 for value in unused:
                     values[value] = None
-        return [values[value] for value in results], np.ascontiguousarray(values[gradient])
+        grads = np.ascontiguousarray(values[gradient])
+        if any(np.may_share_memory(grads, room) for room in _rooms.__dict__.values()):
+            grads = np.array(grads)
+        return [values[value] for value in results], grads
 
     return Grouped(run, len(steps))
 
 
+_rooms = threading.local()
+
+
+def _room(number: int, size: int, trailing: tuple[int, ...], dtype: Any) -> Array:
+    """Room for an input, which this thread uses again, because to map new memory takes longer."""
+    rooms: dict[Any, Array] = _rooms.__dict__
+    key = (number, trailing, dtype)
+    if key not in rooms or len(rooms[key]) < size:
+        rooms[key] = np.empty((size, *trailing), dtype)
+    return rooms[key][:size]
+
+
 class _Step(NamedTuple):
+    """A step of a program.
+
+    Args:
+        compute: of the sizes and of the arrays that it reads.
+        reads: these.
+        writes: the arrays that it gives.
+        several: whether it gives a list.
+        along: the rows and the sizes of them, if it does the same to each token.
+    """
+
     compute: Compute
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
-    several: bool  # whether compute gives a list
+    several: bool
+    along: tuple[Rows, str] | None = None
 
 
 def _frees(steps: Sequence[_Step], kept: set[Value]) -> list[list[Value]]:
@@ -116,6 +147,91 @@ def _frees(steps: Sequence[_Step], kept: set[Value]) -> list[list[Value]]:
         seen |= done
         frees.append(list(done))
     return frees[::-1]
+
+
+def _needed(steps: Sequence[_Step], kept: set[Value]) -> list[_Step]:
+    """Drops the steps of which none needs what they write."""
+    needed, found = set(kept), list[_Step]()
+    for step in reversed(steps):
+        if not needed.isdisjoint(step.writes):
+            found.append(step)
+            needed.update(step.reads)
+    return found[::-1]
+
+
+def _in_pieces(
+    steps: Sequence[_Step], kinds: Sequence[_Kind], kept: set[Value], piece: int
+) -> list[_Step]:
+    """Makes one step of the operations on tokens that can follow each other.
+
+    Args:
+        steps: of a program.
+        kinds: of the arrays.
+        kept: the arrays that are read after the last step.
+        piece: how many numbers to compute at a time.
+    """
+    ordered: list[_Step] = []
+    left = list(steps)
+    missing = {value for step in steps for value in step.writes}
+    while left:
+        taken, rest = list[_Step](), list[_Step]()
+        for step in left:
+            if step.along is None and missing.isdisjoint(step.reads):
+                ordered.append(step)
+                missing.difference_update(step.writes)
+            else:
+                rest.append(step)
+        along = next((step.along for step in rest if step.along is not None), None)
+        left = list[_Step]()
+        for step in rest:
+            if step.along == along and missing.isdisjoint(step.reads):
+                taken.append(step)
+                missing.difference_update(step.writes)
+            else:
+                left.append(step)
+        if taken:
+            elsewhere = kept | {value for step in left for value in step.reads}
+            ordered.append(_fused(taken, kinds, elsewhere, piece))
+    return ordered
+
+
+def _fused(
+    steps: Sequence[_Step], kinds: Sequence[_Kind], elsewhere: set[Value], piece: int
+) -> _Step:
+    """Makes one step that computes some tokens at a time."""
+    if len(steps) == 1:
+        return steps[0]
+    writes = [step.writes[0] for step in steps]
+    reads = list(dict.fromkeys(value for step in steps for value in step.reads))
+    reads = [value for value in reads if value not in set(writes)]
+    gives = [value for value in writes if value in elsewhere]
+    cut = [value for value in reads if kinds[value].rows is not None and not kinds[value].uniform]
+    whole = [value for value in reads if value not in cut]
+    along = cast("tuple[Rows, str]", steps[0].along)
+    numbers = max(int(np.prod(kinds[value].trailing)) for value in writes)
+    piece = max(1, piece // max(1, numbers))
+
+    def compute(sizes: _Sizes, *arrays: Array) -> list[Array]:
+        total = sizes.cuts(*along).at[-1]
+        given = dict(zip(reads, arrays, strict=True))
+        values = {value: given[value] for value in whole}
+        out: dict[Value, Array] = {}
+        for low in range(0, max(total, 1), piece):
+            for value in cut:
+                values[value] = given[value][low : low + piece]
+            for step in steps:
+                values[step.writes[0]] = step.compute(sizes, *[values[v] for v in step.reads])
+            for value in gives:
+                found = values[value]
+                if total <= piece:
+                    out[value] = found
+                    continue
+                if not low:
+                    out[value] = np.empty((total, *found.shape[1:]), found.dtype)
+                out[value][low : low + piece] = found
+        return [out[value] for value in gives]
+
+    return _Step(compute, tuple(reads), tuple(gives), several=True)
 
 
 # Lengths
@@ -297,10 +413,13 @@ class _Planner:
         self.kinds.append(kind)
         return len(self.kinds) - 1
 
-    def _step(self, compute: Compute, reads: Sequence[Value], kind: _Kind) -> Value:
+    def _step(
+        self, compute: Compute, reads: Sequence[Value], kind: _Kind, *, by_tokens: bool = False
+    ) -> Value:
         """Adds a step that writes one array."""
         value = self._value(kind)
-        self.steps.append(_Step(compute, tuple(reads), (value,), several=False))
+        along = (kind.rows, kind.size) if by_tokens and kind.rows and not kind.uniform else None
+        self.steps.append(_Step(compute, tuple(reads), (value,), several=False, along=along))
         return value
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -345,7 +464,9 @@ class _Planner:
             self._classes[slot] = ("input", value)
 
         def laid_out(x: Any) -> Array:
-            return np.concatenate(x, dtype=floats, casting="unsafe")
+            total = sum(map(len, x))
+            room = _room(value, total, trailing, floats or x[0].dtype)
+            return np.concatenate(x, out=room, casting="unsafe")
 
         def stacked(x: Any) -> Array:
             return np.asarray(x, floats)
@@ -609,7 +730,7 @@ class _Planner:
                 self._add_up(output, self._sums[output])
             elif group[0].parts:
                 self._part(group)
-            elif not (self._together(group) if len(group) > 1 else self._meet(group[0])):
+            elif not self._meet(group) and (len(group) == 1 or not self._together(group)):
                 for found in group:
                     self._alone(found)
 
@@ -626,20 +747,21 @@ class _Planner:
 
         self.steps.append(_Step(compute, tuple(reads), tuple(writes), several=True))
 
-    def _meet(self, found: _Known) -> bool:
-        """Makes the step of an equation that makes one array of many, if that is a stack."""
-        output = found.equation.outputs[0]
-        shapes = {self._shape(slot)[1] for slot in found.inputs}
-        row, whole = self._shape(output)
-        if found.equation.name not in ("stack", "concatenate") or found.params != (0,):
+    def _meet(self, group: Sequence[_Known]) -> bool:
+        """Makes the step of equations that make arrays of many, if that is the same as a stack."""
+        first, count = group[0], len(group)
+        shapes = {self._shape(slot)[1] for slot in first.inputs}
+        row, whole = self._shape(first.equation.outputs[0])
+        if first.equation.name not in ("stack", "concatenate") or first.params != (0,):
             return False
         if len(shapes) > 1 or row != _FIXED:
             return False
-        (shape,) = shapes
-        value = self.stack(found.inputs)
-        if whole != (len(found.inputs), *shape):
-            value = self._step(_shaped(whole), [value], _Kind())
-        self._places[output] = _Place(value, None)
+        value = self.stack([slot for found in group for slot in found.inputs])
+        shape = whole if count == 1 else (count, *whole)
+        kind = _Kind(None, "", whole, count)
+        value = self._step(_shaped(shape), [value], kind)
+        for i, found in enumerate(group):
+            self._places[found.equation.outputs[0]] = _Place(value, None if count == 1 else i)
         return True
 
     def _add_up(self, output: Slot, terms: Sequence[tuple[int, Slot]]) -> None:
@@ -706,9 +828,10 @@ class _Planner:
             shape=self._shape(output)[1],
             dtype=self._dtype(output),
         )
-        ragged = first.row >= 0
-        made = (self._of_rows if ragged else self._of_stacks)(job)
-        if made is None or first.equation.primitive.multiple_results:
+        if first.equation.primitive.multiple_results:
+            return False
+        made = self._of_rows(job) if first.row >= 0 else self._of_stacks(job)
+        if made is None:
             return False
         for i, found in enumerate(group):
             self._places[found.equation.outputs[0]] = _Place(made, i)
@@ -784,26 +907,36 @@ class _Planner:
 
     # Groups of rows
 
-    def _of_rows(self, job: _Job) -> Value | None:
+    def _of_rows(self, job: _Job) -> Value:
         if job.name == "dim_as_value":
             return self._lengths_of(job)
         ragged = bool(job.shape) and type(job.shape[0]) is _Text
         if ragged:
             kind = _Kind(job.rows, str(job.shape[0]), tuple(job.shape[1:]), len(job.rows))
-            if job.name in _ELEMENTWISE or (job.name == "dot_general" and _scales(job)):
-                return self._elements(job, kind)
-            if job.name == "broadcast_in_dim":
+            made = self._to_rows(job, kind)
+        else:
+            kind = _Kind(None, "", cast("tuple[int, ...]", job.shape), len(job.rows))
+            made = self._from_rows(job, kind)
+        return self._one_by_one(job, kind) if made is None else made
+
+    def _to_rows(self, job: _Job, kind: _Kind) -> Value | None:
+        if job.name in _ELEMENTWISE or (job.name == "dot_general" and _scales(job)):
+            return self._elements(job, kind)
+        match job.name:
+            case "broadcast_in_dim":
                 return self._broadcast(job, kind)
-            if job.name == "gather":
+            case "gather":
                 return self._gathered_rows(job, kind)
-            if job.name == "scatter-add":
+            case "scatter-add":
                 return self._scattered(job, kind)
-            if job.name == "dynamic_update_slice":
+            case "dynamic_update_slice":
                 return self._updated(job, kind)
-            if job.name == "iota" and len(job.shape) == 1:
+            case "iota" if len(job.shape) == 1:
                 return self._counted(job, kind)
-            return self._along(job, kind)
-        kind = _Kind(None, "", cast("tuple[int, ...]", job.shape), len(job.rows))
+            case _:
+                return self._along(job, kind)
+
+    def _from_rows(self, job: _Job, kind: _Kind) -> Value | None:
         if job.operands[0].form != "rows":
             return None
         if job.name in _REDUCING:
@@ -813,6 +946,27 @@ class _Planner:
         if job.name in ("dynamic_slice", "gather"):
             return self._picked(job, kind)
         return None
+
+    def _one_by_one(self, job: _Job, kind: _Kind) -> Value:
+        """Operations along a row, one row after the other."""
+        reads = [self.full(operand.value, job.rows) for operand in job.operands]
+        forms = [(operand.form, str(next(iter(operand.shape), ""))) for operand in job.operands]
+        rows, params = job.rows, job.params
+        join: Any = np.stack if kind.rows is None else np.concatenate
+
+        def compute(sizes: _Sizes, *values: Array) -> Array:
+            operands: list[Any] = []
+            for x, (form, size) in zip(values, forms, strict=True):
+                if form == "rows":
+                    x = [x[a:b] for a, b in itertools.pairwise(sizes.cuts(rows, size).at)]
+                operands.append(itertools.repeat(x) if form == "shared" else x)
+
+            def result(row: int, *own: Array) -> Array:
+                return job.rule(*own, *_filled(params, lambda text: int(sizes.of(text)[row])))
+
+            return np.asarray(join(list(map(result, rows, *operands))), job.dtype)
+
+        return self._step(compute, reads, kind)
 
     def _lengths_of(self, job: _Job) -> Value:
         text, rows = job.params[0], list(job.rows)
@@ -844,7 +998,7 @@ class _Planner:
         if job.name == "dot_general":
             job = job._replace(rule=np.multiply, params=())
         compute = _elementwise(job, [None] * len(reads))
-        return self._step(compute, reads, kind._replace(uniform=uniform))
+        return self._step(compute, reads, kind._replace(uniform=uniform), by_tokens=True)
 
     def _broadcast(self, job: _Job, kind: _Kind) -> Value:
         operand, dims = job.operands[0], job.params[1]
@@ -884,7 +1038,9 @@ class _Planner:
         if any(operand.form != "shared" for operand in job.operands[1:]):
             return None
         job = job._replace(params=params)
-        return self._step(_elementwise(job, [None]), [value, *others], kind)
+        return self._step(
+            _elementwise(job, [None]), [value, *others], kind, by_tokens=size == kind.size
+        )
 
     def _reduced(self, job: _Job, kind: _Kind) -> Value:
         value, size = self._flat_rows(job.operands[0], job)

@@ -265,9 +265,22 @@ def _broadcast_in_dim(
     return np.broadcast_to(x.reshape(kept), shape)
 
 
+_MANY = 4096  # numbers, from which on a choice by bits is faster than np.where
+
+
+def _choose(which: Array, no: Array, yes: Array) -> Array:
+    """Chooses by bits, which is exact, and takes a fraction of the time of ``np.where``."""
+    kind = {4: np.int32, 8: np.int64}.get(no.dtype.itemsize)
+    if which.size < _MANY or kind is None or no.dtype != yes.dtype:
+        return cast("Array", np.where(which, yes, no))
+    bits, others = no.view(kind), yes.view(kind)
+    mask = np.negative(which.view(np.int8)).astype(kind)
+    return (bits ^ ((bits ^ others) & mask)).view(no.dtype)
+
+
 def _select_n(which: Array, *cases: Array) -> Array:
     if which.dtype == np.bool_:
-        return cast("Array", np.where(which, cases[1], cases[0]))
+        return _choose(which, *cases)
     chosen: Array = cases[0]
     for i, case in enumerate(cases[1:], start=1):
         chosen = cast("Array", np.where(which == i, case, chosen))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mintjax import Batch
+from mintjax import Batch, value_and_logprob_grads
 from mintjax.gradients import grouped, interpreted, lengths
 from mintjax.gradients.flat import Flat, size_of
 from mintjax.gradients.identity import Identity, identify
@@ -28,12 +30,13 @@ class Traced(NamedTuple):
 
 
 @functools.cache
-def traced(name: str, rows: int) -> Traced:
+def traced(name: str, rows: int, piece: int) -> Traced:
     form = FORMS[name]
     data, logprobs = batch_of([2] * rows, 0, form.candidates)
     identity = identify(form.loop)
     trace = lengths.trace(identity, Batch(data), logprobs)
-    return Traced(trace, identity, grouped.prepare(trace.flat, rows, trace.parameters))
+    program = grouped.prepare(trace.flat, rows, trace.parameters, piece=piece)
+    return Traced(trace, identity, program)
 
 
 def one_by_one(flat: Flat, inputs: list[Any], sizes: dict[str, int]) -> list[Any]:
@@ -48,9 +51,9 @@ def one_by_one(flat: Flat, inputs: list[Any], sizes: dict[str, int]) -> list[Any
     return [values[slot] for slot in flat.outputs]
 
 
-def assert_groups_are_rows_one_by_one(name: str, sizes: list[int], seed: int) -> None:
+def assert_groups_are_rows_one_by_one(name: str, sizes: list[int], seed: int, piece: int) -> None:
     data, logprobs = batch_of(sizes, seed, FORMS[name].candidates)
-    trace, identity, program = traced(name, len(sizes))
+    trace, identity, program = traced(name, len(sizes), piece)
     arguments = trace.arguments(Batch(data), logprobs, identity)
     results, grads = program.run(arguments, sizes)
     inputs = [row for block in arguments for row in block]
@@ -69,4 +72,32 @@ def assert_groups_are_rows_one_by_one(name: str, sizes: list[int], seed: int) ->
 def test_groups_are_rows_one_by_one(data: st.DataObject, name: str, seed: int) -> None:
     rows = data.draw(st.sampled_from([1, 2, 3, 6]), label="blocks") * FORMS[name].block
     sizes = data.draw(st.lists(LENGTHS, min_size=rows, max_size=rows), label="lengths")
-    assert_groups_are_rows_one_by_one(name, sizes, seed)
+    piece = data.draw(st.sampled_from([64, 16384]), label="piece")
+    assert_groups_are_rows_one_by_one(name, sizes, seed, piece)
+
+
+@jax.custom_vjp
+def _of_weights(lp: Any, weights: Any) -> Any:
+    return jnp.dot(lp, weights)
+
+
+_of_weights.defvjp(
+    lambda lp, weights: (jnp.dot(lp, weights), weights),
+    lambda weights, _: (weights, jnp.zeros_like(weights)),  # the column is the gradient
+)
+
+
+def test_gradients_do_not_lie_where_the_next_batch_is_put() -> None:
+    def loss(data: Any, logprobs: Any) -> Any:
+        rows = zip(data, logprobs, strict=True)
+        return sum(_of_weights(lp, datum.loss_fn_inputs["weights"]) for datum, lp in rows), {}
+
+    def grads(seed: int) -> list[Any]:
+        data, logprobs = batch_of([50, 3], seed, candidates=False)
+        return value_and_logprob_grads(loss, data, logprobs).grads
+
+    first = grads(0)
+    kept = [np.array(grad) for grad in first]
+    grads(1)
+    for grad, copy in zip(first, kept, strict=True):
+        np.testing.assert_array_equal(grad, copy)

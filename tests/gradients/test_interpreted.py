@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mintjax.gradients import interpreted
 
@@ -63,6 +65,19 @@ def test_value_and_gradient_are_jaxs_own(name):
 def test_padding_may_be_negative_and_between(config):
     got = interpreted._pad(x, np.float32(7), config)
     np.testing.assert_array_equal(got, jax.lax.pad(x, np.float32(7), config))
+
+
+@given(st.integers(0, 9999), st.sampled_from(["f4", "f8", "i4", "i8", "?"]))
+def test_a_choice_by_bits_is_the_choice_of_numpy(seed, dtype):
+    rng = np.random.default_rng(seed)
+    cases = [rng.integers(-9, 9, n).astype(dtype) for n in (5000, int(rng.choice([1, 5000])))]
+    if cases[0].dtype.kind == "f":
+        for case in cases:
+            case[::7] = rng.choice([np.nan, np.inf, -np.inf, -0.0], case[::7].shape)
+    which = rng.random(5000) < 0.5
+    got, want = interpreted._choose(which, *cases), np.where(which, cases[1], cases[0])
+    assert got.dtype == want.dtype
+    assert got.tobytes() == want.tobytes()
 
 
 def test_infinities_are_values_and_not_warnings():
