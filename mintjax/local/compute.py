@@ -79,7 +79,7 @@ def run(
     losses = np.zeros(len(data), np.float32)
     gradient: Weights | None = None
     compute = _forward_backward if backward else _forward
-    for rows in _groups(data):
+    for rows in _groups(data, loss_fn):
         arguments = (rows.tokens, rows.targets, rows.columns, number, options)
         outputs = compute(config, base, lora, *arguments, per_sequence=per_sequence)
         row_logprobs, row_losses, row_finite = jax.device_get(outputs[:3])
@@ -172,7 +172,7 @@ def _row_losses(
     return losses.sum(axis=(1, 2)) / loss_fns.row_divisors(columns, per_sequence)
 
 
-def _groups(data: Sequence[Datum]) -> Iterator[_Rows]:
+def _groups(data: Sequence[Datum], loss_fn: str) -> Iterator[_Rows]:
     lengths = [datum.model_input.length for datum in data]
     candidates = math.prod(data[0].loss_fn_inputs["target_tokens"].shape[1:])
     longest_first = sorted(range(len(data)), key=lambda i: -lengths[i])
@@ -181,10 +181,11 @@ def _groups(data: Sequence[Datum]) -> Iterator[_Rows]:
         bounds = (_MAX_TOKENS // length, _MAX_SCORES // length**2)
         limit = max(1, min(MAX_ROWS, *bounds, _MAX_TARGETS // (length * candidates)))
         group, longest_first = longest_first[:limit], longest_first[limit:]
-        yield _pad([data[i] for i in group], group, length, min(limit, row_bucket(len(group))))
+        rows = min(limit, row_bucket(len(group)))
+        yield _pad([data[i] for i in group], loss_fn, group, length, rows)
 
 
-def _pad(data: Sequence[Datum], indices: list[int], length: int, rows: int) -> _Rows:
+def _pad(data: Sequence[Datum], loss_fn: str, indices: list[int], length: int, rows: int) -> _Rows:
     target_shape = data[0].loss_fn_inputs["target_tokens"].shape
     shape = (rows, length, target_shape[1] if len(target_shape) == 2 else 1)
     tokens = np.zeros((rows, length), np.int32)
@@ -198,10 +199,14 @@ def _pad(data: Sequence[Datum], indices: list[int], length: int, rows: int) -> _
         tokens[here] = ids
         targets[here] = inputs["target_tokens"].reshape(column_shape)
         real[here] = True
-        weights[here] = inputs["weights"].reshape(column_shape) if "weights" in inputs else 1
         for name, column in (("logprobs", sampling_logprobs), ("advantages", advantages)):
             if name in inputs:
                 column[here] = inputs[name].reshape(column_shape)
+        if "weights" in inputs:
+            weights[here] = inputs["weights"].reshape(column_shape)
+        else:
+            own = (sampling_logprobs[here], advantages[here])
+            weights[here] = loss_fns.default_weights(loss_fn, *own)
     columns = loss_fns.Columns(weights, sampling_logprobs, advantages, real)
     return _Rows(indices, tokens, targets, columns)
 

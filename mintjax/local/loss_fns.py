@@ -28,8 +28,13 @@ REQUIRED_INPUTS: dict[str, tuple[str, ...]] = {
     "ppo": _RL_INPUTS,
     "cispo": _RL_INPUTS,
     "dro": _RL_INPUTS,
+    "gspo": _RL_INPUTS,
 }
-"""What each loss reads of a datum; the others also read ``weights``, a mask, where it is given."""
+"""What each loss reads of a datum; the others also read ``weights``, a mask, where it is given.
+
+Without it ``gspo``, which takes a mean over a sequence, leaves out the tokens that have neither a
+logprob nor an advantage, as those of a prompt.
+"""
 
 _FUNCTIONS: dict[str, Callable[..., Array]] = {
     name: getattr(losses, name) for name in REQUIRED_INPUTS
@@ -109,6 +114,12 @@ def check_request(
                 datum=i,
                 field="target_tokens",
             )
+        if loss_fn == "gspo" and len(wanted) > 1:
+            raise DataError(
+                f"shape {list(wanted)}; gspo takes the ratio of a sequence, and targets are [T]",
+                datum=i,
+                field="target_tokens",
+            )
         for name in {*required, "weights"} & datum.loss_fn_inputs.keys():
             shape = datum.loss_fn_inputs[name].shape
             if shape != wanted:
@@ -176,11 +187,38 @@ def token_losses(
 
         return loss
 
-    branches = [cross_entropy, *(masked(name) for name in REQUIRED_INPUTS if name in _RL_NAMES)]
+    def gspo(target_logprobs: Array) -> Array:
+        where = columns.real & (columns.weights != 0)
+        shifts = jnp.where(where, target_logprobs - columns.sampling_logprobs, 0)
+        num_tokens = jnp.maximum(where.sum((1, 2), keepdims=True), 1)
+        return jnp.asarray(columns.weights) * losses.gspo_token(
+            target_logprobs,
+            shifts.sum((1, 2), keepdims=True) / num_tokens,
+            columns.advantages,
+            where=where,
+            **config["gspo"],
+        )
+
+    branches = [cross_entropy, *(masked(name) for name in _PER_TOKEN), gspo]
     return cast(Array, jax.lax.switch(loss_fn, branches, target_logprobs))
 
 
-_RL_NAMES = tuple(name for name, inputs in REQUIRED_INPUTS.items() if inputs == _RL_INPUTS)
+_PER_TOKEN = tuple(REQUIRED_INPUTS)[1:-1]
+
+
+def default_weights(
+    loss_fn: str, sampling_logprobs: npt.NDArray[np.float32], advantages: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Makes the weights of a datum that has none, of the shape of its other columns.
+
+    Args:
+        loss_fn: name of the loss.
+        sampling_logprobs: of its targets.
+        advantages: of its targets.
+    """
+    if loss_fn == "gspo":
+        return ((sampling_logprobs != 0) | (advantages != 0)).astype(np.float32)
+    return np.ones_like(advantages)
 
 
 def row_divisors(columns: Columns, per_sequence: Unit | None) -> Array:

@@ -81,12 +81,12 @@ FIVE = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
 CONVENTIONS = (
     Convention(
         trainer="mintjax (embedded)",
-        losses=FIVE,
+        losses=(*FIVE, "gspo"),
         ppo_clip=(0.8, 1.2),
         cispo_clip=(0.8, 1.2),
         dro_beta=0.05,
         reduction="sum",
-        weights="mask, default ones",
+        weights="mask, default ones; in gspo without tokens of neither logprob nor advantage",
         metrics=("loss:sum",),
         source="mintjax.local, which calls the functions of this package",
     ),

@@ -9,7 +9,7 @@ import numpy as np
 
 from mintjax.types import Datum, ModelInput
 
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 LENGTHS = (3, 17, 32, 8, 30, 5)
 """All of one bucket, for every other one costs the time to compile it."""
 
@@ -17,7 +17,7 @@ LENGTHS = (3, 17, 32, 8, 30, 5)
 def batch(
     lengths: Sequence[int] = LENGTHS, *, seed: int = 0, candidates: int | None = None
 ) -> list[Datum]:
-    """Datums with every column of the five losses; ``logprobs`` are near an untrained model's."""
+    """Datums with every column of the losses; ``logprobs`` are near an untrained model's."""
     source = np.random.default_rng(seed)
 
     def datum(length: int) -> Datum:

@@ -134,8 +134,6 @@ def test_the_first_request_may_be_of_any_kind(name):
 def test_losses_by_name_are_served_or_refused_at_once(playing):
     dialect = DIALECTS[playing.name]
     for loss_fn in ("importance_sampling", "ppo", "cispo", "dro", "gspo"):
-        if loss_fn == "gspo" and playing.name == "hatchery-0.3":
-            continue  # served there, and not by the embedded trainer
         words = dialect.refused_losses.get(loss_fn, (0, dialect.failing_losses.get(loss_fn)))[1]
         with playing.model() as model:
             passed = model.forward_backward(rl_data(), loss_fn)

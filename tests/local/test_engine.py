@@ -138,7 +138,8 @@ class TestLosses:
                 expected += float(losses.cross_entropy(row, inputs["weights"]).sum())
             else:
                 function = getattr(losses, loss_fn)
-                per_token = function(row, inputs["logprobs"], inputs["advantages"])
+                mask = {"where": inputs["weights"] != 0} if loss_fn == "gspo" else {}
+                per_token = function(row, inputs["logprobs"], inputs["advantages"], **mask)
                 expected += float((per_token * inputs["weights"]).sum())
         assert output.metrics == {"loss:sum": pytest.approx(expected, rel=1e-5)}
 
@@ -148,6 +149,26 @@ class TestLosses:
         engine.forward_backward(given, ones, "ppo")
         engine.forward_backward(absent, [with_columns(d, weights=None) for d in ones], "ppo")
         assert_identical(engine.gradient(given), engine.gradient(absent))
+
+    def test_a_prompt_has_no_part_in_the_ratio_of_a_sequence(self, engine, make_model):
+        """Its tokens have neither logprob nor advantage; some clients send no mask."""
+        given, absent = make_model(), make_model()
+        data = []
+        for datum in batch():
+            prompt = np.arange(datum.model_input.length) < 2
+            columns = {
+                name: np.where(prompt, 0, datum.loss_fn_inputs[name])
+                for name in ("logprobs", "advantages")
+            }
+            data.append(with_columns(datum, **columns, weights=~prompt))
+        engine.forward_backward(given, data, "gspo")
+        engine.forward_backward(absent, [with_columns(d, weights=None) for d in data], "gspo")
+        assert norm(engine.gradient(given)) > 0.1
+        assert_identical(engine.gradient(given), engine.gradient(absent))
+
+    def test_a_sequence_has_no_candidates(self, engine, trained):
+        with pytest.raises(DataError, match="gspo takes the ratio of a sequence"):
+            engine.check_pass(trained, batch(candidates=2), "gspo")
 
     def test_options_reach_the_loss(self, engine, trained):
         data = batch()

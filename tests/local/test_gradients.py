@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mintjax import local, losses
+from mintjax import local, losses, objectives
 from mintjax.local import model
 from mintjax.types import AdamParams
 
@@ -67,6 +67,7 @@ OBJECTIVES = {
     "pairwise": pairwise,
     "cross_entropy": cross_entropy,
     **{name: OfPolicy(name) for name in POLICY_LOSSES},
+    "gspo": objectives.gspo(),
 }
 
 
@@ -84,7 +85,8 @@ def composed(name, rows, columns):
         if name == "cross_entropy":
             total -= jnp.sum(row * c["weights"])
         else:
-            per_token = getattr(losses, name)(row, c["logprobs"], c["advantages"])
+            mask = {"where": c["weights"] != 0} if name == "gspo" else {}
+            per_token = getattr(losses, name)(row, c["logprobs"], c["advantages"], **mask)
             total += jnp.sum(per_token * c["weights"])
     return total
 
@@ -122,9 +124,9 @@ def test_what_accumulates_is_the_gradient_of_the_composed_loss(engine, fresh, na
     assert_close(actual, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", *POLICY_LOSSES])
+@pytest.mark.parametrize("name", ["cross_entropy", *POLICY_LOSSES, "gspo"])
 def test_a_built_in_loss_as_objective_is_that_loss_by_name(engine, fresh, name):
-    path = fresh.save_state("before").result().path
+    path = fresh.save_state("before", overwrite=True).result().path
     fresh.forward_backward_custom(DATA, OBJECTIVES[name])
     fresh.optim_step(AdamParams()).result()
     custom = engine.model(fresh.model_id)
@@ -137,7 +139,7 @@ def test_a_built_in_loss_as_objective_is_that_loss_by_name(engine, fresh, name):
 def test_a_batch_of_2n_is_two_of_n(engine, fresh):
     fresh.forward_backward_custom(DATA, cross_entropy).result()
     whole = engine.gradient(fresh.model_id)
-    fresh.load_state(fresh.save_state("here").result().path)
+    fresh.load_state(fresh.save_state("here", overwrite=True).result().path)
     fresh.forward_backward_custom(DATA[:2], cross_entropy)
     fresh.forward_backward_custom(DATA[2:], cross_entropy).result()
     assert_close(whole, engine.gradient(fresh.model_id))
