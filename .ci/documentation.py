@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,6 +16,9 @@ sys.path.insert(0, str(ROOT))
 from mkdocstrings import Inventory  # noqa: E402
 
 from docs.public import everything  # noqa: E402
+
+UNREAD = re.compile(r"arithmatex|\$\$|\\frac|:(?:func|class|meth|mod|attr|data|exc):|<p>Args:")
+"""What a page shows if its formulas or docstrings were not understood."""
 
 
 class Page(HTMLParser):
@@ -50,7 +54,7 @@ def build(directory: Path) -> None:
 
 
 def complaints(directory: Path) -> list[str]:
-    """Finds public names that no page shows, links that lead nowhere, and what is not local."""
+    """Finds public names that no page shows, bad links, what is not local, and raw markup."""
     pages = {path: Page(path) for path in directory.rglob("*.html") if path.name != "404.html"}
     with (directory / "objects.inv").open("rb") as file:
         shown = set(Inventory.parse_sphinx(file))
@@ -58,11 +62,7 @@ def complaints(directory: Path) -> list[str]:
     for path, page in pages.items():
         where = path.relative_to(directory)
         found += [f"{where} loads {url}" for url in page.loads if urlsplit(url).netloc]
-        found += [
-            f"{where} shows LaTeX: {mark}"
-            for mark in ("arithmatex", "$$", r"\frac")
-            if mark in path.read_text()
-        ]
+        found += [f"{where} shows {raw!r}" for raw in set(UNREAD.findall(path.read_text()))]
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc or not link:

@@ -17,7 +17,11 @@ from mintjax.objectives import LossObjective
 
 _ROLE = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):`(~?)([\w.]+)`")
 _ARGS = re.compile(r"^Args:\n(?:    .*\n?|\n(?=    ))+", re.M)
-_QUIET: Any = {"warnings": False}
+_QUIET: Any = {
+    "warnings": False,
+    "returns_multiple_items": False,
+    "returns_named_value": False,
+}
 
 
 class Docstrings(griffe.Extension):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from typing import NamedTuple
 
 from docs.public import names_of
+
+_ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
 
 
 class Page(NamedTuple):
@@ -18,12 +21,14 @@ class Page(NamedTuple):
         holds: its contents, in a few words.
         shows: the modules, functions and classes that it shows.
         first: the names of its module that come before the others.
+        bases: whether classes show what they are made of.
     """
 
     title: str
     holds: str
     shows: tuple[str, ...]
     first: tuple[str, ...] = ()
+    bases: bool = False
 
 
 PAGES = {
@@ -67,7 +72,7 @@ PAGES = {
         "Reductions", "what a trainer divides losses by", ("mintjax.step.reduction",)
     ),
     "mint": Page("MinT", "what only MinT offers", ("mintjax.mint",)),
-    "errors": Page("Errors", "what mintjax raises", ("mintjax.errors",)),
+    "errors": Page("Errors", "what mintjax raises", ("mintjax.errors",), bases=True),
     "bench": Page("Benchmarks", "what the client's side of a step costs", ("mintjax.bench",)),
     "protobuf": Page(
         "Protocol buffers", "messages as protocol buffers", ("mintjax.protocol.protobuf",)
@@ -85,13 +90,13 @@ def pages() -> dict[str, str]:
 def _page(page: Page) -> str:
     """Writes a page, whose heading is that of its module if it shows a single one."""
     if len(page.shows) == 1:
-        return _show(page.shows[0], page.title, page.first)
+        return _show(page.shows[0], page.title, page.first, bases=page.bases)
     return "\n".join([f"# {page.title}\n", *map(_show, page.shows)])
 
 
-def _show(path: str, title: str = "", first: tuple[str, ...] = ()) -> str:
+def _show(path: str, title: str = "", first: tuple[str, ...] = (), *, bases: bool = False) -> str:
     """Writes the directive that shows a module with all that is public in it, or one name."""
-    options: dict[str, object] = {"heading_level": 1 if title else 2}
+    options: dict[str, object] = {"heading_level": 1 if title else 2, "show_bases": bases}
     if title:
         options |= {"heading": title, "toc_label": title}
     if first:
@@ -107,6 +112,7 @@ def _index() -> str:
     for name in names_of("mintjax"):
         value = getattr(importlib.import_module("mintjax"), name)
         summary = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
+        summary = _ROLE.sub(r"`\1`", summary)
         if inspect.ismodule(value):
             path = value.__name__
         else:
