@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import uuid
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -82,6 +83,7 @@ class Endpoints:
         self._limits = limits
         self._sessions = Sessions(limits)
         self.administration = Administration(engine, self._sessions)
+        self._inflight: dict[str, str] = {}
         sums = engine.reduction == SUM
         self._losses = CustomLosses(engine, self._sessions, limits) if sums else None
 
@@ -102,6 +104,7 @@ class Endpoints:
     def _let_go(self, model_id: str) -> bytes:
         with suppress(NotFoundError):
             self.engine.unload_model(model_id)
+        self._inflight.pop(model_id, None)
         self._sequencer.drop(model_id)
         return b"{}"
 
@@ -246,6 +249,7 @@ class Endpoints:
         def run() -> Answer:
             self.engine.unload_model(request.model_id)
             self._sessions.remove_model(request.model_id)
+            self._inflight.pop(request.model_id, None)
             self._sequencer.drop(request.model_id)
             return {"model_id": request.model_id, "type": "unload_model"}
 
@@ -363,16 +367,17 @@ class Endpoints:
         self.engine.model(request.model_id)
         if request.path is not None:
             check_name(request.path)
-        if request.kind != "snapshot":
-            raise DataError(
-                f"this trainer has samplers of one saved set of weights, 'snapshot', not "
-                f"{request.kind!r}",
-                field="kind",
-            )
+        if request.kind == "inflight" and request.path is not None:
+            raise DataError("weights that change have no path", field="path")
         note = self._note(request)
 
         def run() -> Answer:
-            path = self.engine.save_weights_for_sampler(request.model_id, request.path, note=note)
+            name = request.path
+            if request.kind == "inflight":  # the place of all of this model's such samplers
+                name = self._inflight.setdefault(request.model_id, f"inflight-{uuid.uuid4().hex}")
+            path = self.engine.save_weights_for_sampler(
+                request.model_id, name, note=note, listed=request.path is not None
+            )
             if request.path is not None:
                 return messages.SaveWeightsForSamplerResponse(path=path)
             session_id = self._sessions.run(request.model_id).session_id

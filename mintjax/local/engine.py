@@ -359,14 +359,20 @@ class Engine:
 
     @own_settings()
     def save_weights_for_sampler(
-        self, model_id: str, name: str | None = None, *, note: Note = NO_NOTE
+        self,
+        model_id: str,
+        name: str | None = None,
+        *,
+        note: Note = NO_NOTE,
+        listed: bool = True,
     ) -> str:
         """Write the adapters, to sample from; replaces a checkpoint of the same name.
 
         Args:
             model_id: which model.
-            name: of the checkpoint; one is made up if None, and it is not listed.
+            name: of the checkpoint; one is made up if None.
             note: what to keep with it.
+            listed: list it with the others; False for one that serves a sampling session only.
 
         Returns:
             Its path, ``tinker://<model>/sampler_weights/<name>``.
@@ -377,7 +383,7 @@ class Engine:
         """
         state = self.model(model_id)
         path = CheckpointPath(model_id, "sampler_weights", _checked_name(name))
-        self._save(path, state, note, {"lora": state.lora}, ephemeral=name is None)
+        self._save(path, state, note, {"lora": state.lora}, ephemeral=not listed)
         self._sampler = None  # it may hold the checkpoint that was replaced
         return str(path)
 

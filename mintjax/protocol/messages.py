@@ -228,7 +228,7 @@ class SaveWeightsForSamplerRequest(msgspec.Struct, omit_defaults=True):
     type: str | None = None
     ttl_seconds: int | None = None
     user_metadata: dict[str, str] | None = None
-    kind: str = "snapshot"
+    kind: Literal["snapshot", "inflight"] = "snapshot"
 
 
 class WeightsInfoRequest(msgspec.Struct):

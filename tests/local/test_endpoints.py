@@ -110,7 +110,7 @@ class Client:
 
 @contextmanager
 def clients(engine, **options) -> Generator[Client]:
-    with running_server(engine, **options) as url, httpx.Client(base_url=url) as http:
+    with running_server(engine, **options) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield Client(http)
 
 
@@ -574,7 +574,8 @@ class TestCheckpoints:
             ("save_weights", {"user_metadata": {"a": "b" * 20_000}}, "max_metadata_bytes"),
             ("save_weights", {"user_metadata": {"a": 1}}, "user_metadata"),
             ("save_weights_for_sampler", {"ttl_seconds": 10**9}, "ttl_seconds"),
-            ("save_weights_for_sampler", {"kind": "inflight"}, "kind"),
+            ("save_weights_for_sampler", {"kind": "inflight"}, "path"),
+            ("save_weights_for_sampler", {"kind": "frozen"}, "kind"),
         ],
     )
     def test_what_cannot_be_said_of_them(self, client, trained, path, change, named):
@@ -582,6 +583,28 @@ class TestCheckpoints:
         answer = client.send(path, body)
         assert answer.status_code in (400, 422)
         assert named in answer.json()["detail"]
+
+    def test_of_weights_that_change_are_sampled_as_they_are_now(self, runs):
+        client, model_id = runs
+
+        def saved(kind):
+            body = {"sampling_session_seq_id": 0, "kind": kind}
+            answer = client.of_model("save_weights_for_sampler", model_id, **body)
+            return answer["sampling_session_id"]
+
+        def logprobs(opened):
+            request = sample_request(opened, 0) | {"prompt_logprobs": True}
+            return client.call("asample", request)["prompt_logprobs"][1:]
+
+        kept, first = saved("snapshot"), saved("inflight")
+        before = logprobs(kept)
+        assert logprobs(first) == before
+        client.step(model_id)
+        assert logprobs(first) == before
+        second = saved("inflight")
+        assert logprobs(first) == logprobs(second) != before
+        assert logprobs(kept) == before
+        assert checkpoints_of(client, model_id) == []
 
     def test_of_runs_of_one_project(self, runs):
         client, model_id = runs
