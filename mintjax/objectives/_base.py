@@ -18,9 +18,6 @@ from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.types import Datum, LossFnName
 
-if TYPE_CHECKING:
-    from mintjax.objectives._combine import WeightedSum
-
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
 Metrics: TypeAlias = Mapping[str, Array]
 Loss: TypeAlias = Callable[..., jax.Array]
@@ -47,6 +44,9 @@ class LossObjective:
     """Pads the row count of a batch to a multiple of this; None disables padding. See
     ``Ragged.row_mask``."""
 
+    _add: ClassVar[Callable[[Any, Any], LossObjective]]
+    _scale: ClassVar[Callable[[Any, Any], LossObjective]]
+    """They make weighted sums, and come from the module of these, which needs this one."""
     __array_ufunc__ = None  # so that a NumPy number times an objective is an objective
 
     if TYPE_CHECKING:
@@ -124,25 +124,25 @@ class LossObjective:
             rows = rows.astype(jnp.float32)
         return self.evaluate(as_batch(data), rows)
 
-    def __add__(self, other: Any) -> WeightedSum:
+    def __add__(self, other: Any) -> LossObjective:
         """Makes the weighted sum of both: ``dpo() + 0.1 * kl_k2()``."""
-        return _combine().add(self, other)
+        return LossObjective._add(self, other)
 
-    def __radd__(self, other: Any) -> WeightedSum:
+    def __radd__(self, other: Any) -> LossObjective:
         """Makes the weighted sum of both; a 0 on the left, as ``sum`` has it, adds nothing."""
-        return _combine().add(other, self)
+        return LossObjective._add(other, self)
 
-    def __sub__(self, other: Any) -> WeightedSum:
+    def __sub__(self, other: Any) -> LossObjective:
         """Makes the weighted sum of both, the second with its weight negated."""
-        return self + _combine().scale(-1.0, other)
+        return self + LossObjective._scale(-1.0, other)
 
-    def __mul__(self, weight: Any) -> WeightedSum:
+    def __mul__(self, weight: Any) -> LossObjective:
         """Makes a weighted sum of this one term; the weight is a number or a schedule."""
-        return _combine().scale(weight, self)
+        return LossObjective._scale(weight, self)
 
     __rmul__ = __mul__
 
-    def __neg__(self) -> WeightedSum:
+    def __neg__(self) -> LossObjective:
         """Makes a weighted sum of this one term, with the weight -1."""
         return self * -1.0
 
@@ -175,13 +175,6 @@ class LossObjective:
         """Calls the loss with ``inputs``, the settings of this objective, and what is ``named``."""
         settings = {name: getattr(self, name) for name in self.settings}
         return type(self).loss(*inputs, **settings, **named)
-
-
-def _combine() -> Any:
-    """Gives the module of weighted sums, which are objectives and so import this one."""
-    from mintjax.objectives import _combine
-
-    return _combine
 
 
 _T = TypeVar("_T", bound=LossObjective)

@@ -164,7 +164,7 @@ class _Scaled:
         return cls(children[0], aux)
 
 
-def add(left: Any, right: Any) -> WeightedSum:
+def _add(left: Any, right: Any) -> WeightedSum:
     """Makes one weighted sum of the terms of both, as ``left + right`` of objectives does."""
     for number, objective in ((left, right), (right, left)):
         if isinstance(number, int) and number == 0:
@@ -192,7 +192,7 @@ def add(left: Any, right: Any) -> WeightedSum:
     )
 
 
-def scale(weight: Any, objective: Any) -> WeightedSum:
+def _scale(weight: Any, objective: Any) -> WeightedSum:
     """Multiplies the weights of all terms, as ``weight * objective`` does.
 
     Args:
@@ -236,6 +236,10 @@ def _sum_of(objective: Any) -> WeightedSum:
         '{"dpo": objectives.dpo(), "own": function}, {"own": 0.1}), which gives each term a name, '
         "under which its metrics are reported"
     )
+
+
+LossObjective._add = _add  # pyright: ignore[reportPrivateUsage]
+LossObjective._scale = _scale  # pyright: ignore[reportPrivateUsage]
 
 
 def weighted_sum(

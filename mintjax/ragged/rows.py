@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import jax
 import jax.core
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mintjax.errors import MintjaxError
 from mintjax.losses._arrays import product
-from mintjax.ragged import padding, tiling
+from mintjax.ragged import idioms, padding, tiling
 from mintjax.ragged.operators import Operators
 from mintjax.ragged.tiling import Layout, Sealed
 from mintjax.ragged.transfers import transfers_allowed
@@ -44,7 +44,8 @@ class RowAccessError(MintjaxError, TypeError):
 _ADVICE = (
     "a Ragged is not an array: jnp.sum, jnp.mean and their like would count padding; use its "
     "methods: x.sum(), x.mean(), x.max(), x.logsumexp() for one value per row, x.total() for one "
-    "in all, x.map(fn) for an element-wise function"
+    "in all, x.map(fn) for an element-wise function, such as x.map(jnp.exp) or "
+    "mask.map(jnp.where, x, 0)"
 )
 
 
@@ -57,6 +58,19 @@ def _moves_data(method: Callable[P, T]) -> Callable[P, T]:
             return method(*args, **kwargs)
 
     return allowed
+
+
+def _reduces_rows(method: Callable[P, T]) -> Callable[P, T]:
+    """Lets a reduction be asked for by the axis that it takes anyway, and moves data as above."""
+
+    @functools.wraps(method)
+    def reduced(*args: P.args, **kwargs: P.kwargs) -> T:
+        if kwargs.keys() & {"axis", "dim", "keepdim", "keepdims"}:
+            trailing = cast("Ragged", args[0]).trailing_shape
+            kwargs = cast("Any", idioms.without_axes(kwargs, trailing))
+        return method(*args, **kwargs)
+
+    return _moves_data(reduced)
 
 
 class _Name:
@@ -360,9 +374,11 @@ class Ragged(Operators, metaclass=_NotAnArray):
     def __getitem__(self, index: slice) -> Ragged: ...
     def __getitem__(self, index: int | slice) -> Array | Ragged:
         """A row, or a ``Ragged`` of the rows of a slice (at least one)."""
-        if not isinstance(index, slice):
-            return self._row_tuple()[operator.index(index)]
-        return self._select(index)
+        if isinstance(index, slice):
+            return self._select(index)
+        if not hasattr(index, "__index__") or isinstance(index, Ragged):
+            idioms.refuse_index(index)
+        return self._row_tuple()[operator.index(index)]
 
     @_moves_data
     def _select(self, index: slice) -> Ragged:
@@ -503,9 +519,10 @@ class Ragged(Operators, metaclass=_NotAnArray):
             mine = tiling.widen(mine, lifted)
         return Ragged(self._poison(op(mine, lifted), other), self._layout)
 
-    @_moves_data
-    def cumsum(self) -> Ragged:
-        """Running sums along each row: ``y[t] = x[0] + ... + x[t]``."""
+    @_reduces_rows
+    def cumsum(self, axis: int = -1) -> Ragged:
+        """Running sums along each row: ``y[t] = x[0] + ... + x[t]``; -1 is the only axis."""
+        idioms.without_axes({"axis": axis}, ())
         tiles = _wide(self._masked(None, 0))
         within = jnp.cumsum(tiles, axis=1)
         starts = self._layout.tile_row[1:] != self._layout.tile_row[:-1]
@@ -522,12 +539,12 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     # One value per row: [B]
 
-    @_moves_data
+    @_reduces_rows
     def sum(self, where: Ragged | None = None) -> Array:
         """The sum of each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
         return tiling.row_sums(_wide(self._masked(where, 0)), self._layout)
 
-    @_moves_data
+    @_reduces_rows
     def count(self, where: Ragged | None = None) -> Array:
         """Counts the numbers of each row, or those that ``where`` marks: int32 ``[B]``."""
         where = self._checked(where)
@@ -535,32 +552,42 @@ class Ragged(Operators, metaclass=_NotAnArray):
             return jnp.asarray(self._layout.lengths) * int(np.prod(self.trailing_shape, dtype=int))
         return self._ones().sum(where)
 
-    @_moves_data
+    @_reduces_rows
     def mean(self, where: Ragged | None = None) -> Array:
         """The mean of each row, ``[B]``; 0 for a row with no numbers to take the mean of."""
         return self.sum(where) / jnp.maximum(self.count(where), 1).astype(self._float_dtype())
 
-    @_moves_data
+    @_reduces_rows
     def var(self, where: Ragged | None = None) -> Array:
         """The variance of each row, ``[B]``: the mean square of what is left after the mean."""
         centred = self - self.mean(where)
         return (centred * centred).mean(where)
 
-    @_moves_data
+    @_reduces_rows
+    def std(self, where: Ragged | None = None) -> Array:
+        """The standard deviation of each row, ``[B]``: the root of :meth:`var`.
+
+        As in JAX it divides by the number of values n, where torch divides by n - 1. Where all
+        values are equal, as in a row of one token, its derivative is 0, not infinite.
+        """
+        var = self.var(where)
+        return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), var)
+
+    @_reduces_rows
     def max(self, where: Ragged | None = None) -> Array:
         """The largest number of each row, ``[B]``; -inf (or the least integer) if none."""
         tiles = self._masked(where, _least(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).max(axis=1)
         return jax.ops.segment_max(per_tile, self._layout.tile_row, self.num_rows)
 
-    @_moves_data
+    @_reduces_rows
     def min(self, where: Ragged | None = None) -> Array:
         """The smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
         tiles = self._masked(where, _greatest(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).min(axis=1)
         return jax.ops.segment_min(per_tile, self._layout.tile_row, self.num_rows)
 
-    @_moves_data
+    @_reduces_rows
     def logsumexp(self, where: Ragged | None = None) -> Array:
         """``log(sum(exp(row)))``, ``[B]``, without overflow; -inf for a row with no numbers."""
         top = jax.lax.stop_gradient(self.max(where))
@@ -676,6 +703,20 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return jax.dtypes.canonicalize_dtype(jnp.promote_types(self.dtype, jnp.float32))
 
     # What it is not
+
+    if not TYPE_CHECKING:  # so that a type checker still knows what there is
+
+        def __getattr__(self, name: str) -> NoReturn:
+            known = idioms.advice(name) or ("" if name.startswith("_") else _ADVICE)
+            raise AttributeError(
+                f"a Ragged has no attribute {name!r}{known and ': ' + known}", name=name, obj=self
+            )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, _types: Any, _args: Any = (), _kwargs: Any = None
+    ) -> NoReturn:
+        idioms.refuse_function(getattr(function, "__name__", str(function)), _ADVICE)
 
     def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise TypeError(_ADVICE)

@@ -32,6 +32,7 @@ REDUCTIONS = {
     "sum": (lambda x: x.sum(), np.sum),
     "mean": (lambda x: x.mean(), np.mean),
     "var": (lambda x: x.var(), np.var),
+    "std": (lambda x: x.std(), np.std),
     "max": (lambda x: x.max(), np.max),
     "min": (lambda x: x.min(), np.min),
     "logsumexp": (lambda x: x.logsumexp(), lambda r: np.log(np.exp(r.astype(np.float64)).sum())),
