@@ -30,6 +30,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where JAX_COMPILATION_CACHE_DIR is set, small programs are kept too, because the tests have many.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+
+def pytest_sessionstart():
+    """Lets XLA optimise little by default, because tests compile much and run it briefly.
+
+    The thorough profile has the programs that users have.
+    """
+    fast = settings.default.derandomize
+    jax.config.update("jax_disable_most_optimizations", fast)
+    if fast:  # of tests that start other processes
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need
 
 

@@ -80,8 +80,9 @@ def run(
     gradient: Weights | None = None
     compute = _forward_backward if backward else _forward
     for rows in _groups(data, loss_fn):
-        arguments = (rows.tokens, rows.targets, rows.columns, number, options)
-        outputs = compute(config, base, lora, *arguments, per_sequence=per_sequence)
+        divisors = loss_fns.row_divisors(rows.columns, per_sequence)
+        arguments = (rows.tokens, rows.targets, rows.columns, divisors, number, options)
+        outputs = compute(config, base, lora, *arguments)
         row_logprobs, row_losses, row_finite = jax.device_get(outputs[:3])
         _check_finite(rows.indices, row_finite, loss_fn)
         for row, i in enumerate(rows.indices):
@@ -120,16 +121,15 @@ def _loss_and_gradient(
     tokens: Array,
     targets: Array,
     columns: loss_fns.Columns,
+    divisors: Array,
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
-    *,
-    per_sequence: Unit | None,
 ) -> _Outputs:
     def read(lora: Weights) -> Array:
         return model.logprobs(config, base, lora, tokens, targets)
 
     def total(logprobs: Array) -> tuple[Array, Array]:
-        rows = _row_losses(logprobs, columns, loss_fn, options, per_sequence)
+        rows = _row_losses(logprobs, columns, divisors, loss_fn, options)
         return rows.sum(), rows
 
     logprobs, pull_back = cast(tuple[Array, Callable[[Array], tuple[Weights]]], jax.vjp(read, lora))
@@ -146,30 +146,28 @@ def _loss(
     tokens: Array,
     targets: Array,
     columns: loss_fns.Columns,
+    divisors: Array,
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
-    *,
-    per_sequence: Unit | None,
 ) -> _Outputs:
     logprobs = model.logprobs(config, base, lora, tokens, targets)
-    losses = _row_losses(logprobs, columns, loss_fn, options, per_sequence)
+    losses = _row_losses(logprobs, columns, divisors, loss_fn, options)
     return logprobs, losses, jnp.isfinite(losses), {}
 
 
-_STATIC = ("config", "per_sequence")
-_forward_backward: Callable[..., _Outputs] = jax.jit(_loss_and_gradient, static_argnames=_STATIC)
-_forward: Callable[..., _Outputs] = jax.jit(_loss, static_argnames=_STATIC)
+_forward_backward: Callable[..., _Outputs] = jax.jit(_loss_and_gradient, static_argnames="config")
+_forward: Callable[..., _Outputs] = jax.jit(_loss, static_argnames="config")
 
 
 def _row_losses(
     logprobs: Array,
     columns: loss_fns.Columns,
+    divisors: Array,
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
-    per_sequence: Unit | None,
 ) -> Array:
     losses = loss_fns.token_losses(loss_fn, options, logprobs, columns)
-    return losses.sum(axis=(1, 2)) / loss_fns.row_divisors(columns, per_sequence)
+    return losses.sum(axis=(1, 2)) / divisors
 
 
 def _groups(data: Sequence[Datum], loss_fn: str) -> Iterator[_Rows]:

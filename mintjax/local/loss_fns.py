@@ -17,7 +17,7 @@ from mintjax import losses
 from mintjax.errors import DataError
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.ragged.checks import check_data
-from mintjax.step.reduction import Unit
+from mintjax.step.reduction import Unit, amount
 from mintjax.types import Datum
 
 _RL_INPUTS = ("target_tokens", "logprobs", "advantages")
@@ -221,22 +221,17 @@ def default_weights(
     return np.ones_like(advantages)
 
 
-def row_divisors(columns: Columns, per_sequence: Unit | None) -> Array:
+def row_divisors(columns: Columns, per_sequence: Unit | None) -> npt.NDArray[np.float32]:
     """Computes the divisor of each datum's sum of token losses, ``[rows]``.
 
-    The floor under sums of weights is that of SkyRL's JAX backend.
+    The floor under sums of weights is that of SkyRL's JAX backend. They are computed outside the
+    compiled program, so that one program serves all reductions.
 
     Args:
         columns: of the datums.
         per_sequence: what is counted in each.
     """
-    match per_sequence:
-        case "weights":
-            return jnp.maximum(jnp.sum(columns.weights, axis=(1, 2)), 1e-9)
-        case "tokens":
-            return jnp.maximum(jnp.sum(columns.real[:, :, 0], axis=1, dtype=jnp.float32), 1.0)
-        case "weighted_tokens":
-            counted = jnp.sum(columns.weights != 0, axis=(1, 2), dtype=jnp.float32)
-            return jnp.maximum(counted, 1.0)
-        case _:
-            return jnp.ones(columns.weights.shape[0])
+    floor = 1e-9 if per_sequence == "weights" else 1.0
+    weights, real = np.asarray(columns.weights), np.asarray(columns.real)
+    rows = [row[there[:, 0]] for row, there in zip(weights, real, strict=True)]
+    return np.array([max(amount(per_sequence, [row]), floor) for row in rows], np.float32)

@@ -6,6 +6,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import textwrap
+import warnings
 
 import pytest
 from typer.testing import CliRunner
@@ -195,29 +197,44 @@ def test_bench_refuses_what_it_does_not_understand(option):
     assert option[1] in result.output
 
 
-def mintjax(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-c", "from mintjax.cli import main; main()", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-    )
+@pytest.fixture
+def mintjax(monkeypatch, capsys):
+    """Runs the whole program in this process; gives its exit status, output and errors."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the program has its own
+
+    def run_program(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mintjax", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return run_program
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["losses"], ["losses", "--help"]])
-def test_a_terminal_may_know_no_more_than_ascii(arguments):
+def test_a_terminal_may_know_no_more_than_ascii():
+    script = textwrap.dedent("""
+        import sys
+        from mintjax.cli import main
+        for arguments in ["--help"], ["losses"], ["losses", "--help"]:
+            sys.argv = ["mintjax", *arguments]
+            try:
+                main()
+            except SystemExit as ended:
+                assert not ended.code
+    """)
     done = subprocess.run(
-        [sys.executable, "-m", "mintjax", *arguments],
+        [sys.executable, "-c", script],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"},
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode("ascii")
+    text = done.stdout.decode("ascii")
+    assert text.count("Usage:") == 2
+    assert "clip_low_threshold" in text
 
 
-def test_a_mistake_is_a_message_and_not_a_traceback(tmp_path):
+def test_a_mistake_is_a_message_and_not_a_traceback(mintjax, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
     for arguments, message in (
@@ -225,21 +242,23 @@ def test_a_mistake_is_a_message_and_not_a_traceback(tmp_path):
         (("demo", "--data", str(tmp_path / "none")), "No such file or directory"),
         (("demo", "--base-url", "http://127.0.0.1:9", "--data", str(bad)), "line 1"),
     ):
-        done = mintjax(*arguments)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-    assert mintjax("demo", "--steps", "0").returncode == 2
+        code, _, errors = mintjax(*arguments)
+        assert code == 1
+        assert message in errors
+        assert "Traceback" not in errors
+    assert mintjax("demo", "--steps", "0")[0] == 2
 
 
-def test_a_mistake_in_a_loss_of_ones_own_is_named_with_its_line(tmp_path):
-    (tmp_path / "mine.py").write_text("def broken(data, logprobs):\n    return 1 + None, {}\n")
-    done = mintjax("bench", "mine:broken", "--datums", "2", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "mine:broken: TypeError: unsupported operand" in done.stderr
-    assert "mine.py, line 2" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_in_a_loss_of_ones_own_is_named_with_its_line(mintjax, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the program puts the folder first in it
+    broken = "def broken(data, logprobs):\n    return 1 + None, {}\n"
+    (tmp_path / "of_a_mistake.py").write_text(broken)
+    code, output, errors = mintjax("bench", "of_a_mistake:broken", "--datums", "2")
+    assert (code, output) == (1, "")
+    assert "of_a_mistake:broken: TypeError: unsupported operand" in errors
+    assert "of_a_mistake.py, line 2" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_loss_that_is_traced_for_each_batch_is_measured_with_a_warning_of_one_line(tmp_path):
@@ -248,7 +267,13 @@ def test_a_loss_that_is_traced_for_each_batch_is_measured_with_a_warning_of_one_
     )
     (tmp_path / "mine.py").write_text(loss)
     options = ("--datums", "2", "--lengths", "3:5", "--steps", "1", "--warm-up", "0")
-    done = mintjax("bench", "mine:rows", *options, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "mintjax", "bench", "mine:rows", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "mine:rows: 3 to 5 tokens" in done.stdout
     assert done.stderr.startswith("mintjax: rows takes rows one by one")
@@ -291,12 +316,12 @@ def test_serve_asks_clients_for_what_it_is_told(monkeypatch):
     assert seen["engine"].reduction == SUM
 
 
-def test_serve_names_every_trainer_that_it_plays():
+def test_serve_names_every_trainer_that_it_plays(mintjax):
     told = " ".join(run("serve", "--help", COLUMNS="200").output.split())
     assert all(name in told for name in DIALECTS)
-    refused = mintjax("serve", "--like", "skyrl-9")
-    assert refused.returncode == 1
-    assert "'skyrl-9' is none of skyrl-tx-0.3, " in refused.stderr
+    code, _, errors = mintjax("serve", "--like", "skyrl-9")
+    assert code == 1
+    assert "'skyrl-9' is none of skyrl-tx-0.3, " in errors
 
 
 def test_an_interrupted_command_ends_quietly(monkeypatch):
