@@ -126,7 +126,8 @@ def step_of(flat: Flat, equation: Equation) -> Step:
 
 
 def _bound(equation: Equation, *inputs: Array) -> Any:
-    functions, params = equation.primitive.get_bind_params(dict(equation.params))
+    given = equation.primitive.get_bind_params(dict(equation.params))
+    functions, params = given if isinstance(given, tuple) else ((), given)  # JAX 0.9, and later
     return equation.primitive.bind(
         *functions, *(cast("Any", jnp).asarray(x) for x in inputs), **params
     )

@@ -100,6 +100,19 @@ def test_a_trace_is_used_again_for_other_lengths() -> None:
     assert mintjax.gradients.stats().loops_traced == before.loops_traced
 
 
+def test_an_operation_that_numpy_has_no_rule_for_is_run_by_jax() -> None:
+    def best_two(data: Any, logprobs: Any) -> Any:
+        scores = jnp.stack([(lp * lp).sum() for lp in logprobs])
+        return jax.lax.top_k(scores, 2)[0].sum(), {}
+
+    for seed in (0, 1):
+        data, logprobs = batch_of([3, 4, 5], seed, candidates=False)
+        worst = np.argmin([(lp * lp).sum() for lp in logprobs])
+        result = value_and_logprob_grads(best_two, data, logprobs)
+        for i, (got, lp) in enumerate(zip(result.grads, logprobs, strict=True)):
+            np.testing.assert_allclose(got, (i != worst) * 2 * lp, rtol=1e-6)
+
+
 def test_traces_for_many_numbers_of_rows_are_bounded_and_right(monkeypatch: Any) -> None:
     monkeypatch.setattr(loops, "_KEPT", 2)
     kept: list[int] = []

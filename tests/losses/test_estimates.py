@@ -6,7 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from mintjax import losses
+from mintjax import losses as library
+
+from ..by_numpy import evaluated
+
+losses = evaluated(library)
 
 REWARDS = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.5, -3.0, 1.0, 7.0]], np.float32)
 WHERE = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]], bool)

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mintjax import losses
+from mintjax import losses as library
+
+from ..by_numpy import evaluated
+
+losses = evaluated(library)
 
 RNG = np.random.default_rng(11)
 C, R, REF_C, REF_R = (-RNG.gamma(2.0, 8.0, (4, 40))).astype(np.float32)
