@@ -126,8 +126,10 @@ def step_of(flat: Flat, equation: Equation) -> Step:
 
 
 def _bound(equation: Equation, *inputs: Array) -> Any:
-    given = equation.primitive.get_bind_params(dict(equation.params))
-    functions, params = given if isinstance(given, tuple) else ((), given)  # JAX 0.9, and later
+    given: Any = equation.primitive.get_bind_params(dict(equation.params))
+    before_0_10 = type(given) is tuple
+    functions: Any = given[0] if before_0_10 else ()
+    params: Any = given[1] if before_0_10 else given
     return equation.primitive.bind(
         *functions, *(cast("Any", jnp).asarray(x) for x in inputs), **params
     )
