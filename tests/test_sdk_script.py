@@ -5,6 +5,7 @@ the SDK. They run with mintjax and, where it is installed, with the SDK, on one 
 """
 
 import asyncio
+import importlib.metadata
 import inspect
 import json
 import re
@@ -133,10 +134,73 @@ def dpo(tinker, service):
             yield from (metrics["dpo_loss"], metrics["loss:sum"])
 
 
-def drive(tinker, url):
+def administration(tinker, service):
+    """What is kept is listed, published, expires and is deleted."""
+    model = made(service.create_lora_training_client("mintjax/nano", 4, 3))
+    rest = service.create_rest_client()
+    path = model.save_state("listed", ttl_seconds=3600).result().path
+    sampler = model.save_weights_for_sampler("listed-too").result().path
+    run = rest.get_training_run_by_tinker_path(path).result()
+    yield run.lora_rank
+    yield run.last_checkpoint.tinker_path == path
+    rest.publish_checkpoint_from_tinker_path(path).result()
+    first, second = rest.list_checkpoints(run.training_run_id).result().checkpoints
+    yield from (first.tinker_path == sampler, second.public, second.expires_at is not None)
+    rest.unpublish_checkpoint_from_tinker_path(path).result()
+    rest.set_checkpoint_ttl_from_tinker_path(path, None).result()
+    rest.delete_checkpoint_from_tinker_path(sampler).result()
+    [left] = rest.list_checkpoints(run.training_run_id).result().checkpoints
+    yield from (left.public, left.expires_at is None)
+    yield left.checkpoint_id in [
+        one.checkpoint_id for one in rest.list_user_checkpoints().result().checkpoints
+    ]
+    info = rest.get_weights_info_by_tinker_path(path).result()
+    yield from (info.lora_rank, info.base_model == "mintjax/nano")
+    owners = [
+        session_id
+        for session_id in rest.list_sessions().result().sessions
+        if run.training_run_id in rest.get_session(session_id).result().training_run_ids
+    ]
+    yield len(owners)
+
+
+def tokens(tinker, service):
+    """What only the newest sampler can be asked for."""
+    sampler = made(service.create_sampling_client(base_model="mintjax/nano"))
+    result = sampler.sample(
+        prompt=tinker.ModelInput.from_ints([1, 2, 3, 4]),
+        num_samples=1,
+        sampling_params=tinker.SamplingParams(max_tokens=2, temperature=0.0),
+        include_prompt_logprobs=True,
+        topk_sample_logprobs=2,
+        target_prompt_logprobs=tinker.TensorData(
+            data=[5, -1, -1, 7, 8, 9], dtype="int64", shape=[3, 2]
+        ),
+        prompt_alt_tokens_k=2,
+        prompt_logprobs_last_n=2,
+    ).result()
+    yield from (logprob or 0.0 for logprob in result.prompt_logprobs)
+    yield from (float(x) for row in result.sequences[0].topk_logprobs for pair in row for x in pair)
+    drawn = result.prompt_alt_tokens
+    for one in (result.target_prompt_logprobs, drawn.tokens, drawn.logprobs):
+        yield from one.to_numpy().ravel().tolist()
+    d = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([1, 2, 3]),
+        loss_fn_inputs={
+            "target_tokens": [2, 3, 4],
+            "logprobs": [0.0, -5.0, -5.0],
+            "advantages": [0.0, 1.0, 1.0],
+        },
+    )
+    model = made(service.create_lora_training_client("mintjax/nano", 4, 3))
+    yield model.forward_backward([d], "gspo").result().metrics["loss:sum"]
+
+
+def drive(tinker, url, newest):
     """All numbers that the scripts come to."""
     service = tinker.ServiceClient(base_url=url, api_key="tml-test", user_metadata={"a": "b"})
-    numbers = [*quickstart(tinker, service), *dpo(tinker, service)]
+    scripts = [quickstart, administration, *([tokens] if newest else []), dpo]
+    numbers = [float(number) for script in scripts for number in script(tinker, service)]
     if "status" in inspect.signature(getattr(service, "close", drive)).parameters:  # since 0.38
         service.close("success", detail="all numbers are there").result()
     return numbers
@@ -151,14 +215,20 @@ def numbers(engine):
     pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     local = pytest.importorskip("mintjax.local", reason="needs the extra local")
     run = "import json, sys, tinker; from tests.test_sdk_script import drive;"
-    run += "print(json.dumps(drive(tinker, sys.argv[1])))"
+    run += "print(json.dumps(drive(tinker, sys.argv[1], sys.argv[2] == 'newest')))"
+    try:
+        newest = not importlib.metadata.version("tinker").startswith("0.22.")
+    except importlib.metadata.PackageNotFoundError:
+        newest = True
     config = ClientConfigResponse(proto_write_fwdbwd=True, sample_use_retrieve_futures=True)
     with (
         local.running_server(engine, api_key="tml-test", config=config) as url,
         # In a process of its own, because the SDK leaves sockets and threads behind.
-        subprocess.Popen([sys.executable, "-c", run, url], **PIPES) as sdk,
+        subprocess.Popen(
+            [sys.executable, "-c", run, url, "newest" if newest else ""], **PIPES
+        ) as sdk,
     ):
-        ours = drive(mintjax, url)
+        ours = drive(mintjax, url, newest)
         theirs, said = sdk.communicate()
     assert not sdk.returncode or "No module named 'tinker'" in said
     return ours, json.loads(theirs) if theirs else None

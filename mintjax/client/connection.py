@@ -65,8 +65,7 @@ class Connection:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._version = installed_version()
-        self.transport = Transport(settings, self._version)
+        self.transport = Transport(settings, installed_version())
         self.encoding = Encoding()
         self.facts = TrainerFacts()
         self.model_numbers = itertools.count()
@@ -207,7 +206,7 @@ class Connection:
                 self.encoding = Encoding(await self._client_config(), self.transport.address)
                 metadata = self.settings.user_metadata or {}
                 request = messages.CreateSessionRequest(
-                    self._version,
+                    messages.SDK_VERSION,
                     user_metadata=metadata,
                     project_id=self.settings.project_id or msgspec.UNSET,
                     display_name=self.settings.display_name or msgspec.UNSET,
@@ -222,7 +221,7 @@ class Connection:
             return self.transport.session_id
 
     async def _client_config(self) -> messages.ClientConfigResponse:
-        request = messages.ClientConfigRequest(self._version)
+        request = messages.ClientConfigRequest(messages.SDK_VERSION)
         try:
             return await self.ask("client/config", request, messages.ClientConfigResponse)
         except (AuthenticationError, BillingError):

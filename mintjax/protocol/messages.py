@@ -27,6 +27,10 @@ T = TypeVar("T")
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
+SDK_VERSION = "0.38.0"
+"""The official SDK's version whose protocol this is; hosted trainers resolve their flags by it."""
+
+
 class ForwardBackwardInput(msgspec.Struct, eq=False):
     """The data of a pass, and the built-in loss to compute from it."""
 

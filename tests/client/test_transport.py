@@ -28,6 +28,7 @@ from mintjax.errors import (
     RateLimitError,
     RequestFailedError,
 )
+from mintjax.protocol import messages
 from mintjax.types import AdamParams
 
 from .data import DATA
@@ -416,6 +417,12 @@ def test_session_messages_reach_the_log(connect, trainer, caplog):
         connect().create_lora_training_client("tiny")
     levels = {r.getMessage(): r.levelname for r in caplog.records if "says" in r.getMessage()}
     assert levels == {"the trainer says: hello": "INFO", "the trainer says: old": "WARNING"}
+
+
+def test_a_session_names_the_sdk_whose_protocol_it_speaks(service, trainer):
+    service.get_client_config()
+    for path in ("client/config", "create_session"):
+        assert trainer.bodies(path)[0]["sdk_version"] == messages.SDK_VERSION
 
 
 def test_a_session_shows_signs_of_life(connect, trainer):
