@@ -16,6 +16,7 @@ from mintjax.errors import DataError
 from mintjax.losses._arrays import check_bounds, check_positive
 from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch, as_batch
+from mintjax.ragged.transfers import transfers_allowed
 from mintjax.types import Datum, LossFnName
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
@@ -116,13 +117,14 @@ class LossObjective:
         Raises:
             DataError: a column is missing, or the batch does not divide as it must.
         """
-        if isinstance(data, Mapping):
-            data, rows = Batch.of_mapping(data, logprobs)
-        else:
-            rows = logprobs if isinstance(logprobs, Ragged) else Ragged.from_rows(logprobs)
-        if rows.dtype.itemsize < 4:  # 16 bits are too few for sums of logprobs
-            rows = rows.astype(jnp.float32)
-        return self.evaluate(as_batch(data), rows)
+        with transfers_allowed():
+            if isinstance(data, Mapping):
+                data, rows = Batch.of_mapping(data, logprobs)
+            else:
+                rows = logprobs if isinstance(logprobs, Ragged) else Ragged.from_rows(logprobs)
+            if rows.dtype.itemsize < 4:  # 16 bits are too few for sums of logprobs
+                rows = rows.astype(jnp.float32)
+            return self.evaluate(as_batch(data), rows)
 
     def __add__(self, other: Any) -> LossObjective:
         """Makes the weighted sum of both: ``dpo() + 0.1 * kl_k2()``."""

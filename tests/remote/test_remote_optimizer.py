@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from mintjax import objectives
 from mintjax.errors import StaleError, TransformationError
 from mintjax.remote.optimizer import RemoteOptimizerState, remote_optimizer
 from mintjax.remote.versions import versions_of
@@ -257,6 +258,26 @@ def test_the_bridge_moves_its_own_arrays_under_a_transfer_guard(loss, remote, do
         updates, _ = optimizer.update(grads, RemoteOptimizerState(count=jax.device_put(0)), params)
         assert apply_updates(params, updates) == remote.params
     assert "optim_step" in double.taken()
+
+
+@pytest.mark.parametrize("name", ["bradley_terry", "ppo", "cross_entropy"])
+def test_objectives_move_their_own_arrays_under_a_transfer_guard(name, remote, double):
+    """``jax.grad`` cannot: JAX refuses its own seed of a derivative; ``jax.vjp`` is given one.
+
+    The transpose of a slice, which pairs are taken by, has such a constant of JAX's own, too.
+    """
+    objective, seed, params = getattr(objectives, name)(), jnp.float32(1), remote.params
+    expected = objective(remote.batch, remote(params))[0]
+    with jax.transfer_guard("disallow"):
+        value, metrics = objective(remote.batch, remote(params))
+        if name != "bradley_terry":
+            _, pullback, _ = jax.vjp(
+                lambda params: objective(remote.batch, remote(params)), params, has_aux=True
+            )
+            pullback(seed)
+    assert float(value) == float(expected)
+    assert all(isinstance(metric, jax.Array) for metric in metrics.values())
+    assert double.taken().count("backward") == (name != "bradley_terry")
 
 
 def test_a_pass_left_out_is_named(started, remote, double, loss):
