@@ -608,7 +608,7 @@ class _Planner:
                 self._alias.update(zip(outputs, found.inputs, strict=True))
                 continue
             dtypes = tuple(self._dtype(slot) for slot in outputs)
-            if found.rule is not None:
+            if found.rule is not None and found.row != _MIXED:
                 key = (equation.primitive, *found[2:], found.inputs, dtypes)
                 same = done.setdefault(key, outputs)
                 if same is not outputs:

@@ -208,6 +208,82 @@ def candidates(data: Any, logprobs: Any) -> Any:
     return total, {}
 
 
+def candidates_too(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for lp in logprobs:
+        entropy = -(jax.nn.softmax(lp, -1) * jax.nn.log_softmax(lp, -1)).sum(-1)
+        total = total + entropy.mean() + (lp.sum(0) ** 2).sum() * 0.01 + lp[-1].max()
+        total = total + lp[1:, 0].sum() + (lp @ jnp.array([1.0, 2.0, -1.0])).mean()
+        total = total + (lp[:, 1:] ** 2).sum() + (jnp.cumsum(lp, 0) * lp).sum() + lp.flatten()[-1]
+    return total, {}
+
+
+def left_out(data: Any, logprobs: Any) -> Any:
+    total, worst = 0.0, []
+    for datum, lp in zip(data, logprobs, strict=True):
+        w = weights(datum)
+        some = w.sum() > 1
+        total = total + jnp.where(some, (lp * w).sum() / jnp.where(some, w.sum(), 1), 0)
+        total = total + jnp.where(w > 0, jnp.exp(jnp.where(w > 0, lp, 0)), 0).sum()
+        worst.append(jnp.where(w > 0, lp / w, -jnp.inf).max())  # -inf where no weight is
+    return total, {"worst": jnp.stack([jnp.where(jnp.isfinite(x), x, 0) for x in worst]).min()}
+
+
+def outer(data: Any, logprobs: Any) -> Any:
+    """Meets rows of different lengths, each pair in both orders."""
+    n = len(logprobs)
+    return sum(jnp.outer(logprobs[i], logprobs[i - 1])[0].sum() for i in range(n)), {}
+
+
+def concatenated(data: Any, logprobs: Any) -> Any:
+    lp, w = jnp.concatenate(logprobs), jnp.concatenate([weights(datum) for datum in data])
+    return (lp * w).sum() / jnp.maximum(w.sum(), 1) + (lp**2).mean(), {}
+
+
+def concatenated_columns(data: Any, logprobs: Any) -> Any:
+    w = data["weights"]
+    total = jnp.maximum(w.total(), 1)
+    return (logprobs * w).total() / total + (logprobs**2).total() / w.lengths.sum(), {}
+
+
+def indexed(data: Any, logprobs: Any) -> Any:
+    scores = jnp.stack([lp.mean() for lp in logprobs])
+    centred = jax.lax.stop_gradient(scores - scores.mean())
+    total = 0.0
+    for i, (datum, lp) in enumerate(zip(data, logprobs, strict=True)):
+        total = total - (centred[i] * lp * weights(datum)).sum() + scores[i] ** 2
+    return total + jnp.sort(scores)[0], {"last": centred[-1]}
+
+
+def strided(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for lp in logprobs:
+        total = total + (lp[::2] ** 2).sum() + (lp[:-1] * lp[1:]).sum() + jnp.roll(lp, 1)[0]
+        total = total + (jnp.pad(lp, (1, 2)) ** 2).sum() + lp[::-1].cumsum().max() + jnp.var(lp)
+    return total, {}
+
+
+def counted(data: Any, logprobs: Any) -> Any:
+    discounted = [(lp * 0.9 ** jnp.arange(lp.shape[0])).sum() for lp in logprobs]
+    scaled = [(lp * float(i + 1)).sum() + (lp + 0.5 * i).max() for i, lp in enumerate(logprobs)]
+    return sum(discounted) - sum(scaled), {}
+
+
+def running_totals(data: Any, logprobs: Any) -> Any:
+    total, level, seen = 0.0, 0.0, []
+    for lp in logprobs:
+        total = total + lp.sum() - (lp.mean() - level) ** 2
+        level = 0.9 * level + 0.1 * jax.lax.stop_gradient(lp.mean())
+        seen.append(total)
+    return jnp.stack(seen).max() + sum(s * s for s in seen) / 100, {"level": level}
+
+
+def vectors(data: Any, logprobs: Any) -> Any:
+    found = [jnp.stack([lp.sum(), lp.max(), lp[0]]) for lp in logprobs]
+    total = sum(found)
+    return (total * total).sum() / 10 + sum(v @ jnp.array([1.0, 2.0, 3.0]) for v in found), {}
+
+
 def of_lengths(data: Any, logprobs: Any) -> Any:
     return sum(lp.sum() / len(lp) for lp in logprobs), {}
 
@@ -245,6 +321,15 @@ FORMS = {
     "closure": Form(closure),
     "metrics": Form(metrics),
     "candidates": Form(candidates, candidates=True),
+    "candidates, too": Form(candidates_too, candidates=True),
+    "left out": Form(left_out),
+    "outer": Form(outer),
+    "concatenated": Form(concatenated, concatenated_columns),
+    "indexed": Form(indexed),
+    "strided": Form(strided),
+    "counted": Form(counted),
+    "running totals": Form(running_totals),
+    "vectors": Form(vectors),
     "of lengths": Form(of_lengths, traced=True),
     "a length compared": Form(alone_is_dear, traced=True),
     "by value": Form(by_value, traced=True),
