@@ -266,16 +266,21 @@ def check(loss: str, batch: Batch, names: list[str]) -> None:
 
 
 def count_compilations(steps: int = 200) -> list[dict[str, Any]]:
-    """Programs compiled for random lengths: a function of a user's at one B, ours with B random."""
+    """Programs compiled, and seconds in all, for random lengths.
+
+    A function of a user's at one B, one of ours with B random, and its loop with B random.
+    """
 
     def users_own(data: Any, logprobs: Any) -> Any:
         scores = logprobs.dot(data["weights"])
         return -((scores[0::2] - scores[1::2]) ** 2).mean(), {}
 
     found = []
-    for case, objective, low, high in (
-        ("a user's function, 200 steps", users_own, 64, 64),
-        ("B random in 48..64, 200 steps", objectives.bradley_terry(), 48, 64),
+    random_sizes = "B random in 48..64, 200 steps"
+    for case, name, objective, low, high in (
+        ("a user's function, 200 steps", "mintjax", users_own, 64, 64),
+        (random_sizes, "mintjax", objectives.bradley_terry(), 48, 64),
+        (random_sizes, "list", LISTS["bradley_terry"], 48, 64),
     ):
         rng = np.random.default_rng(1)
         before = mintjax.gradients.stats().compilations
@@ -292,8 +297,9 @@ def count_compilations(steps: int = 200) -> list[dict[str, Any]]:
                 "loss": "bradley_terry",
                 "datums": high,
                 "case": case,
-                "implementation": "mintjax",
+                "implementation": name,
                 "median_ms": 1e3 * statistics.median(seconds),
+                "total_s": sum(seconds),
                 "compilations": mintjax.gradients.stats().compilations - before,
             }
         )
@@ -351,7 +357,10 @@ def main() -> None:
         print(f"cost per token at B=4096 over that at B=64: {flat:.2f}")
         for row in count_compilations():
             rows.append(row)
-            print(f"{row['case']}: {row['compilations']} compilations")
+            print(
+                f"{row['case']}, {row['implementation']}: {row['compilations']} compilations, "
+                f"{row['total_s']:.1f} s in all"
+            )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
