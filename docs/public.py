@@ -11,6 +11,7 @@ MODULES = {
     "mintjax": "The public names",
     "mintjax.client": "Sessions with a trainer, training and sampling clients, futures",
     "mintjax.types": "Datums and the other values that travel",
+    "mintjax.runs": "Runs, checkpoints and sessions, as a trainer lists them",
     "mintjax.ragged": "Rows of different lengths as one value; batches",
     "mintjax.objectives": "Losses as functions of a batch and its logprobs",
     "mintjax.losses": "Losses, advantages, estimators and diagnostics as functions of arrays",

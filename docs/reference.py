@@ -40,6 +40,9 @@ PAGES = {
         "Values", "datums and the other values that travel",
         ("mintjax.types", "mintjax.tensors.TensorData"),
     ),
+    "runs": Page(
+        "Runs and checkpoints", "what a trainer keeps, as it lists it", ("mintjax.runs",)
+    ),
     "ragged": Page(
         "Ragged rows and batches", "rows of different lengths as one value", ("mintjax.ragged",)
     ),

@@ -12,7 +12,6 @@ import pytest
 from mintjax.client import RestClient
 from mintjax.errors import DataError, NotFoundError, RequestFailedError
 from mintjax.local import Engine, trainer
-from mintjax.runs import ParsedCheckpointTinkerPath
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +102,6 @@ def test_what_is_sent():
         ("POST", f"{of_m}/weights/a/publish", None),
     ]
     rest.close()
-
-
-@pytest.mark.parametrize(
-    "path", ["m/weights/a", "tinker://m/weights", "tinker://m/secrets/a", "tinker://m/weights/a/b"]
-)
-def test_what_is_no_path(path):
-    with pytest.raises(DataError, match="tinker_path"):
-        ParsedCheckpointTinkerPath.from_tinker_path(path)
 
 
 def test_what_cannot_be_asked():
