@@ -425,13 +425,15 @@ def two_clients(state: State) -> str:
         try:
             with client(state.running) as service:
                 mine = replace(state, service=service)
-                data = pairs(seed)
+                data, routes = pairs(seed), []
 
                 def passes(model: Any) -> None:
-                    model.forward_backward_custom(data, objectives.bradley_terry()).result()
+                    done = model.forward_backward_custom(data, objectives.bradley_terry()).result()
+                    routes.append(done.route)
 
                 with adapted(mine, seed) as model:
-                    found.append(held_against_torch(mine, model, passes, data, "bradley_terry"))
+                    held = held_against_torch(mine, model, passes, data, "bradley_terry")
+                    found.append(f"{held} ({routes[0]})")
         except BaseException as error:
             found.append(error)
 
