@@ -450,10 +450,12 @@ class ForwardBackwardOutput(msgspec.Struct, kw_only=True, eq=False):
         )
 
 
-Route = Literal["two_pass", "one_pass", "by_name", "by_gradient"]
+Route = Literal["two_pass", "one_pass", "by_name", "server", "by_gradient"]
 """How a custom step reached the trainer: a forward and a backward pass; a backward pass alone, for
-a gradient that does not depend on the logprobs; a loss of the trainer's own; or requests of the
-trainer's own that give the logprobs and take their gradient as it is, as hatchery has them."""
+a gradient that does not depend on the logprobs; a loss of the trainer's own; a backward pass alone
+with the objective itself, which the trainer runs as the graph that it was sent before; or requests
+of the trainer's own that give the logprobs and take their gradient as it is, as hatchery has
+them."""
 
 
 class CustomStepOutput(ForwardBackwardOutput, kw_only=True, eq=False):

@@ -18,6 +18,7 @@ from mintjax.client.background import Background, begin
 from mintjax.client.encodings import Encoding
 from mintjax.client.futures import APIFuture, Limited
 from mintjax.client.polling import retrieve
+from mintjax.client.server_losses import ServerLosses
 from mintjax.client.settings import Settings
 from mintjax.client.transport import Request, Transport
 from mintjax.errors import (
@@ -59,6 +60,7 @@ class Connection:
 
     Attributes:
         facts: what was found out about the trainer.
+        losses: those that were uploaded to it.
         encoding: of passes; it holds the trainer's limits.
         measuring: held while that is found out.
     """
@@ -68,6 +70,7 @@ class Connection:
         self.transport = Transport(settings, installed_version())
         self.encoding = Encoding()
         self.facts = TrainerFacts()
+        self.losses = ServerLosses()
         self.model_numbers = itertools.count()
         self.sampling_numbers = itertools.count()
         self.measuring = asyncio.Lock()

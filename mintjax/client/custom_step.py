@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mintjax.client.connection import Connection
 from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients, refuses_loss
 from mintjax.client.lane import Turn
@@ -21,12 +23,18 @@ from mintjax.errors import (
     RequestFailedError,
     UnknownReductionError,
 )
-from mintjax.gradients import Objective, loss_and_metrics, value_and_logprob_grads
+from mintjax.gradients import (
+    LogprobGradients,
+    Objective,
+    loss_and_metrics,
+    value_and_logprob_grads,
+)
 from mintjax.ragged.batch import Batch
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.facts import TrainerFacts
 from mintjax.step.reported import returns_the_sum
-from mintjax.step.routes import Backward, shortcut
+from mintjax.step.routes import Backward, on_server, shortcut
+from mintjax.step.server_loss import METRIC
 from mintjax.types import CustomStepOutput, ForwardBackwardOutput
 
 logger = logging.getLogger("mintjax.client")
@@ -48,7 +56,8 @@ async def custom_step(
 
     Where the trainer takes gradients of logprobs, and nobody has said what it divides its losses
     by, the gradient goes as it is. Elsewhere one backward pass does it where
-    :func:`mintjax.step.routes.shortcut` finds one. Else a forward pass gives the logprobs, the
+    :func:`mintjax.step.routes.shortcut` finds one, or where the trainer runs the objective itself.
+    Else a forward pass gives the logprobs, the
     gradient is computed here, and a backward pass carries it. Where the trainer refuses a loss by
     its name, the step goes on without; if it then succeeds, that trainer is not asked for that loss
     again.
@@ -84,6 +93,9 @@ async def custom_step(
         return None if found is None else encoded(found)
 
     found = await turn.compute(find) if single_pass else None
+    if found is None and single_pass and encoding.limits.custom_loss_server_side and reduction.sums:
+        there = await _on_server(gradients.connection, turn, objective, data, avoid)
+        found = None if there is None else await turn.compute(partial(encoded, there))
     if found is None:
         given = Pass(encoding, forward_data(data), FORWARD_LOSS_FN, backward=False)
         sent = time.perf_counter()
@@ -100,16 +112,17 @@ async def custom_step(
     turn.begin()
     # A loss that this trainer has not served yet may still be refused when it runs. The step then
     # goes another way, so it keeps its place in the line until it knows.
-    leave = backward.route != "by_name" or backward.loss_fn in facts.served
+    asked = backward.asks_for
+    leave = asked is None or asked in facts.served
     sent = time.perf_counter()
     try:
         scaled_for = None if reduction.per_step is None else total
         output = await gradients.send(turn, given, leave=leave, scaled_for=scaled_for)
     except APIError as error:
         too_late = leave and isinstance(error, RequestFailedError)
-        if backward.route != "by_name" or too_late or not refuses_loss(error):
+        if asked is None or too_late or not refuses_loss(error):
             raise
-        logger.info("the trainer refuses %s; its gradient is sent: %s", backward.loss_fn, error)
+        logger.info("the trainer refuses %s; its gradient is sent: %s", asked, error)
         again = await custom_step(
             gradients,
             turn,
@@ -117,27 +130,53 @@ async def custom_step(
             objective,
             single_pass=single_pass,
             datums_in_step=datums_in_step,
-            avoid=avoid | {backward.loss_fn},
+            avoid=avoid | {asked},
         )
-        if backward.loss_fn not in facts.served:
-            facts.refused.add(backward.loss_fn)
+        if backward.route == "server":
+            gradients.connection.losses.refused(asked)
+        elif asked not in facts.served:
+            facts.refused.add(asked)
         return again
     backward_seconds = time.perf_counter() - sent
-    if backward.route == "by_name":
-        facts.served.add(backward.loss_fn)
+    if asked is not None:
+        facts.served.add(asked)
+    reported = output.metrics
+    if backward.route == "server":
+        rows = logprobs(output)
+        result = await turn.compute(lambda: value_and_logprob_grads(objective, data, rows))
+        metrics = result.metrics
+        reported = _check_server_sum(output, result)
     if metrics is None:
         rows = logprobs(output)
         _, metrics = await turn.compute(lambda: loss_and_metrics(objective, data, rows))
     _check_sum(facts, backward, output)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
-        metrics=_named(output.metrics, metrics),
+        metrics=_named(reported, metrics),
         loss_fn_output_type=output.loss_fn_output_type,
         route=backward.route,
         forward_seconds=forward_seconds,
         client_seconds=turn.computing_seconds,
         backward_seconds=backward_seconds,
     )
+
+
+async def _on_server(
+    connection: Connection,
+    turn: Turn,
+    objective: Objective,
+    data: Batch,
+    avoid: frozenset[str],
+) -> Backward | None:
+    """Finds the pass in which the trainer runs the objective, and uploads that if need be."""
+    losses = connection.losses
+    named = await turn.compute(lambda: losses.written(objective, data))
+    if named is None:
+        return None
+    loss_id = await losses.loss_id(connection, named)
+    if loss_id is None or loss_id in avoid:
+        return None
+    return await turn.compute(lambda: on_server(named.loss, loss_id, data))
 
 
 async def _by_gradient(
@@ -161,6 +200,34 @@ async def _by_gradient(
         client_seconds=turn.computing_seconds,
         backward_seconds=time.perf_counter() - sent,
     )
+
+
+_TOLERANCE = 1e-2  # of a logprob, which may have been rounded to 16 bits
+
+
+def _check_server_sum(output: ForwardBackwardOutput, result: LogprobGradients) -> dict[str, float]:
+    """Holds the loss that the trainer has computed against the one that is computed here.
+
+    Both are of the same logprobs, which may have been rounded on their way.
+
+    Returns:
+        The trainer's metrics but for that.
+
+    Raises:
+        UnknownReductionError: they differ.
+    """
+    others = {name: output.metrics[name] for name in output.metrics if name not in (METRIC, _SUM)}
+    reported = output.metrics.get(METRIC, output.metrics.get(_SUM))
+    if reported is None:
+        return others
+    slope = sum(float(np.abs(grad).sum()) for grad in result.grads)
+    if not abs(reported - result.loss) <= _TOLERANCE * (slope + abs(result.loss)) + 1e-6:
+        raise UnknownReductionError(
+            f"the trainer has run the objective itself and reports {reported:.6g}, where its loss "
+            f"is {result.loss:.6g}. The gradient that it has added may be another than the "
+            "objective's: go on from a checkpoint, with single_pass=False"
+        )
+    return others
 
 
 def _named(trainers: Mapping[str, float], objectives: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def returns_the_sum(
     loss_fn: str,
     data: Sequence[Datum],
     output: ForwardBackwardOutput,
-    config: Mapping[str, float] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> bool | None:
     """Tells whether a pass reports, as ``loss:sum``, the sum of the losses of its tokens.
 

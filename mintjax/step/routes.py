@@ -12,8 +12,13 @@ from mintjax.gradients import Objective
 from mintjax.gradients.evaluate import constant_logprob_grads
 from mintjax.ragged.batch import Batch
 from mintjax.step.carrier import carrier
+from mintjax.step.one_datum import data_for
 from mintjax.step.reduction import Reduction
+from mintjax.step.server_loss import ServerLoss
 from mintjax.types import Datum, Route
+
+SERVER_LOSS_FN = "custom"
+"""The name by which a pass asks for a loss that was uploaded."""
 
 _LEAST_SAMPLING_LOGPROB = -80.0  # below it, exp(logprob - sampling logprob) can leave float32
 
@@ -32,8 +37,19 @@ class Backward(NamedTuple):
 
     route: Route
     loss_fn: str
-    config: dict[str, float] | None
+    config: dict[str, float | str] | None
     data: list[Datum]
+
+    @property
+    def asks_for(self) -> str | None:
+        """The loss of the trainer's that it may refuse; None where it is one that all have."""
+        match self.route:
+            case "by_name":
+                return self.loss_fn
+            case "server":
+                return str((self.config or {})["loss_id"])
+            case _:
+                return None
 
 
 def shortcut(
@@ -64,11 +80,29 @@ def shortcut(
     if name is not None and reduction.sums and name[0] not in refused:
         data = by_name(name[0], batch)
         if data is not None:
-            return Backward("by_name", name[0], name[1] or None, data)
+            return Backward("by_name", name[0], {**name[1]} or None, data)
     if grads is None or reduction.loss_fn != "cross_entropy":
         return None
     data = carrier(reduction, batch, None, grads, datums_in_step)
     return Backward("one_pass", reduction.loss_fn, None, data)
+
+
+def on_server(loss: ServerLoss, loss_id: str, batch: Batch) -> Backward | None:
+    """Makes the pass in which the trainer runs an objective.
+
+    Args:
+        loss: the objective, as it was uploaded.
+        loss_id: the trainer's name of it.
+        batch: the data.
+
+    Returns:
+        None where a column that it reads is not finite, so that it cannot travel.
+    """
+    data = data_for(loss, batch)
+    columns = [column for datum in data for column in datum.loss_fn_inputs.values()]
+    if not all(np.isfinite(column).all() for column in columns):
+        return None
+    return Backward("server", SERVER_LOSS_FN, {"loss_id": loss_id}, data)
 
 
 def _builtin(objective: Objective) -> tuple[str, dict[str, float]] | None:
