@@ -110,7 +110,7 @@ def test_one_request_accumulates_what_two_passes_do(name, engine, model):
 def test_another_number_is_another_loss_and_many_are_none(engine, model):
     routes = []
     for threshold in (1.01, 1.02, 1.01, 1.03, 1.04, 1.01):
-        objective = objectives.dual_clip_ppo(clip_low_threshold=0.5, clip_high_threshold=threshold)
+        objective = objectives.truncated_importance_sampling(truncation_threshold=threshold)
         found = gradient(engine, model, make(), objective)
         assert_same(found, gradient(engine, model, make(), objective, single_pass=False))
         routes.append(found[1].route)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mintjax import AdamParams, Datum, ModelInput, losses, objectives, value_and_logprob_grads
 from mintjax.errors import BadRequestError, DataError, RequestFailedError
 from mintjax.local import Engine, trainer
+from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.ragged.batch import Batch
 from mintjax.step.reduction import Reduction
 from mintjax.step.routes import by_name
@@ -67,7 +68,7 @@ def watch(engine, name):
 
 @pytest.fixture(scope="module")
 def service(engine):
-    with trainer(engine) as service:
+    with trainer(engine, config=ClientConfigResponse()) as service:  # runs no custom losses
         yield service
 
 
@@ -162,7 +163,7 @@ def test_a_loss_that_the_trainer_refuses_by_name_is_sent_as_its_gradient(engine,
 
     monkeypatch.setattr(endpoints.Engine, "check_pass", refuse)
     with (
-        trainer(engine) as service,
+        trainer(engine, config=ClientConfigResponse()) as service,
         service.create_lora_training_client(NANO, 4, seed=1) as model,
     ):
         _, first, _ = gradient(engine, model, make(1), objectives.ppo())
