@@ -173,7 +173,7 @@ async def _on_server(
     named = await turn.compute(lambda: losses.written(objective, data))
     if named is None:
         return None
-    loss_id = await losses.loss_id(connection, named)
+    loss_id = await losses.loss_id(named, await connection.session(), connection.run)
     if loss_id is None or loss_id in avoid:
         return None
     return await turn.compute(lambda: on_server(named.loss, loss_id, data))

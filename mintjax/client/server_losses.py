@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch
 from mintjax.step.one_datum import server_loss
 from mintjax.step.server_loss import NotLowered, ServerLoss
-
-if TYPE_CHECKING:
-    from mintjax.client.connection import Connection
 
 T = TypeVar("T")
 
@@ -89,8 +86,15 @@ class ServerLosses:
         loss = self._written[key]
         return None if loss is None else Named(key, loss)
 
-    async def loss_id(self, connection: Connection, named: Named) -> str | None:
+    async def loss_id(
+        self, named: Named, session_id: str, run: Callable[..., Awaitable[Any]]
+    ) -> str | None:
         """Uploads a loss, unless it was uploaded before.
+
+        Args:
+            named: the loss.
+            session_id: of the session.
+            run: sends a request and waits for its result, as ``Connection.run`` does.
 
         Returns:
             The trainer's name of it; None if the trainer refuses it, or cannot be asked.
@@ -99,16 +103,14 @@ class ServerLosses:
             if named.key in self._ids:
                 return self._ids[named.key]
             request = messages.CreateCustomLossRequest(
-                await connection.session(),
+                session_id,
                 next(self._numbers),
                 named.loss.name,
                 named.loss.inputs,
                 named.loss.graph,
             )
             try:
-                made = await connection.run(
-                    "create_custom_loss", request, messages.CreateCustomLossResponse
-                )
+                made = await run("create_custom_loss", request, messages.CreateCustomLossResponse)
             except APIError as error:
                 logger.info("the trainer does not run %s: %s", named.loss.name, error)
                 _add(self._ids, named.key, None)

@@ -271,7 +271,7 @@ class _OneRow(Ragged):
         centred = _OneRow(self._masked(where, -jnp.inf)) - shift
         return jnp.log(centred.map(jnp.exp).sum()) + shift
 
-    def cumsum(self) -> Ragged:
+    def cumsum(self, axis: int = -1) -> Ragged:
         _refuse("running sums")
 
     def quantile(self, q: Any, where: Ragged | None = None) -> Array:
