@@ -132,8 +132,9 @@ class TrainingClient(MadeClient):
 
         A gradient that does not depend on the logprobs (cross-entropy, REINFORCE, a mean) needs no
         forward pass, nor does an objective that is a loss of the trainer's own: one request does
-        it all, and loss and metrics come from the logprobs that it returns. The output's ``route``
-        says how it went.
+        it all, and loss and metrics come from the logprobs that it returns. A trainer that takes
+        gradients of logprobs as they are, as hatchery does, is sent the gradient itself. The
+        output's ``route`` says how it went.
 
         Args:
             data: at least one datum, each with ``target_tokens``.

@@ -74,7 +74,7 @@ class Dialect:
     loss_defaults: Mapping[str, Mapping[str, float]] = field(
         default_factory=dict[str, Mapping[str, float]]
     )
-    failed: Literal["error"] | tuple[int, str] | Literal["user_error"] = "error"
+    failed: Literal["error", "user_error"] | tuple[int, str] = "error"
     unknown_tokens: Literal["refused", "fails", "no number"] = "refused"
     max_tokens_required: bool = False
     stop_as_list: bool = False

@@ -20,9 +20,7 @@ from mintjax.local import DIALECTS, Engine, trainer
 from mintjax.local.app import application
 from mintjax.protocol import messages
 from mintjax.step.reduction import Reduction
-from mintjax.types import LoraConfig
 
-from ..local.http import serving
 from .double import ADDRESS, QUICK
 
 NANO = "mintjax/nano"
@@ -208,22 +206,3 @@ def test_a_reduction_that_is_said_is_used():
         )
         with service, service.create_lora_training_client(NANO, 4) as said:
             assert said.forward_backward_custom(make([3]), square).result().route == "two_pass"
-
-
-def test_a_first_request_serves_once():
-    with Engine() as engine, serving(engine, dialect=HATCHERY) as http:
-        session = http.post("create_session", messages.CreateSessionRequest("1")).json()
-        asked = messages.CreateModelRequest(session["session_id"], 0, NANO, LoraConfig(4))
-        model_id = http.call("create_model", asked)["model_id"]
-
-        def call(path, **given):
-            step = messages.CustomStepInput("a", **given)
-            return http.call(path, messages.CustomStepRequest(step, model_id))
-
-        [row] = call(STEP1, data=make([2]))["logprobs"]
-        assert len(row) == 2
-        assert "not shaped" in call(STEP2, grad_logprobs=[[1.0]])["error"]
-        assert call(STEP2, grad_logprobs=[[1.0, 2.0]])["surrogate"] == pytest.approx(
-            row[0] + 2 * row[1]
-        )
-        assert "no cached forward" in call(STEP2, grad_logprobs=[[1.0, 2.0]])["error"]

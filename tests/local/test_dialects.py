@@ -24,6 +24,12 @@ PAIRWISE = objectives.bradley_terry()
 NAMES = list(DIALECTS)
 
 
+def those_with(field):
+    """Runs a test on the dialects that differ in something."""
+    names = [name for name in NAMES if getattr(DIALECTS[name], field)]
+    return pytest.mark.parametrize("playing", names, indirect=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _rank_promotion():
     """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
@@ -162,27 +168,19 @@ def test_an_objective_is_the_same_whatever_a_trainer_calls_by_its_name(playing, 
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["tuft-0.2"])
-def test_bounds_of_ppo_are_the_trainers_own(name, own):
-    gradients = []
-    for where, config in ((own, {}), (own, DIALECTS[name].loss_defaults["ppo"]), (name, None)):
-        if where is name:
-            with Engine() as engine, trainer(engine, like=name) as service:
-                where = Playing(name, engine, service)
-                with where.model() as model:
-                    model.forward_backward(rl_data(), "ppo").result()
-                    gradients.append(where.gradient(model))
-        else:
-            with where.model() as model:
-                model.forward_backward(rl_data(), "ppo", config).result()
-                gradients.append(where.gradient(model))
+@those_with("loss_defaults")
+def test_bounds_that_are_not_given_are_the_trainers_own(playing, own):
+    bounds, gradients = DIALECTS[playing.name].loss_defaults["ppo"], []
+    for where, config in ((own, {}), (own, bounds), (playing, None)):
+        with where.model() as model:
+            model.forward_backward(rl_data(), "ppo", config).result()
+            gradients.append(where.gradient(model))
     assert not np.array_equal(gradients[0], gradients[1])
     np.testing.assert_array_equal(gradients[1], gradients[2])
 
 
+@those_with("names")
 def test_a_checkpoint_whose_name_is_taken_or_refused_is_told_at_once(playing):
-    if DIALECTS[playing.name].names is None:
-        pytest.skip("this trainer takes them")
     with playing.model() as model:
         model.save_state("twice").result()
         with pytest.raises(BadRequestError, match="'twice' already exists"):
@@ -191,18 +189,16 @@ def test_a_checkpoint_whose_name_is_taken_or_refused_is_told_at_once(playing):
             model.save_state("with spaces").result(2)
 
 
+@those_with("loads_first")
 def test_weights_are_loaded_into_new_models_only(playing):
-    if not DIALECTS[playing.name].loads_first:
-        pytest.skip("this trainer loads at any time")
     with playing.model() as model:
         path = model.save_state("mine").result().path
         with pytest.raises(BadRequestError, match="from_state"):
             model.load_state(path).result()
 
 
+@those_with("adapters")
 def test_adapters_that_are_used_up_are_told_with_a_reason(playing):
-    if DIALECTS[playing.name].adapters is None:
-        pytest.skip("this trainer has room")
     made = [playing.model() for _ in range(7)]
     with pytest.raises(BadRequestError, match=r"\(8\) reached .*not unloaded"):
         playing.model()
@@ -251,14 +247,11 @@ def test_a_token_beyond_the_vocabulary_is_told_and_the_model_stays_usable(
         assert any("RetryPolicy(broken_result=...)" in line for line in told)
 
 
+@those_with("max_tokens_required")
 def test_how_many_tokens_has_to_be_said(playing):
     sampler = playing.service.create_sampling_client(base_model=NANO)
-    sampled = sampler.sample(ModelInput.from_ints([1]), 1, SamplingParams(stop=["a"]))
-    if DIALECTS[playing.name].max_tokens_required:
-        with pytest.raises(BadRequestError, match="max_tokens is currently required"):
-            sampled.result()
-    else:
-        sampled.result()
+    with pytest.raises(BadRequestError, match="max_tokens is currently required"):
+        sampler.sample(ModelInput.from_ints([1]), 1, SamplingParams(stop=["a"])).result()
 
 
 def test_a_dialect_needs_an_engine_of_its_reduction():
