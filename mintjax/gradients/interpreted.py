@@ -127,9 +127,7 @@ def step_of(flat: Flat, equation: Equation) -> Step:
 
 def _bound(equation: Equation, *inputs: Array) -> Any:
     given: Any = equation.primitive.get_bind_params(dict(equation.params))
-    before_0_10 = type(given) is tuple
-    functions: Any = given[0] if before_0_10 else ()
-    params: Any = given[1] if before_0_10 else given
+    functions, params = ((), given) if hasattr(given, "keys") else given  # JAX 0.9 has functions
     return equation.primitive.bind(
         *functions, *(cast("Any", jnp).asarray(x) for x in inputs), **params
     )

@@ -28,8 +28,8 @@ def pairs(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     rows = [
         {"prompt": f"{a} + {b}?", "chosen": f"It is {a + b}.", "rejected": f"Who knows {a}!"}
-        for a in range(3)
-        for b in range(3)
+        for a in range(2)
+        for b in range(2)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -71,7 +71,7 @@ def test_losses_in_json_say_the_same():
 
 
 def test_the_demo_in_json_is_a_line_for_each_step_and_a_summary(pairs):
-    options = ("--steps", "2", "--batch-pairs", "3", "--base-model", "mintjax/nano", "--lr", "0.01")
+    options = ("--steps", "2", "--batch-pairs", "2", "--base-model", "mintjax/nano", "--lr", "0.01")
     with running_server(api_key="tml-secret-key") as url:
         demo = ("demo", "--data", str(pairs), "--base-url", url, *options)
         result = run(*demo, "--json", TINKER_API_KEY="tml-secret-key")

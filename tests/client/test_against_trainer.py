@@ -35,8 +35,8 @@ PATIENT = msgspec.structs.replace(
     bad_answers=50,
     longest_delay=0.01,
 )
-SEEDS_PER_TEST = 20
-SEEDS = 200 if THOROUGH else 20
+SEEDS_PER_TEST = 10
+SEEDS = 200 if THOROUGH else 10
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_a_bad_connection_changes_not_one_bit(app, undisturbed, first_seed):
             met += len(bad.met)
             assert same(state(engine, client), undisturbed[-1]), (seed, bad.met)
             engine.unload_model(client.model_id)
-    assert met > 50
+    assert met > 25
 
 
 @pytest.mark.parametrize("repeat", [True, False])
@@ -268,7 +268,7 @@ def test_with_little_patience_a_run_ends_early_and_whole(app, undisturbed, repea
     """Whatever was applied is the beginning of the run that was asked for."""
     engine, asgi = app
     ended = set()
-    for seed in range(30):
+    for seed in range(30 if THOROUGH else 12):
         bad = BadConnection(
             httpx.ASGITransport(asgi),
             seed,

@@ -29,7 +29,7 @@ PATIENT = msgspec.structs.replace(
 )
 HASTY = msgspec.structs.replace(PATIENT, deadline=0.02, silence=0.02, bad_answers=1)
 STEPS = 6
-SCENARIOS = 250 if THOROUGH else 30  # in each encoding
+SCENARIOS = 250 if THOROUGH else 10  # in each encoding
 PER_TEST = 10
 
 

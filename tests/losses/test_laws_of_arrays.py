@@ -209,16 +209,11 @@ SHARDED_LOSSES = (
     tuple(cases.ALL)
     if THOROUGH
     else (
-        "cross_entropy",
         "ppo",
         "gspo",
-        "sapo",
-        "kl_k3",
         "kl_k3_straight_through",
         "orpo",
-        "kto",
         "plackett_luce",
-        "generalised_jsd",
         "discounted_returns",
     )
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 
 from mintjax import Ragged, losses
 
+from ..examples import examples, some
+
 D, V = 8, 31
-FEW = settings(max_examples=settings().max_examples if settings().max_examples > 100 else 15)
+FEW = settings(max_examples=examples(15))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(), (4,)]), st.sampled_from([1e-3, 1.0, 80.0]))
@@ -58,9 +62,10 @@ PLAIN = both_ways(plain)
 FUSED = {size: both_ways(fused(size)) for size in (1, 4, None)}
 
 
-@pytest.mark.parametrize("chunk_size", FUSED)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("trailing", [(), (3,)])
+@pytest.mark.parametrize(
+    ("chunk_size", "dtype", "trailing"),
+    some(itertools.product(FUSED, ["float32", "bfloat16"], [(), (3,)]), 3),
+)
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=5)
 def test_chunks_give_what_all_logits_give(chunk_size, dtype, trailing, seed):

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from mintjax import Batch, Datum, ModelInput, Ragged
 from mintjax.errors import DataError
 
+from ..examples import examples
+
 B, T = 3, 5
-THOROUGH = settings().max_examples > 100
-FEW = settings(max_examples=settings().max_examples if THOROUGH else 12)
+FEW = settings(max_examples=examples(12))
 BAD = np.float32([np.nan, np.inf, -np.inf])
 
 

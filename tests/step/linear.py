@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +39,15 @@ def floored(reduction: Reduction) -> Divide:
     return divide
 
 
+@functools.cache
+def features(tokens: tuple[int, ...], targets: tuple[int, ...], size: int) -> np.ndarray:
+    rows = [
+        np.random.default_rng([*tokens[: i + 1], target]).standard_normal(size)
+        for i, target in enumerate(targets)
+    ]
+    return 0.1 * np.array(rows) + 0.02
+
+
 class LinearTrainer:
     """The logprob of a token is linear in weights whose features depend on the tokens up to it.
 
@@ -65,12 +75,8 @@ class LinearTrainer:
         self.rng = np.random.default_rng(3)
 
     def features(self, datum):
-        tokens, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"]
-        rows = [
-            np.random.default_rng([*tokens[: i + 1], int(target)]).standard_normal(self.size)
-            for i, target in enumerate(targets)
-        ]
-        return 0.1 * np.array(rows) + 0.02
+        targets = datum.loss_fn_inputs["target_tokens"].tolist()
+        return features(tuple(datum.model_input.to_ints()), tuple(targets), self.size)
 
     def logprobs(self, datum):
         exact = -5.0 + self.features(datum) @ self.weights

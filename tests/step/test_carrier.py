@@ -1,7 +1,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +9,8 @@ from hypothesis import strategies as st
 from mintjax import Datum, ModelInput, losses
 from mintjax.step.carrier import carrier, forward_data
 from mintjax.step.reduction import SUM, Reduction
+
+from ..by_numpy import evaluate
 
 REDUCTIONS = [Reduction(*flags) for flags in itertools.product([False, True], repeat=2)]
 
@@ -43,7 +44,7 @@ def test_the_carried_gradient_is_what_the_trainer_accumulates(reduction, sizes, 
     datums = len(data) + 3  # three more in another request before the optimizer step
     carried = carrier(reduction, data, logprobs, grads, datums)
     for datum, row, grad in zip(carried, logprobs, grads, strict=True):
-        got = jax.grad(lambda lp, d=datum: reduced(reduction, d, lp, datums))(jnp.asarray(row))
+        got = evaluate(jax.grad(lambda lp, d=datum: reduced(reduction, d, lp, datums)), row)
         np.testing.assert_allclose(got, grad, rtol=2e-6)
 
 

@@ -14,6 +14,7 @@ from mintjax.ragged.batch import Batch
 from mintjax.step.reduction import Reduction
 from mintjax.step.routes import by_name
 
+from ..by_numpy import evaluate
 from ..examples import examples, some
 
 NANO = "mintjax/nano"
@@ -325,7 +326,7 @@ def by_a_trainer(loss_fn, config, datum, logprobs):
         function = getattr(losses, loss_fn)
         return function(values, inputs["logprobs"], inputs["advantages"], **config).sum()
 
-    return jax.grad(loss)(logprobs)
+    return evaluate(jax.grad(loss), logprobs)
 
 
 NAMED = [
