@@ -61,6 +61,7 @@ PAGES = {
             "mintjax.remote.logprobs.remote_logprobs",
             "mintjax.remote.logprobs.RemoteLogprobs",
             "mintjax.remote.optimizer.remote_optimizer",
+            "mintjax.remote.callback.remote_jit",
             "mintjax.remote.optimizer.RemoteOptimizerState",
             "mintjax.remote.trainer",
         ),

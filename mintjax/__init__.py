@@ -17,6 +17,7 @@ from mintjax.gradients import LogprobGradients, value_and_logprob_grads
 from mintjax.left_out import NAMES, missing
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
+from mintjax.remote.callback import remote_jit
 from mintjax.remote.logprobs import RemoteLogprobs, remote_logprobs
 from mintjax.remote.optimizer import remote_optimizer
 from mintjax.step.reduction import Reduction
@@ -70,6 +71,7 @@ __all__ = [
     "gradients",
     "losses",
     "objectives",
+    "remote_jit",
     "remote_logprobs",
     "remote_optimizer",
     "types",

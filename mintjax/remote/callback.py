@@ -1,9 +1,10 @@
-"""Calls of host functions from JAX programs: each happens once, in order, at run time."""
+"""Calls of host functions from JAX programs: each happens once, in order, and its errors arrive."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
 import jax.core
@@ -15,6 +16,57 @@ from mintjax.errors import TransformationError
 from mintjax.ragged.transfers import transfers_allowed
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_FAILED: type[Exception] = cast("Any", jax.errors).JaxRuntimeError  # JAX gives it no type
+_heard_by: dict[int, list[BaseException]] = {}
+"""What callbacks raised, for each call of a function of :func:`remote_jit` that is under way."""
+
+
+def remote_jit(function: Callable[P, T], **options: Any) -> Callable[P, T]:
+    """Compiles a function that calls a remote model, as ``jax.jit`` does, with errors that are its.
+
+    A program that ``jax.jit`` compiled fails with a ``jax.errors.JaxRuntimeError``, whose text is a
+    traceback that ends with the words of the error. Here the error itself is raised, such as a
+    :class:`mintjax.APIError`. Each call waits for its results, because a program may fail after it
+    gave them. A training loop that reads its loss waits anyway.
+
+    Args:
+        function: as for ``jax.jit``.
+        options: those of ``jax.jit``.
+
+    Returns:
+        The compiled function.
+
+    Raises:
+        Exception: from the compiled function: whatever a trainer raises, as it is.
+
+    Example:
+        >>> import mintjax
+        >>> mintjax.remote_jit(lambda x: 2 * x)(1.5)
+        Array(3., dtype=float32, weak_type=True)
+    """
+    compiled = cast("Callable[P, T]", jax.jit(function, **options))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        heard: list[BaseException] = []
+        _heard_by[id(heard)] = heard
+        try:
+            return cast("Any", jax).block_until_ready(compiled(*args, **kwargs))
+        except _FAILED as error:
+            text = str(error)
+            for own in reversed(heard):
+                if type(own).__name__ in text and str(own) in text:  # it may be another program's
+                    raise own from None
+            raise
+        finally:
+            del _heard_by[id(heard)]
+
+    return call
 
 
 def call(fn: Callable[..., Array], result: jax.ShapeDtypeStruct, *args: Array) -> jax.Array:
@@ -39,9 +91,17 @@ def call(fn: Callable[..., Array], result: jax.ShapeDtypeStruct, *args: Array) -
     if not any(isinstance(arg, jax.core.Tracer) for arg in args):
         return jax.device_put(fn(*args))
 
+    def heard(*args: Array) -> Array:
+        try:
+            return fn(*args)
+        except BaseException as error:
+            for errors in list(_heard_by.values()):
+                errors.append(error)
+            raise
+
     @custom_vmap
     def staged(*args: Array) -> Array:
-        return io_callback(fn, result, *args, ordered=True)
+        return io_callback(heard, result, *args, ordered=True)
 
     @staged.def_vmap
     def _(size: int, batched: list[bool], *args: Array) -> tuple[Array, bool]:  # pyright: ignore[reportUnusedFunction]

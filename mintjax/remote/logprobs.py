@@ -128,7 +128,8 @@ class RemoteLogprobs:
             TypeError: ``params`` is no such scalar.
             StaleError: the trainer's model is at another version.
             TransformationError: a transformation that no trainer can follow.
-            Exception: whatever the trainer raises, as it is; its message only, under ``jit``.
+            Exception: whatever the trainer raises, as it is; under ``jax.jit`` its
+                message only, and under :func:`mintjax.remote_jit` as it is.
         """
         if getattr(params, "shape", None) != () or params.dtype != np.float32:
             raise TypeError(

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mintjax
 from mintjax import Ragged, objectives
 from mintjax.errors import DataError, NonFiniteError, StaleError
 from mintjax.remote.logprobs import remote_logprobs
 
+from ..examples import examples
 from .double import Double, make
 
 ONE_STEP = ["logprobs", "backward"]
@@ -235,6 +238,44 @@ def test_what_the_trainer_raises_arrives_as_it_is(where, failure, loss, remote, 
     double.taken()
     jax.grad(loss)(remote.params)
     assert double.taken() == ONE_STEP
+
+
+KINDS = [ZeroDivisionError, mintjax.APIError, KeyboardInterrupt, StaleError]
+
+
+@settings(max_examples=examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(ONE_STEP), st.sampled_from(KINDS), st.text(max_size=50))
+def test_a_remote_jit_raises_what_the_trainer_raised(compiled_gradient, double, where, kind, words):
+    double.failure[where] = failure = kind(words)
+    with pytest.raises(kind) as raised:
+        compiled_gradient()
+    assert raised.value is failure
+    double.failure.clear()
+    double.taken()
+    compiled_gradient()
+    assert double.taken() == ONE_STEP
+
+
+@pytest.fixture
+def compiled_gradient(loss, remote, caplog):
+    caplog.set_level("CRITICAL", logger="jax")  # JAX logs what a callback raises
+    gradient = mintjax.remote_jit(jax.grad(loss))
+    return lambda: gradient(remote.params)
+
+
+def test_a_remote_jit_gives_what_jit_gives_and_leaves_other_errors_alone(loss, remote, double):
+    both = mintjax.remote_jit(jax.value_and_grad(loss), donate_argnums=())
+    value, receipt = both(remote.params)
+    assert double.taken() == ONE_STEP
+    assert receipt.shape == ()
+    np.testing.assert_allclose(value, loss(remote.params), rtol=1e-6)
+
+    def failing(params):
+        jax.debug.callback(lambda: 1 / 0)
+        return remote(params).total()
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ZeroDivisionError"):
+        mintjax.remote_jit(failing)(remote.params)
 
 
 def test_what_the_objective_raises_arrives_as_it_is(remote, double):
