@@ -9,7 +9,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-from docs import losses_page, reference
+from docs import built_page, losses_page, reference
 
 LONG = 60
 """Formulas within a sentence scroll by themselves if their LaTeX is longer than this."""
@@ -25,7 +25,8 @@ def on_config(config: Any) -> None:
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are written from the code."""
-    for path, text in (losses_page.pages() | reference.pages()).items():
+    pages = losses_page.pages() | reference.pages() | built_page.pages()
+    for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
 

@@ -2,7 +2,8 @@
 
 import importlib
 
-from docs import losses_page, reference
+from docs import built_page, losses_page, reference
+from docs.modules import modules
 from docs.public import MODULES, everything, names_of
 from mintjax import losses
 
@@ -50,3 +51,12 @@ def test_the_pages_of_losses_have_every_loss_and_every_difference():
 
 def test_references_within_summaries_are_plain_code():
     assert ":func:" not in reference.pages()["reference/index.md"]
+
+
+def test_the_figure_of_modules_has_a_dot_for_each_arrow():
+    table = modules()
+    arrows = built_page.arrows(table)
+    page = built_page.pages()["built.md"]
+    assert page.count("●") == len(arrows) > len(table)
+    assert ("client/", "protocol/") in arrows
+    assert ("errors.py", "client/") not in arrows
