@@ -28,7 +28,7 @@ def probe(
         bool,
         typer.Option(
             "--measure/--no-measure",
-            help="Train a throwaway model for four steps, to see how losses are reduced.",
+            help="Train a throwaway model for a few steps, to see how losses are reduced.",
         ),
     ] = True,
     json: AsJson = False,
@@ -45,10 +45,10 @@ def probe(
         began = time.perf_counter()
         task = bars.add_task("probing", total=3, state="asking for models")
         offered = service.get_server_capabilities().supported_models
-        bars.update(task, advance=1, state="asking for flags")
-        flags = service.get_client_config()
         bars.update(task, advance=1, state="measuring the reduction")
         reduction = service.probe(base_model) if measure else None
+        bars.update(task, advance=1, state="asking for flags")
+        flags = service.get_client_config()  # with the encoding that the passes have found
         seconds = time.perf_counter() - began
         url = service.base_url
     found = {

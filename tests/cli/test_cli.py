@@ -142,6 +142,14 @@ def test_probe_says_what_a_trainer_is():
     assert "secret-key" not in measured.output + pretty.output + in_words.output
 
 
+def test_probe_says_which_encoding_was_found():
+    with running_server(like="tuft-0.2") as url:
+        found = run("probe", "--base-url", url, "--base-model", "mintjax/nano", COLUMNS="120")
+    words = " ".join(found.output.split())
+    assert "wants passes in protocol buffers" in words
+    assert "a loss is the sum" in words
+
+
 def test_bench_in_json():
     result = run("bench", "dpo", "--datums", "2,4", "--lengths", "3:9", "--steps", "2", "--json")
     assert result.exit_code == 0, result.output

@@ -200,8 +200,10 @@ def test_weights_are_loaded_into_new_models_only(playing):
 @those_with("adapters")
 def test_adapters_that_are_used_up_are_told_with_a_reason(playing):
     made = [playing.model() for _ in range(7)]
-    with pytest.raises(BadRequestError, match=r"\(8\) reached .*not unloaded"):
+    with pytest.raises(BadRequestError, match=r"\(8\) reached .*not unloaded") as refused:
         playing.model()
+    assert "may or may not" not in str(refused.value)
+    assert not refused.value.may_have_been_applied
     for model in made:
         model.unload().result()
     playing.model().unload().result()
