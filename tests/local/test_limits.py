@@ -197,7 +197,7 @@ def test_many_candidates_are_cut_into_groups_of_bounded_size(make_model, engine,
 
     whole = run()
     monkeypatch.setattr(compute, "_MAX_TARGETS", 2 * 32 * 5)
-    groups = list(compute._groups(data))
+    groups = list(compute._groups(data, "cross_entropy"))
     assert [len(group.indices) for group in groups] == [2, 2, 2]
     assert all(group.targets.size <= 2 * 32 * 5 for group in groups)
     parts = run()
