@@ -15,6 +15,9 @@ from mintjax.types import Datum
 
 STEP1, STEP2 = "forward_backward_custom_step1", "forward_backward_custom_step2"
 
+MOST_KEPT = 256
+"""First requests that are kept; where there are more, the oldest are forgotten."""
+
 
 class CustomSteps:
     """The two requests, as hatchery has them; what the first got is kept until the second.
@@ -51,6 +54,8 @@ class CustomSteps:
                 del self._kept[key]
             output = self._engine.forward(request.model_id, data, FORWARD_LOSS_FN)
             self._kept[request.model_id, given.custom_id] = data
+            while len(self._kept) > MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
             return messages.CustomStepLogprobs([row.tolist() for row in output.logprobs])
 
         return run

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mintjax.local import Dialect, Engine
+from mintjax.errors import BadRequestError
+from mintjax.local import Dialect, Engine, Limits, custom_steps
 from mintjax.local.custom_steps import STEP1, STEP2
 from mintjax.protocol import messages
 from mintjax.step.carrier import carrier
@@ -67,3 +68,19 @@ def test_a_first_request_serves_once(engine):
             row[0] + 2 * row[1]
         )
         assert "no cached forward" in call(STEP2, grad_logprobs=[[1.0, 2.0]])["error"]
+
+
+def test_the_oldest_first_requests_are_forgotten(engine, monkeypatch):
+    monkeypatch.setattr(custom_steps, "MOST_KEPT", 2)
+    model_id = engine.create_model(BASE_MODEL, LoraConfig(4))
+    steps = custom_steps.CustomSteps(engine, Limits())
+
+    def request(name, **given):
+        return messages.CustomStepRequest(messages.CustomStepInput(name, **given), model_id)
+
+    for name in "abc":
+        steps.step1(request(name, data=[datum(2)]))()
+    with pytest.raises(BadRequestError, match="'a'"):
+        steps.step2(request("a", grad_logprobs=[[1.0, 2.0]]))()
+    for name in "bc":
+        steps.step2(request(name, grad_logprobs=[[1.0, 2.0]]))()
