@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mintjax.errors import DataError, NotFoundError
 from mintjax.local import checkpoints
@@ -143,3 +148,88 @@ def test_files_that_a_killed_process_left_are_swept(tmp_path):
     checkpoints.sweep(tmp_path)
     assert {file.name for file in folder.iterdir()} == {f"{PATH.name}.safetensors", mine.name}
     assert checkpoints.describe(tmp_path, PATH) == DESCRIPTION
+
+
+class Kept(RuleBasedStateMachine):
+    """Checkpoints as files against a table of what holds of them, on a clock of its own."""
+
+    names = st.sampled_from([PATH, PATH._replace(name="b"), PATH._replace(model_id="model:2")])
+    seconds = st.none() | st.sampled_from([10.0, 20.0])
+
+    def __init__(self):
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="mintjax-test-"))
+        self.now, self.number = 0.0, 0
+        self.patched = patch("mintjax.local.checkpoints.time.time", lambda: self.now)
+        self.patched.start()
+        self.table = {}
+
+    def teardown(self):
+        self.patched.stop()
+        shutil.rmtree(self.directory)
+
+    def expires(self, seconds):
+        return None if seconds is None else self.now + seconds
+
+    def alive(self, path):
+        expires = self.table[path][1] if path in self.table else -1
+        return expires is None or expires > self.now
+
+    @rule(path=names, seconds=seconds)
+    def save(self, path, seconds):
+        self.number += 1
+        made = Description(
+            "mintjax/nano",
+            LoraConfig(4),
+            created=self.number,
+            expires=self.expires(seconds),
+            key=str(self.number),
+        )
+        checkpoints.save(self.directory, path, made, {"a": jnp.zeros(1)})
+        self.table[path] = (False, self.expires(seconds), self.number)
+
+    @rule(path=names, public=st.booleans(), seconds=seconds)
+    def change(self, path, public, seconds):
+        tags = {"public": public, "expires": self.expires(seconds)}
+
+        def make(old):
+            return msgspec.structs.replace(old, **tags)
+
+        if self.alive(path):
+            checkpoints.change(self.directory, path, make)
+            self.table[path] = (public, self.expires(seconds), self.table[path][2])
+            return
+        with pytest.raises(NotFoundError):
+            checkpoints.change(self.directory, path, make)
+
+    @rule(path=names)
+    def remove(self, path):
+        if path in self.table:
+            checkpoints.remove(self.directory, path)
+            del self.table[path]
+            return
+        with pytest.raises(NotFoundError):
+            checkpoints.remove(self.directory, path)
+
+    @rule()
+    def purge(self):
+        checkpoints.purge(self.directory)
+        self.table = {path: kept for path, kept in self.table.items() if self.alive(path)}
+
+    @rule(seconds=st.sampled_from([1.0, 10.0]))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @invariant()
+    def what_is_listed_is_what_is_kept(self):
+        listed = {
+            one.path: (one.tags.public, one.tags.expires, one.description.created)
+            for one in checkpoints.find_all(self.directory)
+        }
+        assert listed == {path: self.table[path] for path in self.table if self.alive(path)}
+        files = {file.name.partition(".s")[0] for file in self.directory.glob("*/*/*.safetensors")}
+        assert files == {path.name for path in self.table}
+
+
+TestKept = Kept.TestCase
+TestKept.settings = settings(stateful_step_count=12)
