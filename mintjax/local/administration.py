@@ -155,7 +155,7 @@ class Administration:
         elif saved:
             newest = saved[0].description
             base_model, lora_config = newest.base_model, newest.lora_config
-            metadata, last = newest.run_metadata, newest.created
+            metadata, last = newest.run_metadata, saved[0].created
         else:
             return None
         kinds = ("weights", "sampler_weights")
@@ -188,11 +188,11 @@ def check_ttl(ttl_seconds: int | None) -> None:
 
 
 def _listed(found: Found) -> Checkpoint:
-    path, description, tags, size = found
+    path, description, tags, size, created = found
     return Checkpoint(
         checkpoint_id=f"{path.kind}/{path.name}",
         checkpoint_type="training" if path.kind == "weights" else "sampler",
-        time=_time(description.created),
+        time=_time(created),
         tinker_path=str(path),
         size_bytes=size,
         public=tags.public,

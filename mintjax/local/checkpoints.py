@@ -77,7 +77,7 @@ class Description(msgspec.Struct, frozen=True):
         lora_config: its adapters.
         user_metadata: what the client said of the checkpoint.
         run_metadata: what the client said of the model.
-        created: when, in seconds since 1970.
+        created: when, in seconds since 1970; 0 in files that older versions wrote.
         expires: when it may be removed; never if None.
         ephemeral: made for one sampling session, and not listed.
         key: of this very checkpoint; another of the same path has another.
@@ -115,12 +115,14 @@ class Found(NamedTuple):
         description: its origin.
         tags: what holds of it now.
         size: of the file, in bytes.
+        created: when it was written, in seconds since 1970.
     """
 
     path: CheckpointPath
     description: Description
     tags: Tags
     size: int
+    created: float
 
 
 class StorageError(MintjaxError):
@@ -190,13 +192,14 @@ def find(directory: Path, path: CheckpointPath) -> Found:
 def _find(directory: Path, path: CheckpointPath) -> Found:
     with _opened(directory, path) as file:
         header: dict[str, str] = file.metadata()
-        size = _file(directory, path).stat().st_size
+        status = _file(directory, path).stat()
     description = msgspec.json.decode(header["description"], type=Description)
     tags = Tags(description.key, expires=description.expires)
     with suppress(OSError, msgspec.MsgspecError):
         changed = msgspec.json.decode(_tags_file(directory, path).read_bytes(), type=Tags)
         tags = changed if changed.key == description.key else tags
-    return Found(path, description, tags, size)
+    created = description.created or status.st_mtime
+    return Found(path, description, tags, status.st_size, created)
 
 
 def _has_expired(found: Found) -> bool:
@@ -213,7 +216,7 @@ def find_all(directory: Path, model_id: str | None = None) -> list[Found]:
         with suppress(NotFoundError, StorageError):
             found.append(find(directory, path))
     listed = (one for one in found if not one.description.ephemeral)
-    return sorted(listed, key=lambda one: (-one.description.created, one.path))
+    return sorted(listed, key=lambda one: (-one.created, one.path))
 
 
 def _paths(directory: Path, model_id: str | None) -> Generator[CheckpointPath]:

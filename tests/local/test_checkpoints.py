@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -148,6 +149,15 @@ def test_files_that_a_killed_process_left_are_swept(tmp_path):
     checkpoints.sweep(tmp_path)
     assert {file.name for file in folder.iterdir()} == {f"{PATH.name}.safetensors", mine.name}
     assert checkpoints.describe(tmp_path, PATH) == DESCRIPTION
+
+
+def test_one_of_an_older_version_was_made_when_its_file_was(tmp_path):
+    checkpoints.save(tmp_path, PATH, DESCRIPTION, STATE)
+    [file] = tmp_path.glob("*/*/*.safetensors")
+    os.utime(file, (0, 1e9))
+    [found] = checkpoints.find_all(tmp_path)
+    assert found.created == 1e9
+    assert found.tags == checkpoints.Tags("")
 
 
 class Kept(RuleBasedStateMachine):
