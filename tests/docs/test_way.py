@@ -17,9 +17,9 @@ def test_the_functions_are_called_in_that_order():
 
     def watch(frame, event, _):
         call = frame.f_code.co_filename, frame.f_code.co_qualname
-        if event == "call" and call in wanted:
-            if threading.current_thread().name != "mintjax-trainer":  # it evaluates losses too
-                met.setdefault(call)
+        is_wanted = event == "call" and call in wanted
+        if is_wanted and threading.current_thread().name != "mintjax-trainer":  # it has losses too
+            met.setdefault(call)
 
     data = [mintjax.datum([1, 2], answer) for answer in ([3], [4, 5])]
     threading.setprofile(watch)  # of the client's threads, which start within
