@@ -98,14 +98,23 @@ class Endpoints:
     def _end_session(self, session_id: str) -> None:
         if self._losses is not None:
             self._losses.end(session_id)
-        for model_id in self._sessions.end(session_id):
+        left = self._sessions.end(session_id)
+        for model_id in left.model_ids:
             self._sequencer.submit(partial(self._let_go, model_id))
+        for source in left.sources:
+            self._sequencer.submit(partial(self._let_go_of_sampler, source))
 
     def _let_go(self, model_id: str) -> bytes:
         with suppress(NotFoundError):
             self.engine.unload_model(model_id)
         self._inflight.pop(model_id, None)
         self._sequencer.drop(model_id)
+        return b"{}"
+
+    def _let_go_of_sampler(self, source: str) -> bytes:
+        if source not in BASE_MODELS:
+            with suppress(NotFoundError):
+                self.engine.remove_unlisted(source)
         return b"{}"
 
     def client_config(self) -> Answer:

@@ -420,6 +420,20 @@ class Engine:
         moments = loaded["optimizer"] if with_optimizer else optimizer.init(loaded["lora"])
         self._models[model_id] = _fresh(state.config, state.lora_config, loaded["lora"], moments)
 
+    def remove_unlisted(self, path: str) -> None:
+        """Removes a checkpoint that serves a sampling session only; leaves any other alone.
+
+        Args:
+            path: of the checkpoint.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            StorageError: it cannot be removed.
+        """
+        parsed = CheckpointPath.parse(path, field="path")
+        if checkpoints.describe(self.directory, parsed).ephemeral:
+            checkpoints.remove(self.directory, parsed)
+
     def tokenizer_folder(self) -> Path:
         """Returns a folder from which transformers reads the tokenizer; it is written if need be.
 

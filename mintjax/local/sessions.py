@@ -8,6 +8,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mintjax.errors import APIStatusError, NotFoundError
 from mintjax.local.limits import Limits
@@ -64,6 +65,18 @@ class Sampler:
     session_id: str
     source: str
     copies: int = 0
+
+
+class Left(NamedTuple):
+    """The things that a session leaves behind.
+
+    Args:
+        model_ids: of the models that are still in training.
+        sources: what it sampled from.
+    """
+
+    model_ids: list[str]
+    sources: list[str]
 
 
 class Sessions:
@@ -211,8 +224,8 @@ class Sessions:
             sampler.copies += 1
             return sampler.copies
 
-    def end(self, session_id: str) -> Collection[str]:
-        """Ends a session, and returns the ids of its models that are still in training.
+    def end(self, session_id: str) -> Left:
+        """Ends a session, and returns what it leaves behind.
 
         One that has ended may be ended again, because the first answer may have been lost.
 
@@ -221,15 +234,17 @@ class Sessions:
         """
         with self._lock:
             if session_id in self._ended:
-                return []
+                return Left([], [])
             session = self._get(session_id)
             del self._sessions[session_id]
             self._ended[session_id] = None
             if len(self._ended) > self._limits.max_sessions:
                 self._ended.popitem(last=False)
-            for sampling_session_id in session.sampling_session_ids:
-                self._samplers.pop(sampling_session_id, None)
-            return [one for one in session.model_ids if self._runs.pop(one, None) is not None]
+            samplers = [self._samplers.pop(one, None) for one in session.sampling_session_ids]
+            return Left(
+                [one for one in session.model_ids if self._runs.pop(one, None) is not None],
+                list({one.source for one in samplers if one is not None}),
+            )
 
     def gone(self) -> Collection[str]:
         """Returns the ids of the sessions whose clients have sent nothing for too long."""

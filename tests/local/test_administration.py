@@ -10,7 +10,7 @@ import pytest
 from mintjax.local import Engine
 
 from .conftest import BASE_MODEL
-from .official import ADAM, LORA, clients, sample_request
+from .official import ADAM, LORA, Client, clients, sample_request
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,19 @@ class TestCheckpoints:
         answer = client.send(path, body)
         assert answer.status_code in (400, 422)
         assert named in answer.json()["detail"]
+
+    def test_of_samplers_alone_go_with_their_session(self, runs, tmp_path):
+        client, model_id = runs
+        save = "save_weights_for_sampler"
+        path = client.of_model(save, model_id, path="kept")["path"]
+        client.of_model(save, model_id, sampling_session_seq_id=0)
+        client.of_model(save, model_id, sampling_session_seq_id=1, kind="inflight")
+        opened = {"session_id": client.session_id, "sampling_session_seq_id": 2}
+        client.ask("create_sampling_session", opened | {"model_path": path})
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+        client.ask(f"sessions/{client.session_id}/finish", {"reason": {"type": "success"}})
+        Client(client.http).create_model()  # behind which all that is done
+        assert [file.name for file in tmp_path.rglob("*.safetensors")] == ["kept.safetensors"]
 
     def test_of_weights_that_change_are_sampled_as_they_are_now(self, runs):
         client, model_id = runs
