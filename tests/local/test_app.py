@@ -444,7 +444,7 @@ BAD_PASSES = {
     ),
     "an option that is no number": (
         lambda m: m.update(loss_fn="dro", loss_fn_config={"beta": "much"}),
-        422,
+        400,
         "loss_fn_config",
     ),
     "no advantages": (
