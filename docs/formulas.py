@@ -66,7 +66,7 @@ def in_markdown(paragraph: str) -> str:
 
 
 def _inline(found: re.Match[str]) -> str:
-    is_name = re.fullmatch(r"\w{3,}", found[1])
+    is_name = re.fullmatch(r"\w{2,}", found[1]) and len(_split(found[1])[0]) > 1
     return found[0] if is_name or not is_formula(found[1]) else f"${latex(found[1])}$"
 
 

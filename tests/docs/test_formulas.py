@@ -58,6 +58,12 @@ def test_every_formula_of_the_losses_is_written_whole(name):
     assert text.count(r"\left") == text.count(r"\right")
 
 
+def test_a_letter_with_a_subscript_is_mathematics_and_an_argument_is_code():
+    assert in_markdown("with ``H_K``, ``m`` and ``label_smoothing``") == (
+        "with $H_{K}$, $m$ and ``label_smoothing``"
+    )
+
+
 def test_a_paragraph_opens_with_its_formula():
     docstring = "A loss.\n\n``loss = -r * A`` with\n``r = exp(d)``, ``weights``.\n\nArgs:\n  x"
     assert formula_paragraph(docstring) == "``loss = -r * A`` with\n``r = exp(d)``, ``weights``."
