@@ -62,12 +62,14 @@ def serve(
     is set.
     """
     from mintjax import local
-    from mintjax.local.dialects import dialect_of
+    from mintjax.local.dialects import OWN, dialect_of
     from mintjax.protocol import messages
     from mintjax.step.reduction import SUM
 
     config = messages.ClientConfigResponse(
-        proto_write_fwdbwd=protobuf, proto_compress_fwdbwd=compress
+        proto_write_fwdbwd=protobuf,
+        proto_compress_fwdbwd=compress,
+        custom_loss_server_side=dialect_of(like) == OWN,
     )
 
     limits = local.Limits(

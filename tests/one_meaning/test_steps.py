@@ -42,7 +42,9 @@ def trainers() -> Iterator[dict[str, Trainer]]:
         for reduction, divisors in (("sums", SUM), ("averages", averages)):
             for encoding in ("JSON", "protobuf"):
                 engine = stack.enter_context(Engine(reduction=divisors))
-                config = ClientConfigResponse(proto_write_fwdbwd=encoding == "protobuf")
+                config = ClientConfigResponse(
+                    proto_write_fwdbwd=encoding == "protobuf", custom_loss_server_side=True
+                )
                 service = stack.enter_context(trainer(engine, config=config))
                 service.probe(NANO)
                 model = service.create_lora_training_client(NANO, 4, seed=1)

@@ -1,6 +1,7 @@
 """A loss that runs on the trainer has value and gradient of the objective it was made of."""
 
 import importlib
+import json
 import operator
 import warnings
 
@@ -277,3 +278,51 @@ def test_columns_travel_under_names_that_differ_and_are_allowed(names):
         assert name.isascii()
         assert name == name.lower()
         assert name.isidentifier()
+
+
+SDK = {
+    "ppo": objectives.ppo(clip_low_threshold=1.0, clip_high_threshold=1.0),
+    "gspo": objectives.gspo(),
+    "kl_k3": objectives.kl_k3(),
+    "sapo": objectives.sapo(aggregation="sum"),
+}
+
+
+@pytest.mark.parametrize("name", SDK)
+def test_the_official_sdk_takes_the_graph_and_runs_it_to_the_same_numbers(name):
+    """By its own types, checks, encoder and evaluation; only versions from 0.38 on have these."""
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        types = pytest.importorskip("tinker.types")
+        sdk = pytest.importorskip("tinker.lib.public_interfaces.custom_loss")
+    given = batch(advantages=lambda n: np.float32(1 - n % 3))
+    loss = server_loss(SDK[name], given)
+    body = json.loads(messages.encode(through_json(loss)))
+    request = types.CreateCustomLossRequest.model_validate(body)
+    module = fx_graph(torch, request.graph)
+    sdk._check_graph(SDK[name], module)
+    handle = sdk.LossHandle(loss.name, tuple(request.inputs), "s", module)
+    assert sdk.encode_graph(handle).model_dump() == request.graph.model_dump()
+    data = [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(datum.model_input.to_ints()),
+            loss_fn_inputs={
+                key: types.TensorData(
+                    data=np.array(column),
+                    dtype="int64" if column.dtype.kind == "i" else "float32",
+                    shape=list(column.shape),
+                )
+                for key, column in datum.loss_fn_inputs.items()
+            },
+        )
+        for datum in data_for(loss, given)
+    ]
+    sdk.check_loss_inputs(handle, data)
+    rows = [-np.arange(1, n + 1, dtype=np.float32) for n in given.lengths]  # all ratios are 1
+    leaves = [torch.tensor(row, requires_grad=True) for row in rows]
+    total, metrics = sdk.run_loss_handle(handle, data, leaves)
+    total.backward()
+    expected = value_and_logprob_grads(SDK[name], given, rows)
+    assert_same((total.item(), [leaf.grad.numpy() for leaf in leaves]), expected)
+    assert metrics[METRIC] == pytest.approx(total.item(), rel=1e-6, abs=1e-6)
