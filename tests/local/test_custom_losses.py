@@ -1,11 +1,13 @@
 """Uploaded losses over HTTP: who may use them, what they read, and what accumulates."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
 
 from mintjax import objectives, value_and_logprob_grads
-from mintjax.local import Engine, Limits
+from mintjax.local import Engine, Limits, running_server
 from mintjax.protocol import messages, protobuf
 from mintjax.ragged.batch import Batch
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
@@ -195,3 +197,64 @@ def test_a_trainer_that_averages_has_none():
 def test_a_trainer_that_sums_offers_them(http):
     assert http.post("client/config", {}).json()["custom_loss_server_side"]
     assert isinstance(DATA[0], Datum)
+
+
+def of_sdk(torch, logprobs, weights, scale, old):
+    """A loss as a user of the official SDK writes it."""
+    ratio = torch.exp(logprobs - old)
+    clipped = torch.clamp(ratio, 0.95, 1.05)
+    value = -(torch.minimum(ratio * scale, clipped * scale) * weights).sum()
+    return value, {"custom/ratio:mean": ratio.mean(), "custom/weight:sum": weights.sum()}
+
+
+def test_a_loss_of_the_official_sdk_accumulates_what_its_own_two_passes_do():
+    """Only versions from 0.38 on upload losses."""
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tinker = pytest.importorskip("tinker")
+        pytest.importorskip("tinker.lib.public_interfaces.custom_loss")
+        sdk = tinker.types
+
+        def loss(logprobs, weights, scale, old):
+            return of_sdk(torch, logprobs, weights, scale, old)
+
+        def here(data, rows):
+            columns = [
+                [datum.loss_fn_inputs[name].to_torch() for name in ("weights", "scale", "old")]
+                for datum in data
+            ]
+            values = [loss(row, *own)[0] for row, own in zip(rows, columns, strict=True)]
+            return sum(values), {}
+
+        def tensor(value, dtype="float32"):
+            return sdk.TensorData(data=np.array(value), dtype=dtype, shape=list(np.shape(value)))
+
+        data = [
+            sdk.Datum(
+                model_input=sdk.ModelInput.from_ints(one.model_input.to_ints()),
+                loss_fn_inputs={
+                    "target_tokens": tensor(one.loss_fn_inputs["target_tokens"], "int64"),
+                    "weights": tensor(one.loss_fn_inputs["weights"]),
+                    "scale": tensor(np.float32(i - 0.5)),
+                    "old": tensor(one.loss_fn_inputs["logprobs"].astype(np.float32)),
+                },
+            )
+            for i, one in enumerate(DATA)
+        ]
+        ranks = {"logprobs": 1, "weights": 1, "scale": 0, "old": 1}
+        with Engine() as engine, running_server(engine=engine) as url:
+            service = tinker.ServiceClient(base_url=url, api_key="tml-any")
+            handle = service.create_custom_loss(loss, ranks).result(timeout=60)
+            model = service.create_lora_training_client("mintjax/nano", rank=4, seed=1).result()
+            found: list = []
+            for each in (handle, here):
+                output = model.forward_backward_custom(data, each).result(timeout=60)
+                (model_id,) = engine.models
+                found.append((flat(engine.gradient(model_id)), output.metrics))
+                model.optim_step(sdk.AdamParams(learning_rate=0.0)).result(timeout=60)
+    (there, metrics), (own, expected) = found
+    assert handle.loss_id is not None
+    assert np.linalg.norm(there - own) <= 1e-5 * np.linalg.norm(own)
+    assert metrics["loss:sum"] == pytest.approx(expected["loss:sum"], rel=1e-5)
+    assert metrics["custom/weight:sum"] == sum(d.loss_fn_inputs["weights"].sum() for d in DATA)
