@@ -60,7 +60,9 @@ def assert_groups_are_rows_one_by_one(name: str, sizes: list[int], seed: int, pi
     expected = one_by_one(trace.flat, inputs, dict(zip(trace.symbols, sizes, strict=True)))
     for found, value in zip(results, expected[: -len(sizes)], strict=True):
         assert (found.dtype, found.shape) == (value.dtype, value.shape)
-        np.testing.assert_allclose(found, value, rtol=2e-5, atol=1e-5, err_msg=name)
+        # Sums of all tokens, of either sign, have been rounded in another order.
+        rounding = 1e-5 + 5e-7 * sum(sizes)
+        np.testing.assert_allclose(found, value, rtol=2e-5, atol=rounding, err_msg=name)
     wanted = np.concatenate(expected[-len(sizes) :])
     assert (grads.dtype, grads.shape) == (wanted.dtype, wanted.shape)
     scale = max(1, np.abs(wanted).max())
