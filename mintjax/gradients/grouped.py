@@ -57,7 +57,7 @@ class Grouped(NamedTuple):
     operations: int
 
 
-def prepare(flat: Flat, rows: int, parameters: int, *, piece: int = 16384) -> Grouped:
+def prepare(flat: Flat, rows: int, parameters: int, *, piece: int = 32768) -> Grouped:
     """Readies the program of a :class:`mintjax.gradients.lengths.Trace` to be run by groups.
 
     Args:
@@ -206,7 +206,7 @@ def _fused(
     reads = [value for value in reads if value not in set(writes)]
     gives = [value for value in writes if value in elsewhere]
     cut = [value for value in reads if kinds[value].rows is not None and not kinds[value].uniform]
-    whole = [value for value in reads if value not in cut]
+    frees = _frees(steps, {*reads, *gives})  # so that the next operation writes where it is warm
     along = cast("tuple[Rows, str]", steps[0].along)
     numbers = max(int(np.prod(kinds[value].trailing)) for value in writes)
     piece = max(1, piece // max(1, numbers))
@@ -214,13 +214,14 @@ def _fused(
     def compute(sizes: _Sizes, *arrays: Array) -> list[Array]:
         total = sizes.cuts(*along).at[-1]
         given = dict(zip(reads, arrays, strict=True))
-        values = {value: given[value] for value in whole}
-        out: dict[Value, Array] = {}
+        values, out = dict(given), dict[Value, Array]()
         for low in range(0, max(total, 1), piece):
             for value in cut:
                 values[value] = given[value][low : low + piece]
-            for step in steps:
+            for step, unused in zip(steps, frees, strict=True):
                 values[step.writes[0]] = step.compute(sizes, *[values[v] for v in step.reads])
+                for value in unused:
+                    del values[value]
             for value in gives:
                 found = values[value]
                 if total <= piece:

@@ -7,6 +7,7 @@ seconds, to run it once in NumPy milliseconds. What has no rule here is run by J
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -266,14 +267,23 @@ def _broadcast_in_dim(
     return np.broadcast_to(x.reshape(kept), shape)
 
 
+_WHOLE = (0.0, 1.0, 2.0)
 _MANY = 4096  # numbers, from which on a choice by bits is faster than np.where
 
 
 def _choose(which: Array, no: Array, yes: Array) -> Array:
-    """Chooses by bits, which is exact, and takes a fraction of the time of ``np.where``."""
+    """Chooses by bits or by arithmetic, exactly, in a fraction of the time of ``np.where``."""
     kind = {4: np.int32, 8: np.int64}.get(no.dtype.itemsize)
     if which.size < _MANY or kind is None or no.dtype != yes.dtype:
         return cast("Array", np.where(which, yes, no))
+    if no.size == yes.size == 1 and no.dtype.kind == "f":
+        low, high = no.item(), yes.item()
+        # JAX's derivatives choose between 0, 1 and 2, of which sums are exact.
+        if low in _WHOLE and high in _WHOLE and min(math.copysign(1, x) for x in (low, high)) > 0:
+            out = which.astype(no.dtype)
+            out *= high - low
+            out += low
+            return out
     bits, others = no.view(kind), yes.view(kind)
     mask = np.negative(which.view(np.int8)).astype(kind)
     return (bits ^ ((bits ^ others) & mask)).view(no.dtype)

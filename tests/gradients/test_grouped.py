@@ -74,7 +74,7 @@ def assert_groups_are_rows_one_by_one(name: str, sizes: list[int], seed: int, pi
 def test_groups_are_rows_one_by_one(data: st.DataObject, name: str, seed: int) -> None:
     rows = data.draw(st.sampled_from([1, 2, 3, 6]), label="blocks") * FORMS[name].block
     sizes = data.draw(st.lists(LENGTHS, min_size=rows, max_size=rows), label="lengths")
-    piece = data.draw(st.sampled_from([64, 16384]), label="piece")
+    piece = data.draw(st.sampled_from([64, 32768]), label="piece")
     assert_groups_are_rows_one_by_one(name, sizes, seed, piece)
 
 

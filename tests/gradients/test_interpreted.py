@@ -75,6 +75,8 @@ def test_a_choice_by_bits_is_the_choice_of_numpy(seed, dtype):
         for case in cases:
             case[::7] = rng.choice([np.nan, np.inf, -np.inf, -0.0], case[::7].shape)
     which = rng.random(5000) < 0.5
+    if rng.random() < 0.5:
+        cases = [np.asarray(rng.choice([0.0, -0.0, 1.0, 2.0, 0.1]), dtype) for _ in cases]
     got, want = interpreted._choose(which, *cases), np.where(which, cases[1], cases[0])
     assert got.dtype == want.dtype
     assert got.tobytes() == want.tobytes()
