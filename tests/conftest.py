@@ -32,14 +32,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_sessionstart():
-    """Lets XLA optimise little by default, because tests compile much and run it briefly.
+    """Lets XLA compile quickly by default, because tests compile much and run it briefly.
 
     The thorough profile has the programs that users have.
     """
-    fast = settings.default.derandomize
-    jax.config.update("jax_disable_most_optimizations", fast)
-    if fast:  # of tests that start other processes
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if settings.default.derandomize:
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of tests that start other processes
+        if jax.__version_info__ < (0, 11):  # later ones refuse the flag
+            flags = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
+            os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mintjax import Batch, Ragged, value_and_logprob_grads
 from mintjax.errors import MintjaxError
 
-from ..examples import examples
+from ..examples import THOROUGH, examples
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
 TOLERANCE = 2e-5
@@ -77,10 +77,10 @@ def of_rows(jit: bool) -> Callable[[Any, Situation], Any]:
 WAYS: dict[str, Callable[[Any, Situation], Any]] = {
     "lists": by_lists,
     "packed": by_packed,
-    "eager": eagerly,
-    "rows": of_rows(jit=False),
     "rows, jitted": of_rows(jit=True),
 }
+if THOROUGH:  # XLA compiles each operation of these
+    WAYS |= {"eager": eagerly, "rows": of_rows(jit=False)}
 
 
 def outcome(way: Callable[[Any, Situation], Any], objective: Any, situation: Situation) -> Any:

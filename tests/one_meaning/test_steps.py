@@ -129,7 +129,7 @@ def law(data: st.DataObject, case: Case, trainers: dict[str, Trainer]) -> None:
 
 
 # Each example compiles, so the default profile tries a few and the thorough one all.
-FEW = settings(max_examples=examples(3))
+FEW = settings(max_examples=examples(2))
 
 
 @FEW
