@@ -51,7 +51,7 @@ class Batch(Sequence[Datum]):
     give the datums, ``data[::2]`` a smaller batch, ``"weights" in data`` says whether it is there.
 
     An objective gets one. Where it reads columns only, its gradient is compiled once; where it
-    takes datums one by one, it is evaluated with exact lengths, which is slower.
+    takes datums one by one, it is traced once for all lengths and evaluated with NumPy.
 
     It is a pytree, so that a compiled function takes it as an argument: one program for batches of
     other data, and of other lengths as long as they take as many tiles of 128 tokens. Within, it
