@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mintjax.client.connection import Connection
 from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients, refuses_loss
-from mintjax.client.lane import Turn
+from mintjax.client.lane import PlaceInLine
 from mintjax.client.passes import Pass
 from mintjax.errors import (
     APIError,
@@ -44,7 +44,7 @@ _SUM = "loss:sum"
 
 async def custom_step(
     gradients: AccumulatedGradients,
-    turn: Turn,
+    place: PlaceInLine,
     data: Batch,
     objective: Objective,
     *,
@@ -64,7 +64,7 @@ async def custom_step(
 
     Args:
         gradients: of the model.
-        turn: the step's place in the line.
+        place: the step's place in the line.
         data: the datums, which nobody else changes.
         objective: the loss; what it raises is raised here, and then nothing is accumulated.
         single_pass: save the forward pass where it is not needed.
@@ -78,8 +78,8 @@ async def custom_step(
     facts, encoding = gradients.connection.facts, gradients.connection.encoding
     reduction = await gradients.reduction(data)
     if reduction is None:
-        return await _by_gradient(gradients, turn, data, objective)
-    total = await gradients.datums_in_step(turn, reduction, len(data), datums_in_step)
+        return await _by_gradient(gradients, place, data, objective)
+    total = await gradients.datums_in_step(place, reduction, len(data), datums_in_step)
     metrics: dict[str, Any] | None = None
     forward_seconds = 0.0
 
@@ -92,14 +92,14 @@ async def custom_step(
         found = shortcut(objective, data, reduction, facts.refused | avoid, total)
         return None if found is None else encoded(found)
 
-    found = await turn.compute(find) if single_pass else None
+    found = await place.compute(find) if single_pass else None
     if found is None and single_pass and encoding.limits.custom_loss_server_side and reduction.sums:
-        there = await _on_server(gradients.connection, turn, objective, data, avoid)
-        found = None if there is None else await turn.compute(partial(encoded, there))
+        there = await _on_server(gradients.connection, place, objective, data, avoid)
+        found = None if there is None else await place.compute(partial(encoded, there))
     if found is None:
         given = Pass(encoding, forward_data(data), FORWARD_LOSS_FN, backward=False)
         sent = time.perf_counter()
-        rows = logprobs(await gradients.send(turn, given, leave=False))
+        rows = logprobs(await gradients.send(place, given, leave=False))
         forward_seconds = time.perf_counter() - sent
 
         def compute() -> tuple[dict[str, Any], tuple[Backward, Pass]]:
@@ -107,9 +107,9 @@ async def custom_step(
             carried = carrier(reduction, data, rows, result.grads, total)
             return result.metrics, encoded(Backward("two_pass", reduction.loss_fn, None, carried))
 
-        metrics, found = await turn.compute(compute)
+        metrics, found = await place.compute(compute)
     backward, given = found
-    turn.begin()
+    place.begin()
     # A loss that this trainer has not served yet may still be refused when it runs. The step then
     # goes another way, so it keeps its place in the line until it knows.
     asked = backward.asks_for
@@ -117,7 +117,7 @@ async def custom_step(
     sent = time.perf_counter()
     try:
         scaled_for = None if reduction.per_step is None else total
-        output = await gradients.send(turn, given, leave=leave, scaled_for=scaled_for)
+        output = await gradients.send(place, given, leave=leave, scaled_for=scaled_for)
     except APIError as error:
         too_late = leave and isinstance(error, RequestFailedError)
         if asked is None or too_late or not refuses_loss(error):
@@ -125,7 +125,7 @@ async def custom_step(
         logger.info("the trainer refuses %s; its gradient is sent: %s", asked, error)
         again = await custom_step(
             gradients,
-            turn,
+            place,
             data,
             objective,
             single_pass=single_pass,
@@ -143,12 +143,12 @@ async def custom_step(
     reported = output.metrics
     if backward.route == "server":
         rows = logprobs(output)
-        result = await turn.compute(lambda: value_and_logprob_grads(objective, data, rows))
+        result = await place.compute(lambda: value_and_logprob_grads(objective, data, rows))
         metrics = result.metrics
         reported = _check_server_sum(output, result)
     if metrics is None:
         rows = logprobs(output)
-        _, metrics = await turn.compute(lambda: loss_and_metrics(objective, data, rows))
+        _, metrics = await place.compute(lambda: loss_and_metrics(objective, data, rows))
     _check_sum(facts, backward, output)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
@@ -156,48 +156,48 @@ async def custom_step(
         loss_fn_output_type=output.loss_fn_output_type,
         route=backward.route,
         forward_seconds=forward_seconds,
-        client_seconds=turn.computing_seconds,
+        client_seconds=place.computing_seconds,
         backward_seconds=backward_seconds,
     )
 
 
 async def _on_server(
     connection: Connection,
-    turn: Turn,
+    place: PlaceInLine,
     objective: Objective,
     data: Batch,
     avoid: frozenset[str],
 ) -> Backward | None:
     """Finds the pass in which the trainer runs the objective, and uploads that if need be."""
     losses = connection.losses
-    named = await turn.compute(lambda: losses.written(objective, data))
+    named = await place.compute(lambda: losses.written(objective, data))
     if named is None:
         return None
     loss_id = await losses.loss_id(named, await connection.session(), connection.run)
     if loss_id is None or loss_id in avoid:
         return None
-    return await turn.compute(lambda: on_server(named.loss, loss_id, data))
+    return await place.compute(lambda: on_server(named.loss, loss_id, data))
 
 
 async def _by_gradient(
-    gradients: AccumulatedGradients, turn: Turn, data: Batch, objective: Objective
+    gradients: AccumulatedGradients, place: PlaceInLine, data: Batch, objective: Objective
 ) -> CustomStepOutput:
     """Takes the step by the trainer's own requests: logprobs come, and their gradient goes."""
     step = GradientStep(gradients.connection.encoding.limits, data)
     sent = time.perf_counter()
-    rows = await gradients.ask_logprobs(turn, step)
+    rows = await gradients.ask_logprobs(place, step)
     forward_seconds = time.perf_counter() - sent
-    result = await turn.compute(lambda: value_and_logprob_grads(objective, data, rows))
-    turn.begin()
+    result = await place.compute(lambda: value_and_logprob_grads(objective, data, rows))
+    place.begin()
     sent = time.perf_counter()
-    output = await gradients.send_gradient(turn, step, result.grads)
+    output = await gradients.send_gradient(place, step, result.grads)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
         metrics=_named(output.metrics, result.metrics),
         loss_fn_output_type=output.loss_fn_output_type,
         route="by_gradient",
         forward_seconds=forward_seconds,
-        client_seconds=turn.computing_seconds,
+        client_seconds=place.computing_seconds,
         backward_seconds=time.perf_counter() - sent,
     )
 

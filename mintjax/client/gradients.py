@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mintjax.client.connection import Connection
 from mintjax.client.gradient_steps import GRADIENT_PATH, LOGPROBS_PATH, GradientStep
-from mintjax.client.lane import Turn
+from mintjax.client.lane import PlaceInLine
 from mintjax.client.passes import Pass
 from mintjax.client.reductions import Measure, reduction_of
 from mintjax.errors import APIError, RequestFailedError
@@ -53,7 +53,7 @@ class AccumulatedGradients:
         return await reduction_of(self.connection, self._measure, one_target)
 
     async def datums_in_step(
-        self, turn: Turn, reduction: Reduction, datums: int, announced: int | None
+        self, place: PlaceInLine, reduction: Reduction, datums: int, announced: int | None
     ) -> int:
         """Says how many datums a custom step's gradient must be scaled for.
 
@@ -65,16 +65,16 @@ class AccumulatedGradients:
         """
         if reduction.per_step is None:
             return datums
-        await turn.alone()
+        await place.alone()
         return self._accumulated.datums_in_step(datums, announced)
 
     async def send(
-        self, turn: Turn, given: Pass, *, leave: bool = True, scaled_for: int | None = None
+        self, place: PlaceInLine, given: Pass, *, leave: bool = True, scaled_for: int | None = None
     ) -> ForwardBackwardOutput:
         """Sends a pass, and waits for its result.
 
         Args:
-            turn: the pass's place in the line.
+            place: the pass's place in the line.
             given: the pass.
             leave: leave the line once the trainer has accepted it.
             scaled_for: how many datums its gradient was scaled for, if it depends on their number.
@@ -84,10 +84,12 @@ class AccumulatedGradients:
         """
         sent = Sent(given.datums, scaled_for) if given.backward else None
         requests, output = given.messages(self.model_id), ForwardBackwardOutput
-        parts = await self._send(turn, sent, given.path, requests, output, leave, given.check)
+        parts = await self._send(place, sent, given.path, requests, output, leave, given.check)
         return given.output(parts)
 
-    async def ask_logprobs(self, turn: Turn, step: GradientStep) -> list[npt.NDArray[np.float32]]:
+    async def ask_logprobs(
+        self, place: PlaceInLine, step: GradientStep
+    ) -> list[npt.NDArray[np.float32]]:
         """Asks for the logprobs of a custom step that the trainer takes by its gradient.
 
         Raises:
@@ -96,11 +98,11 @@ class AccumulatedGradients:
         questions = step.questions(self.model_id)
         answer = messages.CustomStepLogprobs
         return step.read(
-            await self._send(turn, None, LOGPROBS_PATH, questions, answer, False, step.check)
+            await self._send(place, None, LOGPROBS_PATH, questions, answer, False, step.check)
         )
 
     async def send_gradient(
-        self, turn: Turn, step: GradientStep, grads: Sequence[npt.NDArray[Any]]
+        self, place: PlaceInLine, step: GradientStep, grads: Sequence[npt.NDArray[Any]]
     ) -> ForwardBackwardOutput:
         """Sends the gradient by the logprobs that :meth:`ask_logprobs` gave.
 
@@ -110,10 +112,10 @@ class AccumulatedGradients:
             UnknownReductionError: it says that it has added something else.
         """
         requests, answer = step.gradients(self.model_id, grads), messages.CustomStepGradient
-        parts = await self._send(turn, Sent(step.datums), GRADIENT_PATH, requests, answer)
+        parts = await self._send(place, Sent(step.datums), GRADIENT_PATH, requests, answer)
         return step.output(grads, parts)
 
-    async def optim_step(self, turn: Turn, message: Any) -> OptimStepResponse:
+    async def optim_step(self, place: PlaceInLine, message: Any) -> OptimStepResponse:
         """Takes the optimizer step, after which nothing is accumulated.
 
         Raises:
@@ -122,18 +124,18 @@ class AccumulatedGradients:
         """
         reduction = self.connection.facts.reduction
         if reduction is not None and reduction.per_step is not None:
-            await turn.alone()
+            await place.alone()
             self._accumulated.check_step()
-        turn.begin()
-        return await self.clear(turn, "optim_step", message, OptimStepResponse)
+        place.begin()
+        return await self.clear(place, "optim_step", message, OptimStepResponse)
 
-    async def clear(self, turn: Turn, path: str, message: Any, as_type: type[T]) -> T:
+    async def clear(self, place: PlaceInLine, path: str, message: Any, as_type: type[T]) -> T:
         """Sends a request that leaves nothing accumulated when it succeeds."""
-        return (await self._send(turn, Sent(clears=True), path, [message], as_type))[0]
+        return (await self._send(place, Sent(clears=True), path, [message], as_type))[0]
 
     async def _send(
         self,
-        turn: Turn,
+        place: PlaceInLine,
         sent: Sent | None,
         path: str,
         requests: Sequence[Any],
@@ -142,11 +144,11 @@ class AccumulatedGradients:
         check: Callable[[int, T], None] = lambda part, result: None,
     ) -> list[T]:
         if sent is None:
-            return await turn.request(
+            return await place.request(
                 path, requests, as_type, mutates=False, leave=leave, check=check
             )
         try:
-            parts = await turn.request(
+            parts = await place.request(
                 path,
                 requests,
                 as_type,

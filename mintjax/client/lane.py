@@ -51,7 +51,7 @@ class Lane:
         self._closed = False
 
     def submit(
-        self, run: Callable[[Turn], Coroutine[Any, Any, T]], *, mutates: bool = False
+        self, run: Callable[[PlaceInLine], Coroutine[Any, Any, T]], *, mutates: bool = False
     ) -> APIFuture[T]:
         """Takes the next place in the line.
 
@@ -79,7 +79,7 @@ class Lane:
 
         async def in_line(future: APIFuture[T]) -> T:
             await self.line.acquire()
-            turn = Turn(self, future)
+            place = PlaceInLine(self, future)
             try:
                 if future.cancelled():
                     raise CancelledError
@@ -87,13 +87,13 @@ class Lane:
                     raise NotSentError(f"not sent, because {self._doubt}. Then {RECOVERY}")
                 if seen < len(self._failures):
                     raise NotSentError(f"not sent, because {self._failures[-1]}; submit it again?")
-                return await run(turn)
+                return await run(place)
             except APIError as error:
                 if mutates and not isinstance(error, NotSentError):
                     self._failures.append(f"a request before it failed ({error})")
                 raise
             finally:
-                turn.leave()
+                place.leave()
 
         return self.connection.submit(in_line, self._user_saw)
 
@@ -197,7 +197,7 @@ class Lane:
             raise error
 
 
-class Turn:
+class PlaceInLine:
     """A place in the line, from the moment its turn has come.
 
     Args:

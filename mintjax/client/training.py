@@ -20,7 +20,7 @@ from mintjax.client.custom_step import logprobs as logprobs_of
 from mintjax.client.futures import APIFuture, Limited, MadeClient, both, submitted, wait
 from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients
-from mintjax.client.lane import Lane, Turn
+from mintjax.client.lane import Lane, PlaceInLine
 from mintjax.client.passes import Pass
 from mintjax.client.reductions import Measure, measured
 from mintjax.client.sampling import SamplingClient
@@ -166,10 +166,10 @@ class TrainingClient(MadeClient):
         if step is not None:
             objective = _at_step(objective, step)
 
-        async def run(turn: Turn) -> CustomStepOutput:
+        async def run(place: PlaceInLine) -> CustomStepOutput:
             return await custom_step(
                 self._gradients,
-                turn,
+                place,
                 batch,
                 objective,
                 single_pass=single_pass,
@@ -217,21 +217,21 @@ class TrainingClient(MadeClient):
         """
         batch = check_data(list(data), ["target_tokens"])
 
-        async def run(turn: Turn) -> ForwardBackwardOutput:
+        async def run(place: PlaceInLine) -> ForwardBackwardOutput:
             encoding = self._connection.encoding
             reduction = await self._gradients.reduction(batch)
             if reduction is None:
                 step = GradientStep(encoding.limits, batch)
-                turn.begin()
-                await self._gradients.ask_logprobs(turn, step)
-                return await self._gradients.send_gradient(turn, step, grads)
-            total = await self._gradients.datums_in_step(turn, reduction, len(batch), None)
+                place.begin()
+                await self._gradients.ask_logprobs(place, step)
+                return await self._gradients.send_gradient(place, step, grads)
+            total = await self._gradients.datums_in_step(place, reduction, len(batch), None)
             carried = carrier(reduction, batch, logprobs, grads, total)
-            turn.begin()
+            place.begin()
             given = Pass(encoding, carried, reduction.loss_fn, backward=True)
             given.check_scaled_for(reduction)
             scaled_for = None if reduction.per_step is None else total
-            return await self._gradients.send(turn, given, scaled_for=scaled_for)
+            return await self._gradients.send(place, given, scaled_for=scaled_for)
 
         return wait(self._connection.limit(self._lane.submit(run, mutates=True), timeout))
 
@@ -254,8 +254,8 @@ class TrainingClient(MadeClient):
         params = _finite_floats(msgspec.structs.asdict(given))
         request = messages.OptimStepRequest(self.model_id, AdamParams(**params))
 
-        async def run(turn: Turn) -> OptimStepResponse:
-            return await self._gradients.optim_step(turn, request)
+        async def run(place: PlaceInLine) -> OptimStepResponse:
+            return await self._gradients.optim_step(place, request)
 
         return self._lane.submit(run, mutates=True)
 
@@ -359,12 +359,12 @@ class TrainingClient(MadeClient):
             kind=None if kind == "snapshot" else kind,
         )
 
-        async def run(turn: Turn) -> SamplingClient:
-            turn.begin()
+        async def run(place: PlaceInLine) -> SamplingClient:
+            place.begin()
             path, connection = "save_weights_for_sampler", self._connection
             number = None if name is not None else next(connection.sampling_numbers)
             request = messages.SaveWeightsForSamplerRequest(self.model_id, name, number, type=path)
-            (saved,) = await turn.request(
+            (saved,) = await place.request(
                 path, [request], messages.SaveWeightsForSamplerResponse, mutates=False
             )
             if saved.sampling_session_id is not None:
@@ -420,9 +420,9 @@ class TrainingClient(MadeClient):
     def unload(self) -> APIFuture[None]:
         """Free the model once all submitted before is done; what was not saved is gone."""
 
-        async def run(turn: Turn) -> None:
-            turn.begin()
-            await turn.alone()
+        async def run(place: PlaceInLine) -> None:
+            place.begin()
+            await place.alone()
             await self._connection.unload(self.model_id)
 
         future = self._lane.submit(run)
@@ -446,9 +446,9 @@ class TrainingClient(MadeClient):
             mutates: whether it changes the model.
         """
 
-        async def run(turn: Turn) -> T:
-            turn.begin()
-            return (await turn.request(path, [message], as_type, mutates=mutates))[0]
+        async def run(place: PlaceInLine) -> T:
+            place.begin()
+            return (await place.request(path, [message], as_type, mutates=mutates))[0]
 
         return self._lane.submit(run, mutates=mutates)
 
@@ -491,9 +491,9 @@ class TrainingClient(MadeClient):
         batch, encoding = check_data(list(data)), self._connection.encoding
         given = Pass(encoding, batch, loss_fn, config, backward=backward)
 
-        async def run(turn: Turn) -> ForwardBackwardOutput:
-            turn.begin()
-            return await self._gradients.send(turn, given)
+        async def run(place: PlaceInLine) -> ForwardBackwardOutput:
+            place.begin()
+            return await self._gradients.send(place, given)
 
         return self._lane.submit(run, mutates=backward)
 
@@ -509,9 +509,9 @@ class TrainingClient(MadeClient):
             weights_access_token=token or msgspec.UNSET,
         )
 
-        async def run(turn: Turn) -> LoadWeightsResponse:
-            turn.begin()
-            return await self._gradients.clear(turn, path_of_load, request, LoadWeightsResponse)
+        async def run(place: PlaceInLine) -> LoadWeightsResponse:
+            place.begin()
+            return await self._gradients.clear(place, path_of_load, request, LoadWeightsResponse)
 
         return self._lane.submit(run, mutates=True)
 
