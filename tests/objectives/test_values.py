@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -97,16 +98,21 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize(("name", "column"), [(n, c) for n, cs in NEEDS.items() for c in cs])
-def test_a_missing_column_is_named_with_who_wants_it(name, column):
+@functools.cache
+def pair_without(column: str) -> testing.Example:
+    """Two datums with all columns but one."""
     made = {"weights", "advantages", "logprobs", "ref_logprobs", "desirable"} - {column}
-    example = find(
+    return find(
         testing.batches(block=2, max_blocks=1, columns=sorted(made)),
         lambda e: True,
         settings=settings(database=None),
     )
+
+
+@pytest.mark.parametrize(("name", "column"), [(n, c) for n, cs in NEEDS.items() for c in cs])
+def test_a_missing_column_is_named_with_who_wants_it(name, column):
     with pytest.raises(DataError, match=rf"'{column}'.*objective {name} reads it"):
-        mintjax.value_and_logprob_grads(OBJECTIVES[name](), *example)
+        mintjax.value_and_logprob_grads(OBJECTIVES[name](), *pair_without(column))
 
 
 @pytest.mark.parametrize("name", ["bradley_terry", "dpo", "ipo", "simpo", "orpo"])
