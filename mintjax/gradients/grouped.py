@@ -97,6 +97,7 @@ def prepare(flat: Flat, rows: int, parameters: int, *, piece: int = 32768) -> Gr
                 found = step.compute(sizes, *[values[value] for value in step.reads])
                 arrays = found if step.several else (found,)
                 for value, array in zip(step.writes, arrays, strict=True):
+                    planner.kinds[value].check(sizes, array)
                     values[value] = array
                 for value in unused:
                     values[value] = None
@@ -365,6 +366,17 @@ class _Kind(NamedTuple):
     trailing: tuple[int, ...] = ()
     members: int = 0
     uniform: bool = False
+
+    def check(self, sizes: _Sizes, array: Array) -> None:
+        """Checks that an array has this form, because NumPy would repeat a wrong one in silence."""
+        if self.uniform or not self.members:
+            return
+        first = self.members if self.rows is None else sizes.cuts(self.rows, self.size).at[-1]
+        if array.shape != (first, *self.trailing):
+            raise RuntimeError(
+                f"a loop over rows was put together wrongly: {array.shape} in the place of "
+                f"{(first, *self.trailing)}. This is a fault of mintjax's; please report it"
+            )
 
 
 class _Known(NamedTuple):
@@ -759,7 +771,7 @@ class _Planner:
             return False
         value = self.stack([slot for found in group for slot in found.inputs])
         shape = whole if count == 1 else (count, *whole)
-        kind = _Kind(None, "", whole, count)
+        kind = _Kind() if count == 1 else _Kind(None, "", whole, count)
         value = self._step(_shaped(shape), [value], kind)
         for i, found in enumerate(group):
             self._places[found.equation.outputs[0]] = _Place(value, None if count == 1 else i)
@@ -983,23 +995,34 @@ class _Planner:
 
     def _elements(self, job: _Job, kind: _Kind) -> Value:
         reads: list[Value] = []
-        uniform = True
         rank = len(job.shape)
+        # The shapes of operands behind the axis of tokens, but for those that are one number.
+        behind: list[tuple[int, ...]] = []
+        has_tokens = False
         for operand in job.operands:
-            value = operand.value
-            if operand.form == "rows":
-                uniform = uniform and self.kinds[value].uniform
-            elif operand.form == "stack":
-                uniform = False
-                trailing = operand.shape[1:] if operand.shape else (1,) * (rank - 1)
+            value, trailing = operand.value, tuple(operand.shape[1:])
+            if operand.form == "stack":
+                trailing = trailing if operand.shape else (1,) * (rank - 1)
                 value = self._spread(value, trailing, job.rows, kind.size)
-            else:
-                uniform = uniform and not operand.shape
+            is_number = self.kinds[value].uniform or not operand.shape
+            if operand.form == "stack" or not is_number:
+                behind.append(trailing)
+                has_tokens = has_tokens or operand.form != "shared"
             reads.append(value)
         if job.name == "dot_general":
             job = job._replace(rule=np.multiply, params=())
         compute = _elementwise(job, [None] * len(reads))
-        return self._step(compute, reads, kind._replace(uniform=uniform), by_tokens=True)
+        if not behind:
+            return self._step(compute, reads, kind._replace(uniform=True), by_tokens=True)
+        if has_tokens and np.broadcast_shapes(*behind) == kind.trailing:
+            return self._step(compute, reads, kind, by_tokens=True)
+
+        # An axis of one number is repeated for an operand of which one number stands for all.
+        def repeated(sizes: _Sizes, *values: Array) -> Array:
+            total = sizes.cuts(job.rows, kind.size).at[-1]
+            return np.broadcast_to(compute(sizes, *values), (total, *kind.trailing))
+
+        return self._step(repeated, reads, kind)
 
     def _broadcast(self, job: _Job, kind: _Kind) -> Value:
         operand, dims = job.operands[0], job.params[1]

@@ -218,6 +218,20 @@ def candidates_too(data: Any, logprobs: Any) -> Any:
     return total, {}
 
 
+def spread_over_candidates(data: Any, logprobs: Any) -> Any:
+    """Gives a gradient that is one number per token and nothing else."""
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        total = total - (lp * weights(datum)[:, None]).sum()
+    return total, {}
+
+
+def spread_over_tokens(data: Any, logprobs: Any) -> Any:
+    """Gives a gradient that is one number per candidate and nothing else."""
+    shares = jnp.asarray([[0.5, 2.0, 1.0]])
+    return sum((lp * shares).sum() for lp in logprobs), {}
+
+
 def left_out(data: Any, logprobs: Any) -> Any:
     total, worst = 0.0, []
     for datum, lp in zip(data, logprobs, strict=True):
@@ -322,6 +336,8 @@ FORMS = {
     "metrics": Form(metrics),
     "candidates": Form(candidates, candidates=True),
     "candidates, too": Form(candidates_too, candidates=True),
+    "spread over candidates": Form(spread_over_candidates, candidates=True),
+    "spread over tokens": Form(spread_over_tokens, candidates=True),
     "left out": Form(left_out),
     "outer": Form(outer),
     "concatenated": Form(concatenated, concatenated_columns),

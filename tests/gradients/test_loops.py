@@ -209,3 +209,11 @@ def test_datums_that_differ_in_their_columns_are_each_looked_at() -> None:
             data[i].loss_fn_inputs["extra"] = mintjax.TensorData(np.ones(len(logprobs[i])))
         result = value_and_logprob_grads(loss, data, logprobs)
         assert [grad[0] for grad in result.grads] == [1.0 + (i in extras) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["spread over candidates", "spread over tokens"])
+def test_a_gradient_with_an_axis_of_one_number_has_the_shape_of_its_row(name):
+    data, logprobs = batch_of([1, 3, 2], 0, candidates=True)
+    found = value_and_logprob_grads(FORMS[name].loop, data, logprobs).grads
+    for grad, row in zip(found, logprobs, strict=True):
+        assert grad.shape == row.shape
