@@ -275,7 +275,9 @@ def left_by_kl(
     target, sampling = jax.lax.stop_gradient(target), jax.lax.stop_gradient(sampling)
     p, q = jnp.exp(target), jnp.exp(sampling)
     shift = jnp.where(q == 0, 0, sampling) - jnp.where(q == 0, 0, target)
-    rest = jnp.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    # XLA would compute 1 - q + 1e-8 as (1 + 1e-8) - q, which is 0 in float32 where q is 1.
+    others, before = (jnp.maximum(1 - x, 0) + 1e-8 for x in (p, q))
+    rest = jnp.log(before / others)
     divergence = q * shift + (1 - q) * rest
     moved = jnp.where(advantages > 0, p > q, (p < q) & (advantages < 0))
     return moved & (divergence > threshold)

@@ -188,3 +188,15 @@ def test_nothing_at_all_is_no_error(name):
     case = cases.ALL[name]
     inputs = cases.arrays(case, (2, 0))
     assert np.asarray(case.loss(*inputs)).sum() == 0
+
+
+def test_a_token_that_the_sampler_was_certain_of_can_leave_the_region_of_dppo_kl():
+    sampling = jnp.array([0.0, 0.0, -0.1], jnp.float32)
+    target = jnp.array([-0.5, 0.0, -0.1], jnp.float32)
+    marks = [
+        run(losses.dppo_kl)(target, sampling, -jnp.ones(3, jnp.float32))
+        for run in (lambda f: f, jax.jit)
+    ]
+    np.testing.assert_allclose(marks[0], marks[1], rtol=1e-6)
+    # q log(q / p) = 0.5 is above the threshold, so the first has lost its loss.
+    np.testing.assert_allclose(marks[0], [0, 1, 1], rtol=1e-6)
