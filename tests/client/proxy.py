@@ -88,13 +88,13 @@ class BadProxy:
         self._run(self._deliver_late())
 
     def close(self) -> None:
-        self._server.close()
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _stop(self) -> None:
+        self._server.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
