@@ -255,7 +255,7 @@ def resident() -> int:
 
 def stress(seconds: float, *, threads: int = 64, tasks: int = 64, models: int = 8) -> Report:
     """Let a crowd live for so long; the first third of it is the warm-up."""
-    trainer, report = Forgetful(), Report()
+    trainer, report, before = Forgetful(), Report(), _futures()
     with serving(trainer) as address, ServiceClient(address, "tml-stress") as service:
         crowd = Crowd(service, threads, tasks, models)
         crowd.compile()
@@ -272,6 +272,12 @@ def stress(seconds: float, *, threads: int = 64, tasks: int = 64, models: int = 
         report.requests = next(trainer.numbers)
         report.steps = sum(trainer.steps.values())
         del crowd
-        gc.collect()
-        report.futures_left = sum(issubclass(type(item), APIFuture) for item in gc.get_objects())
+        others = set(map(id, before))
+        report.futures_left = sum(id(future) not in others for future in _futures())
     return report
+
+
+def _futures() -> list[Any]:
+    """All futures of this process, those of earlier tests among them."""
+    gc.collect()
+    return [item for item in gc.get_objects() if issubclass(type(item), APIFuture)]
