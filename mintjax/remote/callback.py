@@ -60,7 +60,8 @@ def remote_jit(function: Callable[P, T], **options: Any) -> Callable[P, T]:
         except _FAILED as error:
             text = str(error)
             for own in reversed(heard):
-                if type(own).__name__ in text and str(own) in text:  # it may be another program's
+                words = str(own).partition("\0")[0]  # JAX's text ends there
+                if type(own).__name__ in text and words in text:  # it may be another program's
                     raise own from None
             raise
         finally:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import mintjax
@@ -245,6 +245,7 @@ KINDS = [ZeroDivisionError, mintjax.APIError, KeyboardInterrupt, StaleError]
 
 @settings(max_examples=examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(ONE_STEP), st.sampled_from(KINDS), st.text(max_size=50))
+@example("logprobs", ZeroDivisionError, "before\0after")
 def test_a_remote_jit_raises_what_the_trainer_raised(compiled_gradient, double, where, kind, words):
     double.failure[where] = failure = kind(words)
     with pytest.raises(kind) as raised:
