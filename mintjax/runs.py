@@ -188,7 +188,7 @@ class GetSamplerResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True):
-    """The family of an optimizer; what else one has is passed over.
+    """The family of an optimizer; its other fields are ignored.
 
     Args:
         type: its name.
