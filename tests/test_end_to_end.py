@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import mintjax
-from mintjax import AdamParams, Datum, ModelInput, Ragged, objectives
+from mintjax import AdamParams, Datum, Ragged, objectives
 from mintjax.local import BASE_MODELS, trainer
 from mintjax.local import model as transformer
 
+from .data import make_datums
 from .examples import some
 
 CONFIG = BASE_MODELS["mintjax/nano"]
@@ -40,25 +41,9 @@ def service(engine):
 def model(service):
     """A model that one step has taken away from its initial point, where half the gradient is 0."""
     with service.create_lora_training_client(CONFIG.name, 4, seed=1) as model:
-        model.forward_backward(columns(make(0), "target_tokens", "weights"), "cross_entropy")
+        model.forward_backward(columns(make_datums(0), "target_tokens", "weights"), "cross_entropy")
         model.optim_step(AdamParams(learning_rate=1e-2)).result()
         yield model
-
-
-def make(seed, sizes=(5, 17, 9, 12)):
-    rng = np.random.default_rng(seed)
-    return [
-        Datum(
-            ModelInput.from_ints(rng.integers(0, 256, n)),
-            {
-                "target_tokens": rng.integers(0, 256, n),
-                "weights": (np.arange(n) > 1).astype(np.float32),
-                "advantages": rng.standard_normal(n),
-                "logprobs": -5.5 + 0.3 * rng.standard_normal(n),
-            },
-        )
-        for n in sizes
-    ]
 
 
 def columns(data, *names):
@@ -96,7 +81,7 @@ TRUE = {}
 @pytest.mark.parametrize("single_pass", [True, False])
 @pytest.mark.parametrize("name", some(OBJECTIVES, 2))
 def test_what_accumulates_is_the_gradient_of_the_whole(name, single_pass, engine, model):
-    data = make(3)
+    data = make_datums(3)
     step = model.forward_backward_custom(data, OBJECTIVES[name], single_pass=single_pass)
     output = step.result()
     if name not in TRUE:  # both ways start from the same model
@@ -115,7 +100,7 @@ def test_a_built_in_loss_as_objective_does_what_it_does_by_name(name, engine, se
     for custom in (True, False):
         with service.create_lora_training_client(CONFIG.name, 4, seed=1) as model:
             for seed in (1, 2):
-                data = columns(make(seed), *inputs)
+                data = columns(make_datums(seed), *inputs)
                 if custom:
                     step = model.forward_backward_custom(data, OBJECTIVES[name], single_pass=False)
                 else:
@@ -134,7 +119,7 @@ def test_a_built_in_loss_as_objective_does_what_it_does_by_name(name, engine, se
 def test_two_batches_accumulate_to_what_one_of_both_gives(name, engine, model):
     # A mean over pairs is halved when there are twice as many.
     scale = 0.5 if name == "bradley_terry" else 1.0
-    first, second = make(4), make(5)
+    first, second = make_datums(4), make_datums(5)
     for part in (first, second):
         model.forward_backward_custom(part, OBJECTIVES[name]).result()
     halves = jax.tree.map(lambda g: scale * g, engine.gradient(model.model_id))
@@ -154,7 +139,7 @@ def test_only_targets_and_weights_travel(model, monkeypatch):
         return original(self, model_id, data, *args, **kwargs)
 
     monkeypatch.setattr(engine_module.Engine, "forward_backward", spy)
-    model.forward_backward_custom(make(6), OBJECTIVES["ppo"], single_pass=False).result()
+    model.forward_backward_custom(make_datums(6), OBJECTIVES["ppo"], single_pass=False).result()
     assert seen
     assert all(names == {"target_tokens", "weights"} for names in seen)
 
@@ -168,14 +153,14 @@ def test_an_objective_that_raises_leaves_the_client_and_the_model_as_they_were(e
 
     before = engine.model(model.model_id)
     with pytest.raises(Mine, match="here"):
-        model.forward_backward_custom(make(7), failing).result()
+        model.forward_backward_custom(make_datums(7), failing).result()
     assert engine.model(model.model_id) is before
-    model.forward_backward_custom(make(7), OBJECTIVES["dro"]).result()
+    model.forward_backward_custom(make_datums(7), OBJECTIVES["dro"]).result()
     model.optim_step(AdamParams()).result()
 
 
 def test_training_lowers_the_loss_and_ranks_the_pairs(service):
-    data = columns(make(8, sizes=(20, 20, 30, 30)), "target_tokens", "weights")
+    data = columns(make_datums(8, sizes=(20, 20, 30, 30)), "target_tokens", "weights")
     with service.create_lora_training_client(CONFIG.name, 8, seed=0) as model:
         history = []
         for _ in range(12):

@@ -4,7 +4,6 @@ import json
 import logging
 
 import httpx
-import jax
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from mintjax.local.engine import Engine as EngineType
 from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.step.reduction import SUM, Reduction
 
+from ..data import flat
 from .double import ADDRESS, KEY, QUICK, Trainer
 
 NANO = "mintjax/nano"
@@ -34,10 +34,6 @@ def make(sizes=(4, 9, 6, 12)):
         )
         for n in sizes
     ]
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def accumulated(service, engine, data):

@@ -1,33 +1,17 @@
 """A step whose objective the trainer runs itself: one request, and what two passes accumulate."""
 
-import jax
 import numpy as np
 import pytest
 
-from mintjax import AdamParams, Datum, ModelInput, objectives
+from mintjax import AdamParams, Datum, objectives
 from mintjax.errors import UnknownReductionError
 from mintjax.local import Engine, Limits, trainer
 from mintjax.protocol.messages import ClientConfigResponse
 
+from ..data import flat, make_datums
+
 NANO = "mintjax/nano"
 OFFERS = ClientConfigResponse(custom_loss_server_side=True)
-
-
-def make(seed=0, sizes=(5, 17, 9)):
-    rng = np.random.default_rng(seed)
-    return [
-        Datum(
-            ModelInput.from_ints(rng.integers(0, 256, n)),
-            {
-                "target_tokens": rng.integers(0, 256, n),
-                "weights": (np.arange(n) > 1).astype(np.float32),
-                "advantages": rng.standard_normal(n),
-                "logprobs": -5.5 + 0.3 * rng.standard_normal(n),
-                "ref_logprobs": -5.5 + 0.3 * rng.standard_normal(n),
-            },
-        )
-        for n in sizes
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +33,6 @@ def service(request, engine):
 def model(service):
     with service.create_lora_training_client(NANO, 4, seed=1) as model:
         yield model
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def gradient(engine, model, data, objective, **options):
@@ -88,7 +68,7 @@ CASES = {
     "gspo": objectives.gspo(),
     "kl_k3": objectives.kl_k3(),
     "dual_clip_ppo": objectives.dual_clip_ppo(clip_high_threshold=1.02),
-    "a mean of the step": objectives.ppo(aggregation="token_mean").over_step(make()),
+    "a mean of the step": objectives.ppo(aggregation="token_mean").over_step(make_datums()),
     "terms": objectives.weighted_sum(
         {"ppo": objectives.ppo(), "kl": objectives.kl_k2()}, {"kl": 0.1}
     ),
@@ -97,22 +77,22 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_request_accumulates_what_two_passes_do(name, engine, model):
-    data, objective = make(), CASES[name]
+    data, objective = make_datums(), CASES[name]
     first = gradient(engine, model, data, objective)
-    again = gradient(engine, model, make(1), objective)
+    again = gradient(engine, model, make_datums(1), objective)
     assert first[1].route == again[1].route == "server"
     assert again[2] == ["forward_backward"]
     assert first[1].forward_seconds == 0
     assert_same(first, gradient(engine, model, data, objective, single_pass=False))
-    assert_same(again, gradient(engine, model, make(1), objective, single_pass=False))
+    assert_same(again, gradient(engine, model, make_datums(1), objective, single_pass=False))
 
 
 def test_another_number_is_another_loss_and_many_are_none(engine, model):
     routes = []
     for threshold in (1.01, 1.02, 1.01, 1.03, 1.04, 1.01):
         objective = objectives.truncated_importance_sampling(truncation_threshold=threshold)
-        found = gradient(engine, model, make(), objective)
-        assert_same(found, gradient(engine, model, make(), objective, single_pass=False))
+        found = gradient(engine, model, make_datums(), objective)
+        assert_same(found, gradient(engine, model, make_datums(), objective, single_pass=False))
         routes.append(found[1].route)
     assert routes == ["server", "server", "server", "server", "two_pass", "server"]
 
@@ -120,8 +100,8 @@ def test_another_number_is_another_loss_and_many_are_none(engine, model):
 def test_what_a_trainer_refuses_goes_by_two_passes(engine):
     with trainer(engine, config=OFFERS, limits=Limits(max_loss_nodes=10)) as service:
         model = service.create_lora_training_client(NANO, 4, seed=1)
-        found = gradient(engine, model, make(), objectives.kl_k3())
-        again = gradient(engine, model, make(), objectives.kl_k3())
+        found = gradient(engine, model, make_datums(), objectives.kl_k3())
+        again = gradient(engine, model, make_datums(), objectives.kl_k3())
     assert found[1].route == again[1].route == "two_pass"
     assert again[2] == ["forward", "forward_backward"]
 
@@ -130,10 +110,10 @@ def test_what_a_trainer_has_forgotten_goes_by_two_passes(engine):
     with trainer(engine, config=OFFERS) as service:
         model = service.create_lora_training_client(NANO, 4, seed=1)
         losses = model._connection.losses
-        first = gradient(engine, model, make(), objectives.kl_k3())
+        first = gradient(engine, model, make_datums(), objectives.kl_k3())
         losses._ids = dict.fromkeys(losses._ids, "loss-0")
-        found = gradient(engine, model, make(), objectives.kl_k3())
-        again = gradient(engine, model, make(), objectives.kl_k3())
+        found = gradient(engine, model, make_datums(), objectives.kl_k3())
+        again = gradient(engine, model, make_datums(), objectives.kl_k3())
     assert [one[1].route for one in (first, found, again)] == ["server", "two_pass", "two_pass"]
     assert np.linalg.norm(found[0] - first[0]) <= 1e-5 * np.linalg.norm(first[0])
     assert again[2] == ["forward", "forward_backward"]
@@ -142,13 +122,13 @@ def test_what_a_trainer_has_forgotten_goes_by_two_passes(engine):
 def test_a_trainer_that_does_not_offer_it_is_not_asked(engine):
     with trainer(engine, config=ClientConfigResponse()) as service:
         model = service.create_lora_training_client(NANO, 4, seed=1)
-        _, output, sent = gradient(engine, model, make(), objectives.kl_k3())
+        _, output, sent = gradient(engine, model, make_datums(), objectives.kl_k3())
     assert output.route == "two_pass"
     assert sent == ["forward", "forward_backward"]
 
 
 def test_a_column_that_cannot_travel_stays_here(engine, model):
-    data = make()
+    data = make_datums()
     hidden = data[0].loss_fn_inputs["ref_logprobs"].copy()
     hidden[0] = np.nan  # its weight is 0
     data[0] = Datum(data[0].model_input, {**data[0].loss_fn_inputs, "ref_logprobs": hidden})
@@ -167,4 +147,4 @@ def test_another_loss_than_ours_is_an_error(engine, monkeypatch):
     with trainer(engine, config=OFFERS) as service:
         model = service.create_lora_training_client(NANO, 4, seed=1)
         with pytest.raises(UnknownReductionError, match="run the objective itself"):
-            model.forward_backward_custom(make(), objectives.kl_k3()).result()
+            model.forward_backward_custom(make_datums(), objectives.kl_k3()).result()

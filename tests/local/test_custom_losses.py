@@ -2,7 +2,6 @@
 
 import warnings
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from mintjax.step.one_datum import data_for, server_loss
 from mintjax.step.reduction import SUM, Reduction
 from mintjax.types import Datum
 
+from ..data import flat
 from .data import batch, with_columns
 from .http import serving
 
@@ -65,10 +65,6 @@ def a_pass(model_id, loss_id, data=None, **named):
     config = {"loss_id": loss_id, **named}
     given = messages.ForwardBackwardInput(data, "custom", config)
     return messages.ForwardBackwardRequest(given, model_id)
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def test_a_pass_adds_the_gradient_of_the_objective(engine, http, session_id, model_id):

@@ -32,6 +32,7 @@ from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.step.reduction import Reduction
 
+from ..data import flat
 from ..examples import examples
 from .situations import CASES
 
@@ -84,10 +85,6 @@ OBJECTIVES = {
 """By name, in one pass, and in two; columns and rows."""
 
 BATCHES = [batch(seed, rows) for seed, rows in ((0, 2), (1, 2), (2, 4), (3, 4))]
-
-
-def flat(tree: Any) -> Any:
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 class Steps(RuleBasedStateMachine):

@@ -19,6 +19,7 @@ from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.step.reduction import SUM, Reduction
 
+from ..data import flat
 from ..examples import examples
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
@@ -50,10 +51,6 @@ def trainers() -> Iterator[dict[str, Trainer]]:
                 model = service.create_lora_training_client(NANO, 4, seed=1)
                 made[f"{reduction}, {encoding}"] = Trainer(engine, model)
         yield made
-
-
-def flat(tree: Any) -> Any:
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def forget(trainer: Trainer) -> None:

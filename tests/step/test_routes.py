@@ -15,6 +15,7 @@ from mintjax.step.reduction import Reduction
 from mintjax.step.routes import by_name
 
 from ..by_numpy import evaluate
+from ..data import flat
 from ..examples import examples, some
 
 NANO = "mintjax/nano"
@@ -77,10 +78,6 @@ def service(engine):
 def model(service):
     with service.create_lora_training_client(NANO, 4, seed=1) as model:
         yield model
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def gradient(engine, model, data, objective, **options):
