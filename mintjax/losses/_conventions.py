@@ -72,8 +72,15 @@ FORMULAS = (
         inputs=_SAMPLED,
         config={"beta": 0.05},
     ),
+    Formula(
+        loss="gspo",
+        per_token="-min(r_t * A, clip(r_t, low, high) * A) with "
+        "r_t = exp(mean_t(sg(lp) - q) + lp - sg(lp)), the mean over the sequence",
+        inputs=_SAMPLED,
+        config={"clip_low_threshold": 0.9997, "clip_high_threshold": 1.0004},
+    ),
 )
-"""The losses of :class:`Formula`."""
+"""The losses of :class:`Formula`: all that the embedded trainer runs by name."""
 
 
 FIVE = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")

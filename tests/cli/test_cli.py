@@ -66,7 +66,8 @@ def test_losses_in_json_say_the_same():
     found = json.loads(run("losses", "--json").output)
     formulas = {row["loss"]: row for row in found["losses"]}
     assert formulas["ppo"]["config"] == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-    assert set(formulas) <= set(found["trainers"][0]["losses"])
+    assert set(formulas) == set(found["trainers"][0]["losses"])
+    assert set(formulas["gspo"]["config"]) == set(formulas["ppo"]["config"])
     assert "TuFT" in [row["trainer"] for row in found["trainers"]]
 
 

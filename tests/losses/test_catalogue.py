@@ -80,6 +80,15 @@ def test_what_trainers_serve_is_told_from_the_table():
         assert set(row.losses) <= set(ENTRIES)
 
 
+def test_a_loss_that_is_served_by_name_has_the_settings_of_its_function():
+    assert {row.loss for row in losses.FORMULAS} == set(losses.FAMILIES["served by name"])
+    for row in losses.FORMULAS:
+        assert row.config == ENTRIES[row.loss].settings
+        columns = {"logprobs": "sampling_logprobs"}
+        read = [columns.get(name, name) for name in row.inputs]
+        assert ENTRIES[row.loss].inputs == ("target_logprobs", *read)
+
+
 def test_the_list_has_every_loss_with_its_settings():
     text = losses.describe()
     for entry in ENTRIES.values():
