@@ -1,0 +1,1 @@
+"""Training loops of tinker-cookbook, driven against the embedded trainer."""
