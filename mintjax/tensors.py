@@ -130,7 +130,7 @@ def numbers_of(value: Any) -> Any:
         return cast("Any", value)
     if hasattr(value, "detach"):
         try:
-            return _of_torch(value.detach().cpu())
+            return _of_torch(value)
         except (TypeError, RuntimeError) as error:  # sparse, quantized, on the meta device
             raise DataError(f"NumPy cannot hold this torch tensor: {error}") from None
     if getattr(value, "sparse_crow_indices", None) is not None:
@@ -143,9 +143,9 @@ def numbers_of(value: Any) -> Any:
 
 def _of_torch(tensor: Any) -> npt.NDArray[Any]:
     try:
-        return tensor.numpy()
+        return tensor.numpy(force=True)  # without its graph, from any device
     except TypeError:  # NumPy has no bfloat16, nor any of 8 bits
-        return tensor.float().numpy()
+        return tensor.float().numpy(force=True)
 
 
 def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:

@@ -70,8 +70,9 @@ class Program:
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        place, plan = self._prepare(identity, batch, rows)
-        columns = {_LOGPROBS: rows} | {name: batch.rows(name) for name in plan.kinds}
+        read = functools.cache(batch.rows)
+        place, plan = self._prepare(identity, batch, rows, read)
+        columns = {_LOGPROBS: rows} | {name: read(name) for name in plan.kinds}
         blocks = _blocks(columns, batch.lengths, place, rows[0].dtype, _workspace)
         _tracing.rebuild = identity.rebuild
         loss, metrics, finite, grads = plan.run(identity.parameters, place.table, blocks)
@@ -92,10 +93,14 @@ class Program:
         Raises:
             RowAccessError: the objective takes rows one by one.
         """
-        return self._prepare(identity, batch, rows)[-1].needs_logprobs
+        return self._prepare(identity, batch, rows, batch.rows)[-1].needs_logprobs
 
     def _prepare(
-        self, identity: Identity, batch: Batch, rows: Sequence[npt.NDArray[Any]]
+        self,
+        identity: Identity,
+        batch: Batch,
+        rows: Sequence[npt.NDArray[Any]],
+        read: Callable[[str], list[Any]],
     ) -> tuple[Place, Plan]:
         """Finds the plan of a trace that saw what this batch shows: its sizes, names and kinds."""
         multiple = self._pad_rows_to
@@ -115,7 +120,7 @@ class Program:
         )
         plans = self._plans.setdefault(key, [])
         for plan in plans:
-            if all(_kind(batch, name) == kind for name, kind in plan.kinds.items()):
+            if all(_kind(read(name)) == kind for name, kind in plan.kinds.items()):
                 return place, plan
         plans.append(self._plan(identity, batch, place, rows, padded))
         return place, plans[-1]
@@ -149,7 +154,7 @@ class Program:
                 if name == _LOGPROBS:
                     return logprobs
                 columns = {name: batch.rows(name)}
-                kinds[name] = _kind(batch, name)
+                kinds[name] = _kind(columns[name])
                 return _columns(_blocks(columns, batch.lengths, place, dtype, tiling.empty))[name]
 
             return gradient(parameters, table, column)[-1]
@@ -164,9 +169,8 @@ class Program:
         return Plan(kinds, needs_logprobs, jax.jit(run))
 
 
-def _kind(batch: Batch, name: str) -> Any:
+def _kind(rows: Sequence[npt.NDArray[Any]]) -> Any:
     """The trailing shape of a column, None if it holds one number per datum, and its dtype."""
-    rows = batch.rows(name)
     return (rows[0].shape[1:] if rows[0].ndim else None, rows[0].dtype)
 
 
