@@ -12,7 +12,7 @@ import numpy as np
 
 from mintjax.errors import APIError
 from mintjax.gradients import Objective
-from mintjax.gradients.identity import identify
+from mintjax.gradients.identity import identify, traces_of
 from mintjax.gradients.lengths import kind_of
 from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch
@@ -77,7 +77,8 @@ class ServerLosses:
             if len(values) < MOST_VALUES:
                 values.add(numbers)
                 try:
-                    loss = server_loss(objective, data)
+                    with traces_of(key if identity.keeps_traces else None):
+                        loss = server_loss(objective, data)
                 except NotLowered as error:
                     logger.info("%s goes by two passes, because %s", objective, error)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import types
 import warnings
@@ -18,7 +19,7 @@ from mintjax.errors import ObjectiveError
 from mintjax.gradients.contract import Metrics, Objective, Outcome, evaluate, name_of
 from mintjax.gradients.counts import count
 from mintjax.gradients.dependence import inputs_used
-from mintjax.gradients.identity import Identity, identify
+from mintjax.gradients.identity import Identity, identify, traces_of
 from mintjax.gradients.loops import Loops
 from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     run: Callable[..., Any]
 
 
+_numbers = itertools.count()
 _tracing = threading.local()
 """The objective that a trace in this thread calls; equal keys mean the same to every program."""
 
@@ -59,6 +61,7 @@ class Program:
     """
 
     def __init__(self, pad_rows_to: int | None) -> None:
+        self.number = next(_numbers)
         self.takes_rows = False
         self.loops = Loops()
         self._pad_rows_to = pad_rows_to
@@ -162,7 +165,6 @@ class Program:
         shape = (place.tiles, tiling.TILE, *rows[0].shape[1:])
         trace = cast("Callable[..., Any]", jax.make_jaxpr(look))
         _tracing.rebuild = identity.rebuild
-        identity.drop_traces()
         logprobs = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
         closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
@@ -268,14 +270,22 @@ def with_program(objective: Objective, work: Callable[[Program, Identity], T]) -
     if type(objective) not in _compared:
         identity = identify(objective)
         try:
-            return work(_program(objective, identity), identity)
+            return _work(work, _program(objective, identity), identity)
         except ObjectiveError as error:
             untraceable = isinstance(error.__cause__, jax.errors.JAXTypeError | TypeError)
             if not (untraceable and identity.parameters and identity.attributes):
                 raise
         _compared.add(type(objective))
     identity = identify(objective, trace_attributes=False)
-    return work(_program(objective, identity), identity)
+    return _work(work, _program(objective, identity), identity)
+
+
+def _work(work: Callable[[Program, Identity], T], program: Program, identity: Identity) -> T:
+    """Calls a function, and keeps JAX's traces of the user's functions apart by programs."""
+    if not identity.keeps_traces:
+        return work(program, identity)
+    with traces_of(program.number):
+        return work(program, identity)
 
 
 def _program(objective: Objective, identity: Identity) -> Program:

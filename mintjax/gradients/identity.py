@@ -10,23 +10,30 @@ an argument of the program or be compared before each use. The rule has three pa
    they close over, the globals that they name, the attributes of objects, containers, arrays by
    their content. Another value is another program.
 3. What cannot be compared is said: an object that shows neither a value nor attributes is known by
-   its identity, and a warning names it once.
+   its identity, and a warning names it once. So is a function that gives another value at each
+   call, such as ``np.random.rand``, because a program calls it once.
 
-Functions of installed packages are taken to be constant. A user's function under ``jax.jit`` keeps
-traces of its own, so these are dropped before each trace that may call it.
+Functions of installed packages are taken to be constant. JAX itself keeps traces of a user's
+functions under ``jax.jit``, ``jax.checkpoint``, ``lax.scan`` and their like, and looks at neither
+globals nor closures before it uses one again. So the programs of such an objective are traced and
+run within a context of JAX's that is part of the keys of these traces, :data:`traces_of`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextvars
 import copy
 import dataclasses
 import dis
 import functools
 import hashlib
+import os
 import random
 import sys
 import sysconfig
+import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -48,6 +55,14 @@ _INSTALLED = tuple(
 )
 _ATTRIBUTE = ("_ATTR", "_METHOD")  # endings of the instructions that name an attribute
 _LIBRARIES = frozenset({"mintjax", "jax", "jaxlib", "numpy", "optax"})
+_LOOPS = frozenset({"scan", "cond", "switch", "while_loop", "fori_loop"})
+"""Functions of JAX that keep a trace of a user's function that they are given."""
+_CLOCKS = (time.time, time.time_ns, time.monotonic, time.perf_counter)
+_DRAWS = (random.Random, np.random.RandomState, np.random.Generator)
+
+traces_of: Any = jax.make_user_context(None)
+"""A context for the number of the program that is traced or run, if JAX shall keep its traces of
+the user's functions apart from those of other programs."""
 
 
 class _Number:
@@ -80,14 +95,14 @@ class Identity:
         key: equal for two objectives exactly if one program serves both.
         parameters: the values that the program takes as arguments.
         rebuild: makes the objective again around other parameters, such as tracers.
-        jitted: the user's functions under ``jax.jit`` that it can reach.
+        keeps_traces: whether it can reach user's functions of which JAX keeps traces.
         attributes: whether the parameters are attributes of an object.
     """
 
     key: Fingerprint
     parameters: list[Any]
     rebuild: Callable[[Sequence[Any]], Any]
-    jitted: tuple[Any, ...] = ()
+    keeps_traces: bool = False
     attributes: bool = False
 
     @property
@@ -97,11 +112,6 @@ class Identity:
             (type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in self.parameters
         ]
         return tuple(kinds)
-
-    def drop_traces(self) -> None:
-        """Makes the user's own jitted functions read their globals and closures anew."""
-        for function in self.jitted:
-            function.clear_cache()
 
 
 def identify(objective: Any, *, trace_attributes: bool = True) -> Identity:
@@ -156,7 +166,7 @@ def _identify(objective: Any, trace_attributes: bool) -> Identity:
     traced = _traceable(objective) if trace_attributes else {}
     walk = _Walk()
     if not traced:
-        return Identity(walk.of(objective), [], lambda _: objective, tuple(walk.jitted))
+        return Identity(walk.of(objective), [], lambda _: objective, walk.keeps_traces)
     kind = cast("type[Any]", type(objective))
     attributes = cast("dict[str, Any]", vars(objective))
     rest = {name: value for name, value in attributes.items() if name not in traced}
@@ -169,7 +179,7 @@ def _identify(objective: Any, trace_attributes: bool) -> Identity:
         return made
 
     parameters = list(traced.values())
-    return Identity(key, parameters, rebuild, tuple(walk.jitted), attributes=True)
+    return Identity(key, parameters, rebuild, walk.keeps_traces, attributes=True)
 
 
 def _of_pytree(objective: Any, leaves: list[Any], tree: Any) -> Identity:
@@ -200,7 +210,7 @@ def _of_pytree(objective: Any, leaves: list[Any], tree: Any) -> Identity:
         )
 
     parameters = [leaf for leaf, number in zip(leaves, traced, strict=True) if number]
-    return Identity(key, parameters, rebuild, tuple(walk.jitted))
+    return Identity(key, parameters, rebuild, walk.keeps_traces)
 
 
 def _is_number(value: Any) -> bool:
@@ -227,23 +237,19 @@ class _Walk:
     def __init__(self) -> None:
         self._met: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no address is used twice during the walk
-        self.jitted: list[Any] = []
+        self.keeps_traces = False
 
     def of(self, value: Any) -> Fingerprint:
         """Gives a hashable value that is equal exactly where the given one means the same."""
-        if isinstance(value, float):
-            return (type(value), value.hex())
         kind = cast("Any", type(value))
-        if isinstance(value, _SCALARS):
-            return (kind, cast("Any", value))
+        if kind is float:
+            return (kind, value.hex())
+        if kind in _PLAIN:
+            return (kind, value)
         if isinstance(value, jax.Array):  # cannot change
             return Same(value)
-        if isinstance(value, np.ndarray | np.generic):
-            array: Any = np.ascontiguousarray(cast("Any", value))
-            if array.dtype.hasobject:
-                return ("objects", self.of(array.tolist()))
-            digest = hashlib.blake2b(memoryview(array).cast("B") if array.size else b"").digest()
-            return (kind, array.dtype.str, np.shape(cast("Any", value)), digest)
+        if isinstance(value, (float, *_SCALARS, np.ndarray, np.generic)):
+            return self._with_attributes(value, kind, _of_value(value))
         if id(value) in self._met:
             return ("met", self._met[id(value)])
         self._met[id(value)] = len(self._met)
@@ -269,20 +275,38 @@ class _Walk:
             return self._of_wrapper(value)
         if isinstance(value, Mapping):
             items = cast("Mapping[Any, Any]", value).items()
-            return (kind, tuple((self.of(k), self.of(v)) for k, v in items))
+            found = tuple((self.of(k), self.of(v)) for k, v in items)
+            return self._with_attributes(value, kind, found)
         if isinstance(value, Sequence):
-            return (kind, tuple(map(self.of, cast("Sequence[Any]", value))))
+            found = tuple(map(self.of, cast("Sequence[Any]", value)))
+            return self._with_attributes(value, kind, found)
         if isinstance(value, Set):
-            return (kind, frozenset(map(self.of, cast("Set[Any]", value))))
+            found = frozenset(map(self.of, cast("Set[Any]", value)))
+            return self._with_attributes(value, kind, found)
+        if isinstance(value, contextvars.ContextVar):
+            return (Same(value), self.of(value.get(None)))
+        if isinstance(value, threading.local):
+            return (Same(value), self.of(vars(value)))
+        if kind.__module__ == "multiprocessing.sharedctypes":
+            return (Same(value), self.of(value.get_obj()))
+        if "_ctypes" in {base.__module__ for base in kind.__mro__}:
+            return (Same(value), bytes(value))
         return self._of_object(value, kind)
+
+    def _with_attributes(self, value: Any, kind: type[Any], found: Fingerprint) -> Fingerprint:
+        """Adds what an object of a user's class holds beside its number or its items."""
+        if _is_installed(kind) or isinstance(value, Enum):
+            return (kind, found)
+        return (self.of_type(kind), found, self.of(_attributes(value, kind)))
 
     def _of_wrapper(self, value: Any) -> Fingerprint:
         """Compares a function of C, or what wraps a function, such as ``jax.jit`` and its like."""
+        if _changes(value):
+            _say_changes(value)
         inner = getattr(value, "__wrapped__", None)
         if inner is None or (isinstance(inner, types.FunctionType) and _is_library(inner)):
             return Same(value)
-        if hasattr(value, "clear_cache"):
-            self.jitted.append(value)
+        self.keeps_traces = True
         attributes = getattr(value, "__dict__", {}).values()  # such as rules of derivatives
         rules = [rule for rule in attributes if isinstance(rule, types.FunctionType)]
         return (Same(value), self.of(inner), self.of(rules))
@@ -291,14 +315,7 @@ class _Walk:
         if _is_installed(kind) and not _is_record(value):
             _say_incomparable(value)
             return Same(value)
-        attributes = dict(getattr(value, "__dict__", {}))
-        for base in kind.__mro__:
-            slots = base.__dict__.get("__slots__", ())
-            names = (slots,) if isinstance(slots, str) else tuple(slots)
-            attributes |= {name: getattr(value, name) for name in names if hasattr(value, name)}
-        fields: tuple[str, ...] = getattr(kind, "__struct_fields__", ())  # of msgspec
-        attributes |= {name: getattr(value, name) for name in fields}
-        return (self.of_type(kind), self.of(attributes))
+        return (self.of_type(kind), self.of(_attributes(value, kind)))
 
     def of_type(self, kind: type) -> Fingerprint:
         """Compares a class: a user's by its methods and attributes, others by identity."""
@@ -314,17 +331,30 @@ class _Walk:
                         member = getattr(member, name_of_function, member)
                     if not isinstance(member, types.MemberDescriptorType):
                         parts.append((name, self.of(member)))
+        if not _is_installed(type(kind)):
+            parts.append(self.of_type(type(kind)))
         return tuple(parts)
 
     def _of_function(self, function: types.FunctionType) -> Fingerprint:
         if _is_library(function):
-            return Same(function)
+            inner = getattr(function, "__wrapped__", None)
+            if not isinstance(inner, types.FunctionType) or _is_library(inner):
+                return Same(function)
+            self.keeps_traces = True  # such as jax.checkpoint of a user's function
+            return (Same(function), self.of(inner))
         names, variables = _names(function.__code__), _variables(function.__code__)
+        self.keeps_traces = self.keeps_traces or not _LOOPS.isdisjoint(names)
         free = function.__code__.co_freevars
         cells = zip(free, function.__closure__ or (), strict=True)
         enclosed = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
         named = self._named(enclosed, free, names, [])
         named += self._named(function.__globals__, variables, names, [])
+        modules = _imports(function)
+        named += self._named(modules, tuple(modules), names, [])
+        for name, *path in _chains(function.__code__):
+            _look_for_changes(enclosed.get(name, function.__globals__.get(name)), path)
+        if "environ" in names or "getenv" in names:
+            named.append(tuple(os.environ.items()))
         return (
             function.__code__,
             self.of(function.__defaults__),
@@ -364,6 +394,49 @@ def _is_record(value: Any) -> bool:
     )
 
 
+def _attributes(value: Any, kind: type[Any]) -> dict[str, Any]:
+    """The attributes of an object: those in its dict, its slots, and its fields by msgspec."""
+    attributes = dict(getattr(value, "__dict__", {}))
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            private = name.startswith("__") and not name.endswith("__")
+            own = f"_{base.__name__.lstrip('_')}{name}" if private else name
+            if hasattr(value, own):
+                attributes[own] = getattr(value, own)
+    fields: tuple[str, ...] = getattr(kind, "__struct_fields__", ())  # of msgspec
+    return attributes | {name: getattr(value, name) for name in fields}
+
+
+def _of_value(value: Any) -> Fingerprint:
+    """The value of a number, a text or an array, as something hashable."""
+    if isinstance(value, float):
+        return value.hex()
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    array: Any = np.ascontiguousarray(cast("Any", value))
+    if array.dtype.hasobject:
+        return repr(array.tolist())
+    digest = hashlib.blake2b(array.tobytes()).digest()
+    return (array.dtype, np.shape(cast("Any", value)), digest)
+
+
+def _changes(function: Any) -> bool:
+    """Tells whether a function gives another value at each call."""
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, _DRAWS) or any(function is clock for clock in _CLOCKS)
+
+
+def _look_for_changes(value: Any, path: Sequence[str]) -> None:
+    """Follows attributes of modules, such as ``np.random.rand``."""
+    for name in path:
+        if not isinstance(value, types.ModuleType):
+            return
+        value = getattr(value, name, None)
+    if _changes(value):
+        _say_changes(value)
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         _ = cell.cell_contents
@@ -390,10 +463,62 @@ def _variables(code: types.CodeType) -> tuple[str, ...]:
         for instruction in dis.get_instructions(code)
         if instruction.opcode in dis.hasname and not instruction.opname.endswith(_ATTRIBUTE)
     }
+    named = dict.fromkeys(_names(code))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             read |= set(_variables(constant))
-    return tuple(name for name in _names(code) if name in read)
+        elif isinstance(constant, str) and "globals" in read:  # globals()["beta"]
+            read.add(constant)
+            named[constant] = None
+    return tuple(name for name in named if name in read)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chains(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """The names of variables with those of the attributes that are taken of them."""
+    found: list[list[str]] = []
+    previous = ""
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            found.append([instruction.argval])
+        elif name.endswith(_ATTRIBUTE) and found and previous == found[-1][-1]:
+            found[-1].append(instruction.argval)
+        elif name != "PUSH_NULL":
+            previous = ""
+            continue
+        previous = found[-1][-1] if found else ""
+    inner = [_chains(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return tuple({tuple(chain) for chain in found if len(chain) > 1}.union(*inner))
+
+
+@functools.lru_cache(maxsize=1024)
+def _imported(code: types.CodeType) -> tuple[tuple[int, str], ...]:
+    """The modules that a code and the functions within it import: level and name of each."""
+    instructions = list(dis.get_instructions(code))
+    found: list[tuple[int, str]] = [
+        (int(instructions[i - 2].argval), one.argval)
+        for i, one in enumerate(instructions)
+        if one.opname == "IMPORT_NAME"
+    ]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _imported(constant)
+    return tuple(found)
+
+
+def _imports(function: types.FunctionType) -> dict[str, types.ModuleType]:
+    """The modules that a function imports when it is called, as far as they are there already."""
+    found: dict[str, types.ModuleType] = {}
+    for level, name in _imported(function.__code__):
+        package = str(function.__globals__.get("__package__") or "")
+        full = name
+        if level:
+            above = package.rsplit(".", level - 1)[0] if level > 1 else package
+            full = f"{above}.{name}" if name else above
+        if full in sys.modules:
+            found[full] = sys.modules[full]
+    return found
 
 
 def _is_library(function: types.FunctionType) -> bool:
@@ -422,7 +547,19 @@ def _is_installed(kind: type) -> bool:
     return file is None or file.startswith(_INSTALLED)
 
 
-_said: set[type] = set()
+_said: set[type | str] = set()
+
+
+def _say_changes(function: Any) -> None:
+    name = str(function.__name__)
+    if name not in _said:
+        _said.add(name)
+        warnings.warn(
+            f"an objective calls {name}, which gives another value at each call. JAX "
+            "calls the objective once, to trace it, so that every step has the first value. Call "
+            "it outside and pass the numbers as a loss_fn_inputs column.",
+            stacklevel=2,
+        )
 
 
 def _say_incomparable(value: Any) -> None:

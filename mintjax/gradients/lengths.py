@@ -138,7 +138,6 @@ def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
         data = cast("Any", _Data(names, datums, notes))
         return evaluate(identity.rebuild(parameters), data, cast("Any", _Rows(rows)))
 
-    identity.drop_traces()
     make: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
     _observe(type(cast("object", sizes[0])))
     try:

@@ -129,7 +129,6 @@ def _trace_batch(
     def value(rows: Sequence[Any]) -> tuple[Any, Metrics]:
         return evaluate(objective, batch, Ragged.from_rows(rows))
 
-    identity.drop_traces()
     trace: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
     closed, shape = trace(rows)
     return closed, cast("Any", jax.tree_util.tree_structure(shape))

@@ -1,13 +1,22 @@
 """A value that changes behind an objective is seen in the next step."""
 
 import collections
+import contextvars
+import ctypes
 import dataclasses
 import functools
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
 import types
 import warnings
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -341,6 +350,180 @@ def test_a_jitted_function_that_an_objective_calls_is_traced_anew(objective, mon
     for scale, sizes in ((1.0, (3, 2)), (3.0, (3, 2)), (1.0, (3, 2)), (3.0, (3,)), (1.0, (3,))):
         monkeypatch.setitem(globals(), "SCALE", scale)
         assert slope(objective, sizes)[0] == scale
+
+
+def body(carry, value):
+    return carry + SCALE * value, None
+
+
+def branch(value):
+    return SCALE * value
+
+
+@jax.checkpoint
+def rematerialized(value):
+    return SCALE * value
+
+
+mapped = jax.vmap(branch)
+
+
+@pytest.mark.filterwarnings("ignore:.*takes rows one by one")
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda values: jax.lax.scan(body, 0.0, values)[0],
+        lambda values: jax.lax.cond(values.sum() < 0, branch, branch, values.sum()),
+        lambda values: jax.lax.switch(0, [branch, branch], values.sum()),
+        lambda values: rematerialized(values.sum()),
+        lambda values: mapped(values).sum(),
+    ],
+    ids=["scan", "cond", "switch", "checkpoint", "vmap"],
+)
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_function_of_which_jax_keeps_a_trace_is_traced_anew(apply, loop, monkeypatch):
+    def objective(data, logprobs):
+        sums = jnp.stack([row.sum() for row in logprobs]) if loop else logprobs.sum()
+        return apply(sums), {}
+
+    for scale, sizes in ((1.0, (3, 2)), (3.0, (3, 2)), (1.0, (3, 2)), (3.0, (3,)), (1.0, (3,))):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert slope(objective, sizes)[0] == scale
+
+
+class Settings(dict):
+    pass
+
+
+class Numbers(list):
+    pass
+
+
+class Real(float):
+    pass
+
+
+class Text(str):
+    __slots__ = ("scale",)
+
+
+class Array(np.ndarray):
+    pass
+
+
+class Kind(type):
+    scale = 1.0
+
+
+class Private:
+    __slots__ = ("__scale",)
+
+    @property
+    def scale(self):
+        return self.__scale
+
+    @scale.setter
+    def scale(self, value):
+        self.__scale = value
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        *(Settings(), Numbers([1]), Real(1), Text("a"), np.ones(1).view(Array)),
+        *(Kind("K", (), {}), Private(), threading.local()),
+    ],
+    ids=lambda holder: type(holder).__name__,
+)
+def test_an_attribute_beside_a_value_that_changes_is_seen(holder):
+    def objective(data, logprobs):
+        return holder.scale * logprobs.total(), {}
+
+    owner = Kind if isinstance(holder, Kind) else holder
+    for scale in (1.0, 2.0, 1.0):
+        owner.scale = scale
+        assert slope(objective)[0] == scale
+
+
+variable = contextvars.ContextVar("scale")
+single = ctypes.c_double(1.0)
+shared = multiprocessing.Value("d", 1.0)
+
+
+def imports_a_module(data, logprobs):
+    import settings_of_a_test
+
+    return settings_of_a_test.scale * logprobs.total(), {}
+
+
+def imports_a_name(data, logprobs):
+    from settings_of_a_test import scale
+
+    return scale * logprobs.total(), {}
+
+
+def changed(scale, monkeypatch):
+    """Writes a scale to every place that the objectives of the next test read."""
+    module = types.ModuleType("settings_of_a_test")
+    module.__file__, module.scale = __file__, scale
+    monkeypatch.setitem(sys.modules, "settings_of_a_test", module)
+    monkeypatch.setenv("SCALE_OF_A_TEST", str(scale))
+    monkeypatch.setitem(globals(), "SCALE", scale)
+    variable.set(scale)
+    single.value = shared.value = scale
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        imports_a_module,
+        imports_a_name,
+        lambda data, logprobs: (globals()["SCALE"] * logprobs.total(), {}),
+        lambda data, logprobs: (float(os.environ["SCALE_OF_A_TEST"]) * logprobs.total(), {}),
+        lambda data, logprobs: (float(os.getenv("SCALE_OF_A_TEST")) * logprobs.total(), {}),
+        lambda data, logprobs: (variable.get() * logprobs.total(), {}),
+        lambda data, logprobs: (single.value * logprobs.total(), {}),
+        lambda data, logprobs: (shared.value * logprobs.total(), {}),
+    ],
+)
+def test_a_value_outside_of_all_objects_that_changes_is_seen(objective, monkeypatch):
+    for scale in (1.0, 2.0, 1.0):
+        changed(scale, monkeypatch)
+        assert slope(objective)[0] == scale
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_arrays_of_small_dtypes_are_compared(dtype):
+    scales = [np.array([1.0], dtype)]
+
+    def objective(data, logprobs):
+        return float(scales[0][0]) * logprobs.total(), {}
+
+    assert slope(objective)[0] == 1.0
+    other = np.dtype(ml_dtypes.float8_e5m2 if scales[0].itemsize == 1 else np.float16)
+    scales[0] = scales[0].view(other)  # the same bytes
+    assert slope(objective)[0] == float(scales[0][0]) != 1.0
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda data, logprobs: (np.random.uniform() * logprobs.total(), {}),
+        lambda data, logprobs: (random.betavariate(1, 1) * logprobs.total(), {}),
+        lambda data, logprobs: (logprobs.total(), {"seconds": time.monotonic()}),
+    ],
+)
+def test_a_function_that_gives_another_value_at_each_call_is_named_once(objective):
+    name = set(objective.__code__.co_names).intersection(("uniform", "betavariate", "monotonic"))
+    with pytest.warns(UserWarning, match=f"calls {name.pop()}, which gives another value"):
+        identify(objective)
+    identify(objective)  # warnings are errors here
+
+
+def test_random_numbers_of_jax_are_no_concern():
+    import jax as np  # a name that NumPy has elsewhere
+
+    identify(lambda data, logprobs: (np.random.uniform(np.random.key(0)) * logprobs.total(), {}))
 
 
 def test_functions_of_one_factory_are_told_apart_by_their_closures():
