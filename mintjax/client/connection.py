@@ -10,7 +10,9 @@ import time
 import urllib.parse
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import msgspec
 
@@ -34,6 +36,9 @@ from mintjax.types import ServerCapabilities, SupportedModel
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+SessionStatus: TypeAlias = Literal["success", "errored", "interrupted"]
+"""How a session has ended."""
 
 logger = logging.getLogger("mintjax.client")
 
@@ -75,8 +80,24 @@ class Connection:
         self.sampling_numbers = itertools.count()
         self.measuring = asyncio.Lock()
         self._opening = asyncio.Lock()
-        self.background = Background(self.transport.aclose)
+        self.background = Background(self.transport.end)
         self.close = weakref.finalize(self, self.background.close)
+
+    def finish(self, status: SessionStatus, detail: str | None = None) -> None:
+        """Closes, and tells the trainer that the session has ended, if it was opened.
+
+        Most self-hosted trainers have no such request; what they answer is of no matter.
+
+        Args:
+            status: how.
+            detail: in words.
+        """
+        session_id = self.transport.session_id
+        if session_id is not None:
+            said = messages.FinishSessionRequest(messages.FinishReason(status), detail)
+            path = f"sessions/{urllib.parse.quote(session_id, safe='')}/finish"
+            self.transport.farewell = Request(path, messages.encode(said))
+        self.close()
 
     def submit(
         self,
@@ -104,6 +125,41 @@ class Connection:
             return await run(*args, **kwargs)
 
         return self.submit(begun)
+
+    def start_cancellable(
+        self, path: str, message: Any, as_type: type[T], check: Callable[[T], object]
+    ) -> APIFuture[T]:
+        """Sends a request that changes nothing, and that can be cancelled while it is under way.
+
+        The trainer is then asked to stop its work, which not all of them can.
+
+        Args:
+            path: below ``/api/v1/``.
+            message: what to send.
+            as_type: what the result is.
+            check: as :meth:`run` has it.
+        """
+
+        async def run(future: APIFuture[T]) -> T:
+            task, loop = asyncio.current_task(), asyncio.get_running_loop()
+            assert task is not None
+
+            def stop(future: Future[T]) -> None:
+                if future.cancelled():
+                    with suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(task.cancel)
+
+            request = Request(path, messages.encode(message))
+            future.add_done_callback(stop)
+            try:
+                await self.transport.submit(request)
+                return await retrieve(self.transport, request, as_type, check)
+            except asyncio.CancelledError:
+                if future.cancelled() and request.request_id:
+                    self.background.keep_running(_withdraw(self.transport, request.request_id))
+                raise
+
+        return self.submit(run)
 
     def limited(
         self,
@@ -232,6 +288,12 @@ class Connection:
         except (APIResponseError, APIStatusError) as error:
             logger.info("no use of client/config: %s", error)
         return messages.ClientConfigResponse()  # small trainers have no such endpoint
+
+
+async def _withdraw(transport: Transport, request_id: str) -> None:
+    body = messages.encode(messages.FutureRetrieveRequest(request_id))
+    error = await transport.arrives(Request("cancel_future", body))
+    logger.debug("request %s is withdrawn: %s", request_id, error or "accepted")
 
 
 async def _heartbeat(transport: Transport, session_id: str) -> None:

@@ -57,8 +57,8 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
     ``future.result()`` blocks; ``await future`` works in any event loop. Both may be called any
     number of times, from anywhere. It is a ``concurrent.futures.Future``, so that what waits for
     those takes it too. ``cancel()`` withdraws the request, and is True, as long as nothing that
-    changes the model has been sent for it. Callbacks run in the client's thread; they must not
-    block.
+    changes the model has been sent for it; a sample can be withdrawn until it is there. Callbacks
+    run in the client's thread; they must not block.
 
     Args:
         thread: the client's, in which nobody can wait.
@@ -119,6 +119,19 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
                 self._seen(error)
             return error
         raise _late(timeout)
+
+    def cancel(self) -> bool:
+        """Withdraws the request, unless something that changes the model was sent for it.
+
+        Returns:
+            Whether it was, now or before.
+        """
+        withdrawn = super().cancel()
+        # Those that wait for several futures are told by this call only.
+        with self._condition:
+            if self._state == "CANCELLED":
+                self.set_running_or_notify_cancel()
+        return withdrawn
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Waits for the result without blocking the running event loop; see :meth:`result`.

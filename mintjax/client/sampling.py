@@ -119,9 +119,7 @@ class SamplingClient(MadeClient):
             targets = _targets(target_prompt_logprobs, request.prompt.length)
             request.target_prompt_logprobs = targets
         check = partial(_check_answer, request)
-        return self._connection.start(
-            self._connection.run, "asample", request, SampleResponse, check
-        )
+        return self._connection.start_cancellable("asample", request, SampleResponse, check)
 
     sample_async = awaited(sample, SampleResponse)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 import msgspec
 
-from mintjax.client.connection import Connection
+from mintjax.client.connection import Connection, SessionStatus
 from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, wait
 from mintjax.client.rest import RestClient
 from mintjax.client.sampling import SamplingClient
@@ -32,7 +32,7 @@ class ServiceClient(NotCopyable, SdkMethods):
 
     It starts one thread, which does everything that goes over the network; the session is opened
     by the first call that needs it. Use it from any number of threads and event loops. As a context
-    manager, it closes the session's thread when the block ends.
+    manager, it ends the session, and its thread, when the block ends.
 
     Args:
         base_url: the trainer's address; ``MINT_BASE_URL``, else ``TINKER_BASE_URL``, else MinT's.
@@ -316,21 +316,40 @@ class ServiceClient(NotCopyable, SdkMethods):
         """
         return self._connection.start(self._connection.run, path, message, as_type)
 
-    def close(self) -> None:
-        """Ends the thread, and every open future with ClosedError, within a second."""
-        self._connection.close()
+    def close(
+        self, status: SessionStatus = "success", detail: str | None = None
+    ) -> APIFuture[None]:
+        """Ends the thread, and every open future with ClosedError, within a second.
+
+        The trainer is told that the session has ended, if it takes that at once. What serves this
+        session alone may then be gone: its models in training, and samplers without a name.
+
+        Args:
+            status: how the session has ended.
+            detail: the same in words.
+
+        Returns:
+            A future that is done, because the official SDK returns one.
+        """
+        self._connection.finish(status, detail)
+        closed = APIFuture[None](self._connection.background.thread, None)
+        closed.set_result(None)
+        return closed
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close("success")
+        else:
+            self.close("errored" if issubclass(kind, Exception) else "interrupted")
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.__exit__(kind)
 
     def __repr__(self) -> str:
         return f"ServiceClient({self.base_url!r})"

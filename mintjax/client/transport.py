@@ -39,6 +39,7 @@ logger = logging.getLogger("mintjax.client")
 _HEADERS = {"Content-Type": "application/json", "Accept-Encoding": CODING}
 _KEY_HEADER = "X-Idempotency-Key"
 _SLOWEST = 20_000  # bytes per second, up or down; what is slower counts as no answer
+_SECONDS_FOR_FAREWELL = 0.3
 _LEAST_ATTEMPT = 1.0  # seconds for an attempt, however near the deadline is
 _REMEMBERED_IDS = 10_000
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
@@ -130,6 +131,9 @@ class Transport:
         settings: which trainer, and how.
         version: the client's.
 
+    Attributes:
+        farewell: the last request, which :meth:`end` sends.
+
     Raises:
         ConfigError: a variable of the environment about proxies or certificates cannot be used.
     """
@@ -145,7 +149,17 @@ class Transport:
         self._ids: OrderedDict[str, str] = OrderedDict()
         self._proxies = _given(_PROXIES) if _trusts_environment(settings) else []
         self._http = _http_client(settings, f"{self.address}/api/v1/", version)
-        self.aclose = self._http.aclose
+        self.farewell: Request | None = None
+
+    async def end(self) -> None:
+        """Sends the farewell, if there is one and the trainer takes it at once, and disconnects."""
+        try:
+            if self.farewell is not None:
+                async with asyncio.timeout(_SECONDS_FOR_FAREWELL):
+                    error = await self.arrives(self.farewell)
+                    logger.debug("%s was sent: %s", self.farewell.path, error or "accepted")
+        finally:
+            await self._http.aclose()
 
     def report(
         self, event: Event, of: Request, attempt: int, detail: str = "", level: int = logging.DEBUG

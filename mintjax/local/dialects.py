@@ -95,6 +95,8 @@ class Dialect:
         return self.missing if self.json_passes else self.missing | {"forward"}
 
 
+_NOT_SELF_HOSTED = frozenset({"sessions/{session_id}/finish", "cancel_future"})
+
 OWN = Dialect()
 """The embedded trainer's own way."""
 
@@ -102,7 +104,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "skyrl-tx-0.3": Dialect(
         reduction=Reduction("weights", per_step="datums"),
         states_reduction=False,
-        missing=frozenset({"client/config"}),
+        missing=frozenset({"client/config"}) | _NOT_SELF_HOSTED,
         refused_losses=dict.fromkeys(
             ("cispo", "dro", "gspo"), (422, _IN_SKYRL_TX + _NOT_OF_SKYRL_TX)
         ),
@@ -117,6 +119,7 @@ DIALECTS: Mapping[str, Dialect] = {
         reduction=Reduction("weights", per_step="datums"),
         states_reduction=False,
         json_passes=False,
+        missing=_NOT_SELF_HOSTED,
         always_protobuf=True,
         refused_losses={
             "dro": (422, f"forward_backward_input.loss_fn: Input should be {_OF_SKYRL}")
@@ -136,6 +139,7 @@ DIALECTS: Mapping[str, Dialect] = {
         reduction=SUM,
         states_reduction=False,
         json_passes=False,
+        missing=_NOT_SELF_HOSTED,
         refused_losses={"gspo": (422, "Invalid protobuf request: Unsupported loss_fn: 'gspo'")},
         loss_defaults={"ppo": _BOUNDS_OF_TUFT, "cispo": _BOUNDS_OF_TUFT},
         failed=(422, "Future failed: Server error: "),
@@ -144,6 +148,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "hatchery-0.3": Dialect(
         reduction=Reduction(per_request="weights"),
         states_reduction=False,
+        missing=_NOT_SELF_HOSTED,
         refused_losses={
             "dro": (
                 501,

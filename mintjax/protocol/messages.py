@@ -133,6 +133,19 @@ class SessionHeartbeatRequest(msgspec.Struct):
     type: Literal["session_heartbeat"] = "session_heartbeat"
 
 
+class FinishReason(msgspec.Struct):
+    """How a session has ended."""
+
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSessionRequest(msgspec.Struct):
+    """``POST sessions/<id>/finish``."""
+
+    reason: FinishReason
+    detail: str | None = None
+
+
 class ClientConfigRequest(msgspec.Struct):
     """``POST client/config``."""
 

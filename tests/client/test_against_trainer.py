@@ -287,6 +287,7 @@ def test_with_little_patience_a_run_ends_early_and_whole(app, undisturbed, repea
                 train(client)
             except MintjaxError as error:
                 ended.add(type(error))
+            service._connection.close()  # and the session goes on, so that the model stays
         bad.share = 0.0
         with ServiceClient("http://localhost", transport=bad) as service:
             new_model(service)  # the engine has done all that came before this

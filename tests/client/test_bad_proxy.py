@@ -211,6 +211,6 @@ def test_the_weights_are_those_of_the_steps(engine, proxy, settle, undisturbed, 
                 error.add_note(f"seed {seed}, hasty {hasty}: {proxy.met} {scenario.errors}")
                 raise
             doubts += sum(getattr(e, "may_have_been_applied", False) for e in scenario.errors)
-        for model in scenario.models:
-            engine.unload_model(model)
+            for model in scenario.models:
+                engine.unload_model(model)
     assert doubts < 5 * PER_TEST
