@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -193,7 +194,22 @@ def _by_jax(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
 
 
 def _dim_as_value(dim: int) -> Array:
-    return np.asarray(dim)
+    return as_integers(np.asarray(dim))
+
+
+def as_integers(sizes: Array) -> Array:
+    """Gives sizes in the dtype that JAX has for integers.
+
+    Raises:
+        OverflowError: one does not fit, because it is a product of lengths.
+    """
+    found = sizes.astype(jax.dtypes.canonicalize_dtype(np.int64))
+    if (found != sizes).any():
+        raise OverflowError(
+            "a product of lengths does not fit the 32 bits that JAX has for integers; make one of "
+            "them a float before"
+        )
+    return found
 
 
 def _starts(x: Array, sizes: Sequence[int], at: Sequence[Array]) -> tuple[slice, ...]:

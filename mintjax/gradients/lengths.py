@@ -2,8 +2,8 @@
 
 The length of each row is a symbol (``jax.export.symbolic_shape``), shared by a datum's columns, and
 every column is an argument. So one trace is good for every batch of as many datums with columns of
-the same kinds, as long as the objective does not choose by a length: what asks for a length as a
-Python number, or compares one with a number, is not traced so.
+the same kinds, as long as the objective does not choose by a length: what needs a length as a
+Python number, as ``range`` does, or compares one with a number, is not traced so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import operator
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
@@ -26,7 +27,7 @@ from jax import export
 
 from mintjax.errors import DataError
 from mintjax.gradients.contract import Metrics, evaluate
-from mintjax.gradients.flat import Flat, flatten, symbolic_sizes
+from mintjax.gradients.flat import Flat, flatten, is_symbolic, symbolic_sizes
 from mintjax.gradients.identity import Identity
 from mintjax.ragged.batch import Batch
 from mintjax.types import Datum, ModelInput
@@ -134,7 +135,10 @@ def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
         rows: Sequence[Any], parameters: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> tuple[Any, Metrics]:
         each = [{name: column[i] for name, column in columns.items()} for i in range(len(rows))]
-        datums = [_datum(_Columns(names, own, notes), notes) for own in each]
+        datums = [
+            _datum(_Columns(names, own, notes), _Unread(size, notes))
+            for own, size in zip(each, sizes, strict=True)
+        ]
         data = cast("Any", _Data(names, datums, notes))
         return evaluate(identity.rebuild(parameters), data, cast("Any", _Rows(rows)))
 
@@ -142,7 +146,7 @@ def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
     _observe(type(cast("object", sizes[0])))
     try:
         with _watch:
-            closed, shape = make(logprobs, identity.parameters, columns)
+            closed, shape = _with_len(lambda: make(logprobs, identity.parameters, columns))
     except Exception as error:
         raise _refusal(batch, notes, _reason(error)) from error
     finally:
@@ -267,19 +271,22 @@ class _Columns(Mapping[str, Any]):
 
 
 class _Unread:
-    """Stands for the tokens that a datum's model reads."""
+    """Stands for the tokens that a datum's model reads, of which it tells how many there are."""
 
-    def __init__(self, notes: _Notes) -> None:
+    def __init__(self, length: Any, notes: _Notes) -> None:
+        object.__setattr__(self, "_length", length)
         object.__setattr__(self, "_refuse", notes.refuse)
 
     def __getattribute__(self, name: str) -> Any:
-        object.__getattribute__(self, "_refuse")("it reads the model input of a datum")
+        if name == "length":
+            return object.__getattribute__(self, "_length")
+        return object.__getattribute__(self, "_refuse")("it reads the model input of a datum")
 
 
-def _datum(columns: _Columns, notes: _Notes) -> Datum:
+def _datum(columns: _Columns, model_input: _Unread) -> Datum:
     made = Datum(ModelInput([]))
     msgspec.structs.force_setattr(made, "loss_fn_inputs", columns)
-    msgspec.structs.force_setattr(made, "model_input", _Unread(notes))
+    msgspec.structs.force_setattr(made, "model_input", model_input)
     return made
 
 
@@ -348,6 +355,54 @@ class _Symbols:
 _symbols = _Symbols()
 
 
+# len(row)
+
+
+def _with_len(trace: Callable[[], Any]) -> Any:
+    """Traces an objective, whose ``len(row)`` gives the symbol of the row's length.
+
+    Python's own ``len`` gives nothing but an ``int``, so it fails for such a row. The module whose
+    line has failed then finds another ``len`` among its names, for as long as the trace takes.
+    """
+    spaces: list[dict[str, Any]] = []
+    try:
+        while True:
+            try:
+                return trace()
+            except Exception as error:
+                space = _asks_for_len(error)
+                if space is None or _watch.seen:
+                    raise
+                spaces.append(space)
+                space["len"] = _len
+    finally:
+        for space in spaces:
+            space.pop("len", None)
+
+
+def _asks_for_len(error: BaseException) -> dict[str, Any] | None:
+    """Finds the names of the module whose line failed, if it may be for Python's own ``len``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    users = [frame for frame in frames if not frame.f_code.co_filename.startswith((*_JAX, _OURS))]
+    if not users or not _is_of_a_length(error):
+        return None
+    names, code = users[-1].f_globals, users[-1].f_code
+    return names if "len" in code.co_names and "len" not in names else None
+
+
+def _len(value: Any) -> Any:
+    """Gives the length of anything, of a row that has a symbol for it the symbol."""
+    size = next(iter(getattr(value, "shape", ())), None) if _watch.depth else None
+    return size if is_symbolic(size) else len(value)
+
+
+def _is_of_a_length(error: BaseException) -> bool:
+    """Tells whether JAX refused to give a symbolic length as a number."""
+    return type(error).__name__ == "InconclusiveDimensionOperation" or "_DimExpr" in str(error)
+
+
 # Choices by a length
 
 
@@ -386,6 +441,29 @@ def _observe(kind: type) -> None:
     """Makes the class of symbolic sizes tell :data:`_watch` by whom its methods are called."""
     for name in _CHOOSING:
         setattr(kind, name, _observed(name, getattr(kind, name)))
+    of_power = cast("Any", kind).__rpow__
+
+    def truth(self: Any) -> bool:
+        """Tells whether a size is not 0; JAX takes every symbolic one for true."""
+        if _watch.depth and not _is_certain(lambda: self >= 1 or self <= -1):
+            _watch.look(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+        return True
+
+    def rpow(self: Any, base: Any) -> Any:
+        """Computes a power; that of an integer is one of 32 bits in JAX, of any in Python."""
+        if _watch.depth and isinstance(base, int):
+            _watch.look(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+        return of_power(self, base)
+
+    cast("Any", kind).__bool__, cast("Any", kind).__rpow__ = truth, rpow
+
+
+def _is_certain(comparison: Callable[[], bool]) -> bool:
+    """Tells whether a comparison of symbolic sizes is true, whatever the sizes are."""
+    try:
+        return comparison()
+    except Exception:  # JAX's InconclusiveDimensionOperation, which is not public
+        return False
 
 
 def _observed(name: str, method: Any) -> Any:
@@ -427,8 +505,8 @@ def _reason(error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, NotForAllLengths):
         return str(cause)
-    if type(cause).__name__ == "InconclusiveDimensionOperation" or "_DimExpr" in str(cause):
-        return "it needs the length of a row as a number, as len(row) and range() do"
+    if _is_of_a_length(cause):
+        return "it needs the length of a row as a number, as `if` and range() do"
     if isinstance(cause, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
         return "it needs the values of a row or a column while it is traced, as `if` and NumPy do"
     first = (str(cause).splitlines() or [""])[0]

@@ -299,11 +299,36 @@ def vectors(data: Any, logprobs: Any) -> Any:
 
 
 def of_lengths(data: Any, logprobs: Any) -> Any:
-    return sum(lp.sum() / len(lp) for lp in logprobs), {}
+    total, tokens = 0.0, jnp.array(list(map(len, logprobs)))
+    for datum, lp in zip(data, logprobs, strict=True):
+        total = total + lp.sum() / len(lp) + (lp * jnp.arange(len(weights(datum)))).max()
+        total = total + lp.max() * datum.model_input.length + lp[0] * (len(lp) // 2 + len(lp) % 3)
+    metrics = {"tokens": sum(len(lp) for lp in logprobs), "longest": tokens.max()}
+    return total / sum(len(lp) for lp in logprobs), metrics
+
+
+def of_lengths_columns(data: Any, logprobs: Any) -> Any:
+    lengths, position = logprobs.lengths, (logprobs * 0 + 1).cumsum() - 1
+    total = logprobs.mean() + (logprobs * position).max() + logprobs.max() * lengths
+    total = (total + logprobs.first() * (lengths // 2 + lengths % 3)).sum()
+    return total / lengths.sum(), {"tokens": lengths.sum(), "longest": lengths.max()}
 
 
 def alone_is_dear(data: Any, logprobs: Any) -> Any:
     return sum(lp.sum() * (5.0 if lp.shape[0] == 1 else 1.0) for lp in logprobs), {}
+
+
+def odd_is_dear(data: Any, logprobs: Any) -> Any:
+    return sum(lp.sum() * (5.0 if len(lp) % 2 else 1.0) for lp in logprobs), {}
+
+
+def long_is_dear(data: Any, logprobs: Any) -> Any:
+    return sum(lp.sum() * (5.0 if lp.shape[0] - 1 else 1.0) for lp in logprobs), {}
+
+
+def counted_down(data: Any, logprobs: Any) -> Any:
+    short = [lp[:6] for lp in logprobs]
+    return sum(lp[t] * 0.9 ** (len(lp) - t) for lp in short for t in range(len(lp))), {}
 
 
 def by_value(data: Any, logprobs: Any) -> Any:
@@ -346,8 +371,11 @@ FORMS = {
     "counted": Form(counted),
     "running totals": Form(running_totals),
     "vectors": Form(vectors),
-    "of lengths": Form(of_lengths, traced=True),
+    "of lengths": Form(of_lengths, of_lengths_columns),
     "a length compared": Form(alone_is_dear, traced=True),
+    "the truth of a length": Form(long_is_dear, traced=True),
+    "the truth of a remainder": Form(odd_is_dear, traced=True),
+    "counted down": Form(counted_down, traced=True),
     "by value": Form(by_value, traced=True),
     "big numbers": Form(big_numbers, traced=True),
 }

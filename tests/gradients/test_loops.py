@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_a_choice_that_jax_remembers_is_seen_for_every_number_of_rows() -> None:
 
 def test_what_is_traced_for_each_batch_is_warned_about_at_the_line_that_makes_it_so() -> None:
     def mean(data: Any, logprobs: Any) -> Any:
-        return sum(lp.sum() / len(lp) for lp in logprobs), {}
+        return sum(lp[t] for lp in logprobs for t in range(len(lp))), {}
 
     batch = batch_of([3, 4], 0, candidates=False)
     with pytest.warns(UserWarning, match=r"mean takes rows one by one .* needs the length") as told:
@@ -196,6 +197,41 @@ def test_what_is_traced_for_each_batch_is_warned_about_at_the_line_that_makes_it
     assert told[0].filename == __file__
     assert told[0].lineno == mean.__code__.co_firstlineno + 1
     value_and_logprob_grads(mean, *batch)  # warnings are errors here
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_len_is_pythons_own_again_after_a_trace(fails: bool) -> None:
+    seen: list[Any] = []
+
+    def loss(data: Any, logprobs: Any) -> Any:
+        seen.append(type(len(logprobs[0])))
+        if fails:
+            raise KeyError
+        return sum(lp.sum() / len(lp) for lp in logprobs), {}
+
+    with warnings.catch_warnings(), contextlib.suppress(KeyError):
+        warnings.simplefilter("ignore")
+        value_and_logprob_grads(loss, *batch_of([3, 4], 0, candidates=False))
+    assert seen[0] is not int  # a symbol stood for it
+    assert "len" not in globals()
+
+
+def test_a_power_of_two_beyond_32_bits_is_that_of_python() -> None:
+    def loss(data: Any, logprobs: Any) -> Any:
+        return sum((lp * float(2 ** lp.shape[0])).sum() for lp in logprobs), {}
+
+    with pytest.warns(UserWarning, match="traced anew"):
+        found = value_and_logprob_grads(loss, *batch_of([40, 3], 0, candidates=False))
+    assert [grad[0] for grad in found.grads] == [2.0**40, 8.0]
+
+
+def test_a_product_of_lengths_beyond_32_bits_is_an_error() -> None:
+    def loss(data: Any, logprobs: Any) -> Any:
+        return sum((lp * lp.shape[0] ** 4).sum() for lp in logprobs), {}
+
+    value_and_logprob_grads(loss, *batch_of([3, 4], 0, candidates=False))
+    with pytest.raises(OverflowError, match="does not fit the 32 bits"):
+        value_and_logprob_grads(loss, *batch_of([3, 300], 0, candidates=False))
 
 
 def test_datums_that_differ_in_their_columns_are_each_looked_at() -> None:

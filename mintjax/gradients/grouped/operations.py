@@ -198,7 +198,7 @@ class Operations(Arrays):
         text, rows = job.params[0], list(job.rows)
 
         def compute(sizes: Sizes) -> Array:
-            return np.asarray(sizes.of(text)[rows], job.dtype)
+            return np.asarray(interpreted.as_integers(sizes.of(text)[rows]), job.dtype)
 
         return self._step(compute, [], Kind(None, "", (), len(rows)))
 
