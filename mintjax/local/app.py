@@ -86,7 +86,15 @@ def application(
         zstd.require()
     sequencer = Sequencer()
     access = Access(api_key)
-    endpoints = Endpoints(engine, sequencer, access, config, dialect.states_reduction, limits)
+    endpoints = Endpoints(
+        engine,
+        sequencer,
+        access,
+        config,
+        dialect.states_reduction,
+        limits,
+        dialect.logprobs_as_drawn,
+    )
     try:
         yield _Http(endpoints, sequencer, access, poll_seconds, dialect, limits).app()
     finally:

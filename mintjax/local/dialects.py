@@ -51,6 +51,10 @@ class Dialect:
         unknown_tokens: what becomes of a token beyond the vocabulary: it is refused at once, or
             the pass fails, or its logprob is no number, which JSON cannot say (500).
         max_tokens_required: a request to sample has to say how many tokens at most.
+        top_k: how many of the likeliest tokens a sample is drawn from where a request says nothing,
+            or -1; all if None.
+        logprobs_as_drawn: samples come with logprobs of the distribution that they are drawn from,
+            by temperature, top_k and top_p, in place of the model's.
         stop_as_list: a single string as ``stop`` is refused.
         names: the names that a checkpoint may have; a name that is taken is refused (409).
         loads_first: ``load_weights`` only as a model's first request.
@@ -77,6 +81,8 @@ class Dialect:
     failed: Literal["error", "user_error"] | tuple[int, str] = "error"
     unknown_tokens: Literal["refused", "fails", "no number"] = "refused"
     max_tokens_required: bool = False
+    top_k: int | None = None
+    logprobs_as_drawn: bool = False
     stop_as_list: bool = False
     names: str | None = None
     loads_first: bool = False
@@ -158,6 +164,8 @@ DIALECTS: Mapping[str, Dialect] = {
         },
         failed="user_error",
         unknown_tokens="fails",
+        top_k=50,  # transformers' default, which a request's -1 leaves as it is
+        logprobs_as_drawn=True,
         refuses_nulls=True,
         adam_limits={"learning_rate": 10.0, "eps": 1.0},
         calls_models="model_id",
@@ -221,6 +229,8 @@ class Player:
         model_id = getattr(message, "model_id", None)
         if isinstance(model_id, str):
             self._used.add(model_id)
+        if dialect.top_k is not None:
+            _set_top_k(message, dialect.top_k)
         given = _given(message)
         if given is None:
             run = prepare(message)
@@ -310,6 +320,13 @@ class WithNaN(ForwardBackwardOutput):
 
 class NoNumberError(MintjaxError):
     """The result holds what is no number, so that it cannot be sent as JSON."""
+
+
+def _set_top_k(message: Any, top_k: int) -> None:
+    """Writes a trainer's default into a request to sample that leaves it open."""
+    if isinstance(message, messages.SampleRequest) and message.sampling_params.top_k == -1:
+        params = msgspec.structs.replace(message.sampling_params, top_k=top_k)
+        message.sampling_params = params
 
 
 def _given(message: Any) -> messages.ForwardBackwardInput | None:

@@ -60,6 +60,7 @@ class Endpoints:
         config: what is asked of clients.
         states_reduction: say in ``client/config`` what the engine divides losses by.
         limits: bounds on what clients can make the trainer hold.
+        logprobs_as_drawn: samples come with logprobs of the distribution that they are drawn from.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Endpoints:
         config: messages.ClientConfigResponse,
         states_reduction: bool = True,
         limits: Limits = DEFAULT_LIMITS,
+        logprobs_as_drawn: bool = False,
     ) -> None:
         self.engine = engine
         self._sequencer = sequencer
@@ -81,6 +83,7 @@ class Endpoints:
             custom_loss_server_side=config.custom_loss_server_side and engine.reduction == SUM,
         )
         self._limits = limits
+        self._logprobs_as_drawn = logprobs_as_drawn
         self._sessions = Sessions(limits)
         self.administration = Administration(engine, self._sessions)
         self._inflight: dict[str, str] = {}
@@ -403,6 +406,7 @@ class Endpoints:
             )
         source = self._sessions.source(request.sampling_session_id)
         prompt, wanted = request.prompt.to_ints(), sampling.wanted_of(request)
+        wanted = dataclasses.replace(wanted, as_drawn=self._logprobs_as_drawn)
         sampling.check_request(
             BASE_MODELS[self._base_model(source)],
             prompt,

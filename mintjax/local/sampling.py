@@ -64,6 +64,8 @@ class Wanted:
         topk_sample: the k likeliest tokens at each sampled token.
         places: the logprobs of these tokens.
         alternatives: draws at each place of the prompt.
+        as_drawn: give each sampled token the logprob of the distribution that it was drawn from,
+            by temperature, top_k and top_p, in place of the model's.
     """
 
     prompt_logprobs: bool = False
@@ -72,6 +74,7 @@ class Wanted:
     topk_sample: int = 0
     places: Places | None = None
     alternatives: int = 0
+    as_drawn: bool = False
 
 
 NOTHING = Wanted()
@@ -280,7 +283,7 @@ def sample_in_slices(
             limit,
             params,
             generators,
-            wanted.topk_sample,
+            wanted,
         )
     return _with_wanted(SampleResponse(sequences=sequences), prompt, prompt_log_p, params, wanted)
 
@@ -385,9 +388,9 @@ def _continue(
     limit: int,
     params: SamplingParams,
     generators: list[np.random.Generator],
-    topk: int,
+    wanted: Wanted,
 ) -> Slices[list[SampledSequence]]:
-    rows = row_bucket(len(generators))
+    rows, topk = row_bucket(len(generators)), wanted.topk_sample
     cache = Cache(*(jnp.repeat(leaf, rows, axis=1) for leaf in prompt_cache))
     sequences = [
         SampledSequence(tokens=[], logprobs=[], topk_logprobs=[] if topk else None)
@@ -406,7 +409,8 @@ def _continue(
             sequence = sequences[row]
             sequence.tokens.append(token)
             assert sequence.logprobs is not None
-            sequence.logprobs.append(float(log_p[row, token]))
+            logprob = _drawn_logprob if wanted.as_drawn else _logprob
+            sequence.logprobs.append(logprob(log_p[row], params, token))
             if sequence.topk_logprobs is not None:
                 sequence.topk_logprobs += _likeliest(log_p[row : row + 1], topk)
             if _stops(sequence.tokens, params.stop):
@@ -423,6 +427,16 @@ def _draw(
 ) -> int:
     if params.temperature == 0:
         return int(np.argmax(log_p))
+    order, p = _kept(log_p, params)
+    cumulative = np.cumsum(p)
+    drawn = int(np.count_nonzero(cumulative <= generator.random() * cumulative[-1]))
+    return int(order[min(drawn, int(np.flatnonzero(p)[-1]))])
+
+
+def _kept(
+    log_p: npt.NDArray[np.float32], params: SamplingParams
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Computes what is drawn from: tokens, the likeliest first, and their shares, not normed."""
     order = np.argsort(-log_p, kind="stable")
     scaled = log_p[order].astype(np.float64) / params.temperature
     p = np.exp(scaled - scaled[0])
@@ -430,9 +444,18 @@ def _draw(
         p[params.top_k :] = 0
     p /= p.sum()
     p[np.cumsum(p) - p >= params.top_p] = 0  # keeps the token that reaches top_p
-    cumulative = np.cumsum(p)
-    drawn = int(np.count_nonzero(cumulative <= generator.random() * cumulative[-1]))
-    return int(order[min(drawn, int(np.flatnonzero(p)[-1]))])
+    return order, p
+
+
+def _logprob(log_p: npt.NDArray[np.float32], params: SamplingParams, token: int) -> float:
+    return float(log_p[token])
+
+
+def _drawn_logprob(log_p: npt.NDArray[np.float32], params: SamplingParams, token: int) -> float:
+    if params.temperature == 0:
+        return float(log_p[token])
+    order, p = _kept(log_p, params)
+    return float(np.log(p[order == token][0] / p.sum()))
 
 
 def _stops(tokens: list[int], stop: str | Sequence[str | int] | None) -> bool:

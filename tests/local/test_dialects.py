@@ -17,6 +17,7 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.local import DIALECTS, Dialect, Engine, running_server, trainer
+from mintjax.local.tokenizer import VOCAB_SIZE
 from mintjax.step.reduction import SUM
 
 from ..data import flat
@@ -249,6 +250,38 @@ def test_how_many_tokens_has_to_be_said(playing):
     sampler = playing.service.create_sampling_client(base_model=NANO)
     with pytest.raises(BadRequestError, match="max_tokens is currently required"):
         sampler.sample(ModelInput.from_ints([1]), 1, SamplingParams(stop=["a"])).result()
+
+
+@those_with("logprobs_as_drawn")
+def test_samples_are_of_the_likeliest_tokens_with_logprobs_of_what_they_were_drawn_from(
+    playing, own
+):
+    """Hatchery leaves top_k=-1 to transformers, which keep 50; so an RL loss has to say top_k."""
+    prompt, count = [1, 2, 3], 40
+
+    def drawn(where, **params):
+        sampler = where.service.create_sampling_client(base_model=NANO)
+        params = SamplingParams(max_tokens=1, seed=3, **params)
+        answer = sampler.sample(ModelInput.from_ints(prompt), count, params).result()
+        return {one.tokens[0]: one.logprobs[0] for one in answer.sequences}
+
+    everything = drawn(own)
+    fifty = sorted(drawn(own, top_k=50))
+    assert sorted(drawn(playing)) == fifty != sorted(everything)
+    with own.model() as model:
+        wide = Datum(
+            ModelInput.from_ints(prompt),
+            {"target_tokens": np.tile(np.arange(VOCAB_SIZE), (3, 1))},
+        )
+        log_p = model.logprobs([wide])[0][-1]
+    for params in ({}, {"top_k": 7}, {"temperature": 0.5, "top_k": VOCAB_SIZE}):
+        scaled = log_p / params.get("temperature", 1.0)
+        kept = np.sort(scaled)[-params.get("top_k", 50) :]
+        total = np.log(np.exp(kept - kept.max()).sum()) + kept.max()
+        for token, logprob in drawn(playing, **params).items():
+            np.testing.assert_allclose(logprob, scaled[token] - total, atol=1e-4)
+    plain = {token: log_p[token] for token in everything}
+    assert drawn(playing, top_k=VOCAB_SIZE) == pytest.approx(plain, abs=1e-4)
 
 
 def test_a_dialect_needs_an_engine_of_its_reduction():
