@@ -323,6 +323,30 @@ def tokenwise(
     return logprobs.map(masked, where, *inputs)
 
 
+def tokenwise_each(
+    function: Callable[..., dict[str, Array]],
+    logprobs: Ragged,
+    inputs: Sequence[Any],
+    where: Ragged | None,
+) -> dict[str, Ragged]:
+    """Applies a function of several results, as :func:`tokenwise` one of one result.
+
+    The function is called once, because one call for each result would trace all of them as often.
+    """
+    results: dict[str, Array] = {}
+
+    def first(*arrays: Array, **named: Array) -> Array:
+        results.update(function(*arrays, **named))
+        return next(iter(results.values()))
+
+    tokenwise(first, logprobs, inputs, where)
+
+    def rows(name: str) -> Ragged:
+        return tokenwise(lambda *_, **__: results[name], logprobs, inputs, where)
+
+    return {name: rows(name) for name in results}
+
+
 def together(
     function: Callable[..., Array], logprobs: Ragged, inputs: Sequence[Any], where: Ragged | None
 ) -> Ragged:

@@ -24,6 +24,7 @@ from mintjax.objectives._base import (
     times_weights,
     together,
     tokenwise,
+    tokenwise_each,
 )
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch, as_batch
@@ -181,10 +182,7 @@ class PolicyObjective(TokenObjective):
                 target, sampling, advantages, **ratio_bounds, clipped=clipped, where=where
             )
 
-        parts = {
-            name: tokenwise(_item(terms, name), logprobs, inputs, where)
-            for name in losses.POLICY_TERMS
-        }
+        parts = tokenwise_each(terms, logprobs, inputs, where)
         sums = {name: part.total(where) for name, part in parts.items()}
         # Around their own mean, because a difference of two sums of squares has fewer digits.
         tokens = jnp.maximum(sums["tokens"], 1)
@@ -192,13 +190,6 @@ class PolicyObjective(TokenObjective):
         variance = (off_mean * off_mean).total(where) / tokens
         spread = {"ratio_std": jnp.sqrt(variance), "tokens": sums["tokens"]}
         return losses.policy_summary(sums) | spread
-
-
-def _item(terms: Any, name: str) -> Any:
-    def item(*inputs: Any, **named: Any) -> Array:
-        return terms(*inputs, **named)[name]
-
-    return item
 
 
 class SequencePolicyObjective(PolicyObjective):
