@@ -153,6 +153,8 @@ def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
         array = np.asarray(data)
     except ValueError:
         raise DataError("a column must be rectangular; this nested list is ragged") from None
+    except (TypeError, RuntimeError) as error:  # keys of JAX, lists of tensors with a graph
+        raise DataError(f"NumPy cannot hold this: {error}") from None
     name = _AS_THEY_ARE.get(array.dtype)
     if name is not None and dtype in (None, name):  # as nearly always
         return array
@@ -163,11 +165,11 @@ def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
         elif kind in "iu":
             dtype = "int64"
         else:
-            raise DataError(f"a column must hold numbers, not {array.dtype.name}")
+            raise _not_numbers(array)
     if dtype not in _WIRE_DTYPES:
         raise DataError(f"dtype must be 'float32' or 'int64', not {dtype!r}")
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16" and array.size:
-        raise DataError(f"a column must hold numbers, not {array.dtype.name}")
+        raise _not_numbers(array)
     if dtype == "int64" and array.dtype.kind == "f" and array.size:
         # At 2**53 and beyond, a float may stand for its neighbours as well.
         whole = (np.trunc(array) == array) & (np.abs(array) < 2**53)
@@ -177,6 +179,12 @@ def _as_wire_array(data: ArrayLike, dtype: str | None) -> npt.NDArray[Any]:
         raise DataError(f"{array.max()} is beyond int64")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf; validation names it
         return np.asarray(array, dtype=dtype)
+
+
+def _not_numbers(array: npt.NDArray[Any]) -> DataError:
+    none = array.dtype.kind == "O" and any(one is None for one in array.flat)
+    given = "None, such as a sampler gives for the first token" if none else array.dtype.name
+    return DataError(f"a column must hold numbers, not {given}")
 
 
 def _dense(

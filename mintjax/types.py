@@ -252,7 +252,8 @@ def datum(
         The datum, with ``target_tokens``, ``weights`` and the columns.
 
     Raises:
-        DataError: text in place of tokens, no token, or a column of another length.
+        DataError: text in place of tokens, no token, a column of another length, one that is given
+            twice, or ``target_tokens``, which the answer says.
 
     Example:
         >>> made = datum([7, 8], [9, 5, 3], advantages=0.5, logprobs=[-1.0, -2.0, -3.0])
@@ -267,7 +268,16 @@ def datum(
     spread = {
         name: _over_answer(name, one, len(tokens) - 1, len(after)) for name, one in given.items()
     }
-    inputs = {"target_tokens": tokens[1:], **spread, **(per_datum or {})}
+    inputs: dict[str, Any] = {"target_tokens": tokens[1:], **spread}
+    if "target_tokens" in columns:
+        raise DataError("the targets are the tokens themselves", field="target_tokens")
+    for name, value in (per_datum or {}).items():
+        if name in inputs:
+            raise DataError("it has a number for each token already", field=name)
+        number = to_tensor(name, value)
+        if number.ndim:
+            raise DataError(f"shape {list(number.shape)}, where it is one number", field=name)
+        inputs[name] = number
     return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
 
 
@@ -278,7 +288,10 @@ def _token_ids(name: str, tokens: Any) -> list[int]:
             "character may be several tokens",
             field=name,
         )
-    ids = as_model_input(tokens) if hasattr(tokens, "chunks") else ModelInput.from_ints(tokens)
+    try:
+        ids = as_model_input(tokens) if hasattr(tokens, "chunks") else ModelInput.from_ints(tokens)
+    except DataError as error:
+        raise DataError(error.reason, field=name) from None
     if not ids.length:
         raise DataError("it has no token; it needs one", field=name)
     return ids.to_ints()
@@ -319,12 +332,17 @@ def with_column(data: Sequence[Datum], name: str, rows: Sequence[Any]) -> list[D
     Raises:
         DataError: another number of rows, or a row that does not fit its datum.
     """
+    if isinstance(rows, Mapping) or not hasattr(rows, "__iter__"):
+        raise DataError("it needs one row for each datum, or one number", field=name)
     datums, values = as_datums(data), list(rows)
     if len(values) != len(datums):
         raise DataError(f"{len(values)} rows for {len(datums)} datums", field=name)
     made: list[Datum] = []
     for i, (one, row) in enumerate(zip(datums, values, strict=True)):
-        column = to_tensor(name, row)
+        try:
+            column = to_tensor(name, row)
+        except DataError as error:
+            raise DataError(error.reason, datum=i, field=name) from None
         length = one.model_input.length
         if column.ndim and len(column) != length:
             raise DataError(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import mintjax
-from mintjax import Batch, ModelInput, TensorData
+from mintjax import Batch, ModelInput, Ragged, TensorData
 from mintjax.errors import DataError
 from mintjax.protocol import messages
 from mintjax.types import AdamParams, SamplingParams, as_datum, as_model_input, as_params
@@ -109,6 +109,17 @@ def test_torch_shares_its_memory_too_whatever_its_graph():
     np.testing.assert_array_equal(TensorData(torch.full((2,), 1.5, dtype=torch.bfloat16)), 1.5)
     with pytest.raises(DataError, match="field 'x': NumPy cannot hold this torch tensor"):
         mintjax.Datum(ModelInput.from_ints([1]), {"x": torch.ones(2).to_sparse()})
+
+
+def test_padded_arrays_may_be_torchs():
+    torch = pytest.importorskip("torch", reason="needs torch")
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, np.nan]], requires_grad=True)
+    columns = {"weights": torch.ones(2, 2), "lengths": torch.tensor([2, 1])}
+    assert mintjax.objectives.cross_entropy()(columns, logprobs)[0] == 6
+    marked = Ragged.from_padded(logprobs, torch.tensor([[True, True], [True, False]]))
+    np.testing.assert_array_equal(marked.sum(), [-3, -3])
+    with pytest.raises(DataError, match="NumPy cannot hold this: Can't call numpy"):
+        TensorData(list(logprobs[0]))
 
 
 def test_an_objective_and_its_gradient_take_them(foreign):

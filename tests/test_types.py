@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,6 +57,8 @@ def test_tensor_data_from_numpy_shares_memory():
         (([1], "float64"), "dtype must be 'float32' or 'int64'"),
         (([1, 2, 3], "int64", [2, 2]), r"3 numbers do not fill the shape \[2, 2\]"),
         (([1j],), "must hold numbers, not complex128"),
+        (([None, -1.0],), "must hold numbers, not None"),
+        ((jax.random.key(0),), "NumPy cannot hold this: JAX array with PRNGKey"),
     ],
 )
 def test_tensor_data_says_what_it_cannot_hold(arguments, message):
@@ -179,6 +182,14 @@ def test_a_datum_refuses_text_and_columns_of_another_length():
         mintjax.datum([1], [])
     with pytest.raises(DataError, match=r"field 'logprobs': 2 entries for an answer of 3 tokens"):
         mintjax.datum([1, 2, 3], [1, 2, 3], logprobs=[0.0, 0.0])
+    with pytest.raises(DataError, match=r"field 'prompt': tokens must be .* not float64"):
+        mintjax.datum([1.5], [1])
+    with pytest.raises(DataError, match=r"field 'target_tokens': the targets are the tokens"):
+        mintjax.datum([1, 2], [3], target_tokens=[4])
+    with pytest.raises(DataError, match=r"field 'weights': it has a number for each token"):
+        mintjax.datum([1, 2], [3], per_datum={"weights": 0.5})
+    with pytest.raises(DataError, match=r"field 'reward': shape \[2\], where it is one number"):
+        mintjax.datum([1, 2], [3], per_datum={"reward": [1, 2]})
     pairs = mintjax.datum([1], [2, 3], teacher=np.ones((2, 5)))
     assert pairs.loss_fn_inputs["teacher"].shape == (2, 5)
 
@@ -200,3 +211,8 @@ def test_a_column_is_added_and_the_rest_is_shared():
         mintjax.with_column(data, "x", rows[:1])
     with pytest.raises(DataError, match=r"datum 1, field 'x': shape \[2\] does not fit"):
         mintjax.with_column(data, "x", [rows[0], rows[0]])
+    with pytest.raises(DataError, match=r"datum 0, field 'x': .* not None, such as a sampler"):
+        mintjax.with_column(data, "x", [[None, -1.0], [-2.0]])
+    for rows_of_none in ({0: 1, 1: 2}, 0.5):
+        with pytest.raises(DataError, match=r"field 'x': it needs one row for each datum"):
+            mintjax.with_column(data, "x", rows_of_none)

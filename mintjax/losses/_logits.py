@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, cast
 
@@ -113,7 +114,7 @@ def fused_target_logprobs(
     if size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {size}")
     positions = hidden.size // hidden.shape[-1]
-    flat = targets.reshape(positions, -1)
+    flat = targets.reshape(positions, math.prod(targets.shape[hidden.ndim - 1 :]))
     count = max(1, -(-positions // min(size, max(positions, 1))))
     each = -(-positions // count)
     spare = count * each - positions
@@ -123,9 +124,9 @@ def fused_target_logprobs(
         return padded.reshape(count, each, array.shape[1])
 
     dtype = jnp.promote_types(hidden.dtype, unembedding.dtype)
-    rows = chunks(hidden.reshape(positions, -1).astype(dtype))
+    rows = chunks(hidden.reshape(positions, hidden.shape[-1]).astype(dtype))
     found: Array = _in_chunks(rows, unembedding.astype(dtype), chunks(flat))
-    return found.reshape(count * each, -1)[:positions].reshape(targets.shape)
+    return found.reshape(count * each, flat.shape[1])[:positions].reshape(targets.shape)
 
 
 def _mapped(hidden: Array, unembedding: Array, targets: Array) -> Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mintjax.ragged.tiling import TILE, Layout
+from mintjax.tensors import numbers_of
 
 Array = Any  # a NumPy array, a JAX array or a tracer
 
@@ -247,7 +248,8 @@ def _width(layout: Layout, length: int | None) -> int:
 
 
 def as_array(values: Any) -> Array:
-    """Returns an array as it is, and a list as an array."""
+    """Returns an array as it is, and a list or another library's tensor as an array."""
+    values = values if isinstance(values, jax.Array) else numbers_of(values)
     return cast("Any", values if hasattr(values, "shape") else np.asarray(values))
 
 

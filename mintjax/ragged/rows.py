@@ -663,8 +663,15 @@ class Ragged(Operators, metaclass=_NotAnArray):
             where: marks what counts.
 
         Returns:
-            One number for each ``q``; NaN where there is no number, or one of them is NaN.
+            One number for each ``q``; NaN where there is no number, one of them is NaN, or a ``q``
+            that is traced is outside [0, 1].
+
+        Raises:
+            ValueError: a ``q`` is outside [0, 1].
         """
+        known: list[Any] = [] if isinstance(q, jax.core.Tracer) else np.ravel(q).tolist()
+        if not all(0 <= number <= 1 for number in known):
+            raise ValueError(f"a quantile is of numbers in [0, 1], not {q}")
         floats = Ragged(jnp.asarray(self.tiles, self._float_dtype()), self._layout)
         numbers = jnp.sort(floats._masked(where, jnp.inf).ravel())
         count = self.total_count(where)
@@ -676,7 +683,8 @@ class Ragged(Operators, metaclass=_NotAnArray):
         # Equal infinities have no difference.
         between = jnp.where(low == high, low, low + part * jnp.where(low == high, 0, high - low))
         whole = (count > 0) & ~jnp.isnan(floats._masked(where, 0)).any()
-        return jnp.where(whole, between, jnp.nan)
+        possible = (place >= 0) & (place <= jnp.maximum(count - 1, 0))
+        return jnp.where(whole & possible, between, jnp.nan)
 
     def _checked(self, where: Any) -> Ragged | None:
         """A mask; None where torch's ``.sum(-1)`` means what a reduction of rows does anyway."""

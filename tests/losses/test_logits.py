@@ -84,6 +84,14 @@ def test_chunks_give_what_all_logits_give(chunk_size, dtype, trailing, seed):
         np.testing.assert_allclose(*(np.float32(x) for x in (mine, theirs)), **close)
 
 
+@pytest.mark.parametrize("leading", [(0, 3), (2, 0)])
+def test_no_position_has_no_logprobs_and_no_gradient(leading):
+    targets = np.zeros(leading, int)
+    (_, got), slopes = FUSED[4](jnp.ones((*leading, D)), jnp.ones((D, V)), targets, targets * 1.0)
+    assert got.shape == leading
+    np.testing.assert_array_equal(slopes[1], np.zeros((D, V)))
+
+
 def shapes_in(jaxpr):
     """The shapes of all values that a jaxpr computes, those within loops among them."""
     for equation in jaxpr.eqns:

@@ -520,3 +520,11 @@ def test_a_quantile_of_what_is_not_finite():
     )
     assert np.isnan(Ragged.from_rows([np.array([1, np.nan], np.float32)]).quantile(0.0))
     assert Ragged.from_rows([np.array([1, 2])]).quantile(0.5) == 1.5
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.001, np.nan])
+def test_a_quantile_outside_all_numbers_is_refused_or_nan(q):
+    x = Ragged.from_rows([np.array([1, 2, 2], np.float32)])
+    with pytest.raises(ValueError, match=r"of numbers in \[0, 1\]"):
+        x.quantile([0.5, q])
+    assert np.isnan(jax.jit(x.quantile)(q))
