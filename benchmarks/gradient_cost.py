@@ -16,15 +16,16 @@ Then, for 64 datums of the official SDK's, the callback of its ``forward_backwar
 SDK's own conversions.
 
 All get the same arrays, in an order drawn anew each step, and their gradients are compared
-before anything is timed. JAX computes in the thread that asks (``jax_cpu_enable_async_dispatch``
-off), as README recommends on a CPU; ``--async`` leaves it as JAX has it, which hands each
-computation to another thread.
+before anything is timed. JAX computes in the thread that asks, and in that one only
+(``jax_cpu_enable_async_dispatch`` off, ``NPROC=1``), as README recommends on a CPU; ``--threads``
+leaves both as JAX has them: it hands each computation to another thread, and that one splits it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import time
@@ -326,11 +327,13 @@ def main() -> None:
         "--quick", action="store_true", help="fewer steps and sizes: under a minute"
     )
     parser.add_argument(
-        "--async", action="store_true", dest="dispatch", help="leave JAX's dispatch as it is"
+        "--threads", action="store_true", help="let JAX use the threads that it uses by itself"
     )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    jax.config.update("jax_cpu_enable_async_dispatch", options.dispatch)
+    if not options.threads:
+        os.environ["NPROC"] = "1"  # before JAX's first computation
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     warm_up, steps = (5, 10) if options.quick else (5, 20)
     sizes = (8, 64, 256) if options.quick else (8, 64, 256, 1024)
     rows: list[dict[str, Any]] = []

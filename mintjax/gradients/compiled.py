@@ -38,12 +38,16 @@ class Plan(NamedTuple):
     Args:
         kinds: of each column that it reads, the trailing shape and the dtype.
         needs_logprobs: whether its gradient depends on the logprobs.
-        run: its compiled gradient: ``(parameters, table, blocks) -> (loss, metrics, finite,
-            grads)``, of a place's table and of :func:`_blocks` of the columns and the logprobs.
+        scalars: the names of the metrics that come as one array with the loss, in its dtype.
+        run: its compiled gradient: ``(parameters, table, blocks) -> (scalars, others, grads)``, of
+            a place's table and of :func:`_blocks` of the columns and the logprobs: the loss, 1 if
+            the gradient is finite, and the metrics that are named above; all other metrics by name;
+            the gradient. Each array that a program returns has its cost.
     """
 
     kinds: dict[str, Any]
     needs_logprobs: bool
+    scalars: list[str]
     run: Callable[..., Any]
 
 
@@ -78,14 +82,15 @@ class Program:
         columns = {_LOGPROBS: rows} | {name: read(name) for name in plan.kinds}
         blocks = _blocks(columns, batch.lengths, place, rows[0].dtype, _workspace)
         _tracing.rebuild = identity.rebuild
-        loss, metrics, finite, grads = plan.run(identity.parameters, place.table, blocks)
+        scalars, others, grads = plan.run(identity.parameters, place.table, blocks)
+        loss, finite, *values = np.asarray(scalars)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         cuts = zip(place.starts, batch.lengths, strict=False)
-        metrics = {
-            name: value[: len(batch)] if value.ndim else value for name, value in metrics.items()
+        metrics = dict(zip(plan.scalars, values, strict=True)) | {
+            name: value[: len(batch)] if value.ndim else value for name, value in others.items()
         }
         return Outcome(
-            loss, metrics, finite, [buffer[start : start + length] for start, length in cuts]
+            loss, metrics, bool(finite), [buffer[start : start + length] for start, length in cuts]
         )
 
     def needs_logprobs(
@@ -139,6 +144,7 @@ class Program:
         """Traces once without compiling, to learn what is read."""
         names, dtype = batch.names, rows[0].dtype
         kinds: dict[str, Any] = {}
+        scalars: list[str] = []
 
         def gradient(
             parameters: Sequence[Any], table: Array, column: Callable[[str], Array]
@@ -150,7 +156,16 @@ class Program:
             parameters: Sequence[Any], table: Array, blocks: Mapping[tuple[str, ...], Array]
         ) -> Any:
             count("compilations")
-            return gradient(parameters, table, _columns(blocks).__getitem__)
+            loss, metrics, grads = gradient(parameters, table, _columns(blocks).__getitem__)
+            finite = jnp.isfinite(grads).all().astype(loss.dtype)
+            alike = {
+                name: value
+                for name, value in metrics.items()
+                if value.ndim == 0 and value.dtype == loss.dtype
+            }
+            scalars[:] = alike
+            others = {name: value for name, value in metrics.items() if name not in alike}
+            return jnp.stack([loss, finite, *alike.values()]), others, grads
 
         def look(logprobs: Array, parameters: Sequence[Any], table: Array) -> Array:
             def column(name: str) -> Array:
@@ -168,7 +183,7 @@ class Program:
         logprobs = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
         closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
-        return Plan(kinds, needs_logprobs, jax.jit(run))
+        return Plan(kinds, needs_logprobs, scalars, jax.jit(run))
 
 
 def _kind(rows: Sequence[npt.NDArray[Any]]) -> Any:
@@ -178,7 +193,7 @@ def _kind(rows: Sequence[npt.NDArray[Any]]) -> Any:
 
 def _gradient(
     objective: Objective, names: frozenset[str], layout: Layout, column: Callable[[str], Array]
-) -> tuple[Array, Metrics, Array, Array]:
+) -> tuple[Array, Metrics, Array]:
     def read(name: str) -> Any:
         value = jnp.asarray(column(name))
         return Ragged(tiling.fill(value, layout), layout) if value.ndim > 1 else value
@@ -188,7 +203,7 @@ def _gradient(
         return evaluate(objective, data, Ragged(tiling.fill(tiles, layout), layout))
 
     (loss, metrics), grads = jax.value_and_grad(value, has_aux=True)(column(_LOGPROBS))
-    return loss, metrics, jnp.isfinite(grads).all(), grads
+    return loss, metrics, grads
 
 
 _workspaces = threading.local()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -12,7 +13,8 @@ from mintjax.losses._arrays import aligned, as_mask, check_bounds, keep
 
 # Beyond this log-ratio the numbers below have said all they can, and squares would overflow.
 _LARGEST_LOG_RATIO = 20.0
-
+_LARGEST_RATIO = math.exp(_LARGEST_LOG_RATIO)
+_SMALLEST_RATIO = math.exp(-_LARGEST_LOG_RATIO)
 
 POLICY_TERMS = (
     "tokens",
@@ -129,8 +131,10 @@ def policy_terms(
         clip_high_threshold=clip_high_threshold,
     )
     target, sampling, advantages, low, high = map(jax.lax.stop_gradient, arrays)
-    log_ratio = jnp.clip(target - sampling, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    ratio = jnp.exp(log_ratio)
+    difference = target - sampling
+    log_ratio = jnp.clip(difference, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    # The exponential of what is not clipped is the one that the loss needs too: one of them is run.
+    ratio = jnp.clip(jnp.exp(difference), _SMALLEST_RATIO, _LARGEST_RATIO)
     # exp(d) - 1 - d, which cancels near 0, where a series of four terms keeps its digits.
     series = 1 + log_ratio / 3 * (1 + log_ratio / 4 * (1 + log_ratio / 5 * (1 + log_ratio / 6)))
     near = jnp.abs(log_ratio) < 0.125
@@ -156,12 +160,13 @@ def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Summarises :func:`policy_sums`, added over all chunks.
 
     Args:
-        sums: as returned there.
+        sums: as returned there; ``kl_k1`` is not read, and may be missing.
 
     Returns:
-        ``clip_fraction`` = clipped / tokens, ``outside_fraction``, ``mean_ratio``, ``ratio_std``,
-        ``approx_kl`` (k3, in nats per token) and ``effective_sample_size`` =
-        ``sum(r)**2 / sum(r**2) / tokens``, between 0 and 1. All are 0 for no tokens.
+        ``clip_fraction`` = clipped / tokens, ``outside_fraction``, ``mean_ratio``, ``approx_kl``
+        (k3, in nats per token), ``effective_sample_size`` = ``sum(r)**2 / sum(r**2) / tokens``,
+        between 0 and 1, and ``ratio_std``, if ``sums`` has ``excess_squared``. All are 0 for no
+        tokens.
 
     Reference:
         Kong 1992, "A Note on Importance Sampling Using Standardized Weights".
@@ -169,18 +174,20 @@ def policy_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     tokens = jnp.maximum(sums["tokens"], 1)
     mean = sums["ratio"] / tokens
     square = sums["ratio_squared"] / tokens
-    # From ratios less 1, because on-policy the mean of their squares and the square of their mean
-    # are both 1, and their difference would be rounding error.
-    shift = sums["excess"] / tokens
-    variance = sums["excess_squared"] / tokens - shift * shift
-    return {
+    summary = {
         "clip_fraction": sums["clipped"] / tokens,
         "outside_fraction": sums["outside"] / tokens,
         "mean_ratio": mean,
-        "ratio_std": jnp.sqrt(jnp.maximum(variance, 0)),
         "approx_kl": sums["kl_k3"] / tokens,
         "effective_sample_size": mean * mean / jnp.where(square > 0, square, 1),
     }
+    if "excess_squared" in sums:
+        # From ratios less 1, because on-policy the mean of their squares and the square of their
+        # mean are both 1, and their difference would be rounding error.
+        shift = sums["excess"] / tokens
+        variance = sums["excess_squared"] / tokens - shift * shift
+        summary["ratio_std"] = jnp.sqrt(jnp.maximum(variance, 0))
+    return summary
 
 
 def preference_sums(

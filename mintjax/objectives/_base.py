@@ -314,37 +314,32 @@ def tokenwise(
     function: Callable[..., Array], logprobs: Ragged, inputs: Sequence[Any], where: Ragged | None
 ) -> Ragged:
     """Applies a function of arrays and ``where=`` to columns, token by token."""
-    if where is None:
-        return logprobs.map(function, *inputs)
-
-    def masked(mine: Array, where: Array, *others: Array) -> Array:
-        return function(mine, *others, where=where)
-
-    return logprobs.map(masked, where, *inputs)
+    masked, masks = _with_mask(function, where)
+    return logprobs.map(masked, *masks, *inputs)
 
 
-def tokenwise_each(
-    function: Callable[..., dict[str, Array]],
+def tokenwise_terms(
+    function: Callable[..., Mapping[str, Array]],
     logprobs: Ragged,
     inputs: Sequence[Any],
     where: Ragged | None,
 ) -> dict[str, Ragged]:
-    """Applies a function of several results, as :func:`tokenwise` one of one result.
+    """Applies a function of the same kind that gives several numbers per token, by name."""
+    masked, masks = _with_mask(function, where)
+    return logprobs.map_terms(masked, *masks, *inputs)
 
-    The function is called once, because one call for each result would trace all of them as often.
-    """
-    results: dict[str, Array] = {}
 
-    def first(*arrays: Array, **named: Array) -> Array:
-        results.update(function(*arrays, **named))
-        return next(iter(results.values()))
+def _with_mask(
+    function: Callable[..., Any], where: Ragged | None
+) -> tuple[Callable[..., Any], tuple[Ragged, ...]]:
+    """Makes a function that takes its mask after the logprobs, and gives the masks to call with."""
+    if where is None:
+        return function, ()
 
-    tokenwise(first, logprobs, inputs, where)
+    def masked(mine: Array, where: Array, *others: Array) -> Any:
+        return function(mine, *others, where=where)
 
-    def rows(name: str) -> Ragged:
-        return tokenwise(lambda *_, **__: results[name], logprobs, inputs, where)
-
-    return {name: rows(name) for name in results}
+    return masked, (where,)
 
 
 def together(

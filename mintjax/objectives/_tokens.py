@@ -24,7 +24,7 @@ from mintjax.objectives._base import (
     times_weights,
     together,
     tokenwise,
-    tokenwise_each,
+    tokenwise_terms,
 )
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch, as_batch
@@ -182,14 +182,16 @@ class PolicyObjective(TokenObjective):
                 target, sampling, advantages, **ratio_bounds, clipped=clipped, where=where
             )
 
-        parts = tokenwise_each(terms, logprobs, inputs, where)
-        sums = {name: part.total(where) for name, part in parts.items()}
+        parts = tokenwise_terms(terms, logprobs, inputs, where)
+        tokens = logprobs.total_count(where).astype(parts["ratio"].dtype)
+        summed = ("clipped", "outside", "ratio", "ratio_squared", "excess", "kl_k3")
+        sums = logprobs.total_terms({name: parts[name] for name in summed}, where)
+        summary = losses.policy_summary({"tokens": tokens, **sums})
         # Around their own mean, because a difference of two sums of squares has fewer digits.
-        tokens = jnp.maximum(sums["tokens"], 1)
-        off_mean = parts["excess"] - sums["excess"] / tokens
-        variance = (off_mean * off_mean).total(where) / tokens
-        spread = {"ratio_std": jnp.sqrt(variance), "tokens": sums["tokens"]}
-        return losses.policy_summary(sums) | spread
+        count = jnp.maximum(tokens, 1)
+        off_mean = parts["excess"] - sums["excess"] / count
+        variance = (off_mean * off_mean).total(where) / count
+        return summary | {"ratio_std": jnp.sqrt(variance), "tokens": tokens}
 
 
 class SequencePolicyObjective(PolicyObjective):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import jax
@@ -404,7 +404,6 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     # Number by number
 
-    @_moves_data
     def map(self, fn: Callable[..., Array], *others: Operand) -> Ragged:
         """Apply an element-wise function to this and others of the same lengths.
 
@@ -421,16 +420,39 @@ class Ragged(Operators, metaclass=_NotAnArray):
             TypeError: ``fn`` changed the leading axes.
             ValueError: the lengths differ, or an array is not of shape ``[B]``.
         """
+        return self.map_terms(lambda *tiles: {"": fn(*tiles)}, *others)[""]
+
+    @_moves_data
+    def map_terms(
+        self, fn: Callable[..., Mapping[str, Array]], *others: Operand
+    ) -> dict[str, Ragged]:
+        """Applies an element-wise function that gives several numbers per token, by name.
+
+        The function is called once, so that what its results share is computed once.
+
+        Args:
+            fn: as in :meth:`map`, and returns a dict of arrays.
+            others: as in :meth:`map`.
+
+        Returns:
+            A ``Ragged`` for each name.
+
+        Raises:
+            As :meth:`map`.
+        """
         tiles = self.tiles
-        result = jnp.asarray(fn(tiles, *(self._lift(other) for other in others)))
-        result = self._poison(result, *others)
-        if result.shape[:2] != tiles.shape[:2]:
-            raise TypeError(
-                "map needs a function that keeps one result per token; this one turned the leading "
-                f"axes {tiles.shape[:2]} into {result.shape[:2]}. For one value per row use a "
-                "reduction such as sum() or mean()."
-            )
-        return Ragged(result, self._layout)
+        terms: dict[str, Ragged] = {}
+        for name, term in fn(tiles, *(self._lift(other) for other in others)).items():
+            result = self._poison(jnp.asarray(term), *others)
+            if result.shape[:2] != tiles.shape[:2]:
+                raise TypeError(
+                    f"{repr(name) + ' of ' if name else ''}map needs a function that keeps one "
+                    "result per token; this one turned the "
+                    f"leading axes {tiles.shape[:2]} into {result.shape[:2]}. For one value per "
+                    "row use a reduction such as sum() or mean()."
+                )
+            terms[name] = Ragged(result, self._layout)
+        return terms
 
     @_moves_data
     def astype(self, dtype: Any) -> Ragged:
@@ -644,7 +666,22 @@ class Ragged(Operators, metaclass=_NotAnArray):
     @_moves_data
     def total(self, where: Ragged | None = None) -> Array:
         """The sum over all numbers of all rows: a scalar."""
-        return tiling.total(_wide(self._masked(where, 0)))
+        return self.total_terms({"": self}, where)[""]
+
+    @_moves_data
+    def total_terms(
+        self, terms: Mapping[str, Ragged], where: Ragged | None = None
+    ) -> dict[str, Array]:
+        """Computes :meth:`total` of several Ragged of these rows, by name: scalars.
+
+        All are summed together, which costs less than one after another.
+
+        Args:
+            terms: at least one, of one dtype, as :meth:`map_terms` gives them.
+            where: marks what counts.
+        """
+        tiles = [_wide(term._masked(where, 0)) for term in terms.values()]
+        return dict(zip(terms, tiling.totals(tiles), strict=True))
 
     @_moves_data
     def total_count(self, where: Ragged | None = None) -> Array:

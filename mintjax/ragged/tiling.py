@@ -157,8 +157,10 @@ def pack(
         The buffer as tiles, ``[columns, tiles, TILE, ...]``.
     """
     size = len(flat) // len(columns)
+    parts = pieces(columns[0], lengths, size, flat.dtype)
     for part, rows in zip(flat.reshape(-1, size, *flat.shape[1:]), columns, strict=True):
-        np.concatenate(pieces(rows, lengths, size, flat.dtype), out=part)
+        parts[: 2 * len(rows) : 2] = rows  # what lies between them is the same in each column
+        np.concatenate(parts, out=part)
     return flat.reshape(len(columns), -1, TILE, *flat.shape[1:])
 
 
@@ -375,7 +377,7 @@ def _add_tiles(sums: Array, tile_row: Array, lengths: Array) -> Array:
 
 
 def _exact_part(sums: Array, largest: Array) -> Array:
-    beyond = largest * (2 * sums.shape[0])
+    beyond = largest * (2 * sums.shape[-1])
     coarse = (beyond + sums) - beyond
     return jnp.where(jnp.isfinite(coarse), coarse, 0)
 
@@ -388,23 +390,30 @@ def _add_tiles_jvp(  # pyright: ignore[reportUnusedFunction]
     return _add_tiles(*primals), jax.ops.segment_sum(tangents[0], tile_row, lengths.shape[0])
 
 
-def total(tiles: Array) -> Array:
-    """Sums everything in the tiles, as :func:`row_sums` sums a row: ``[tiles, TILE, ...]``."""
-    sums = _tile_sums(tiles)
-    return _add_all(sums) if jnp.issubdtype(sums.dtype, jnp.floating) else jnp.sum(sums)
+def totals(terms: Sequence[Array]) -> Array:
+    """Sums everything in the tiles of each, as :func:`row_sums` sums a row.
+
+    Args:
+        terms: ``[tiles, TILE, ...]`` each, of one dtype.
+
+    Returns:
+        One number for each, ``[terms]``.
+    """
+    sums = jnp.stack([_tile_sums(tiles) for tiles in terms])
+    return _add_all(sums) if jnp.issubdtype(sums.dtype, jnp.floating) else jnp.sum(sums, axis=1)
 
 
 @jax.custom_jvp
 def _add_all(sums: Array) -> Array:
-    coarse = _exact_part(sums, jnp.max(jnp.abs(sums)))
-    return jnp.sum(coarse) + jnp.sum(sums - coarse)
+    coarse = _exact_part(sums, jnp.max(jnp.abs(sums), axis=1, keepdims=True))
+    return jnp.sum(coarse, axis=1) + jnp.sum(sums - coarse, axis=1)
 
 
 @_add_all.defjvp
 def _add_all_jvp(  # pyright: ignore[reportUnusedFunction]
     primals: tuple[Any], tangents: tuple[Any]
 ) -> tuple[Array, Array]:
-    return _add_all(*primals), jnp.sum(tangents[0])
+    return _add_all(*primals), jnp.sum(tangents[0], axis=1)
 
 
 def _tile_sums(tiles: Array) -> Array:

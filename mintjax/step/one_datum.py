@@ -205,13 +205,13 @@ class _OneRow(Ragged):
     def __repr__(self) -> str:
         return f"_OneRow({self.tiles.shape}, {self.dtype})"
 
-    def map(self, fn: Callable[..., Array], *others: Any) -> Ragged:
+    def map_terms(self, fn: Callable[..., Mapping[str, Array]], *others: Any) -> dict[str, Ragged]:
         inputs = [self.tiles, *(self._lift(other) for other in others)]
         _check_tokenwise(fn, inputs, self.tiles.shape[0])
-        result = jnp.asarray(fn(*inputs))
-        if result.shape[:1] != self.tiles.shape[:1]:
+        results = {name: jnp.asarray(term) for name, term in fn(*inputs).items()}
+        if any(result.shape[:1] != self.tiles.shape[:1] for result in results.values()):
             raise TypeError("map needs a function that keeps one result per token")
-        return _OneRow(result)
+        return {name: _OneRow(result) for name, result in results.items()}
 
     def astype(self, dtype: Any) -> Ragged:
         return _OneRow(jnp.asarray(self.tiles).astype(dtype))
@@ -253,8 +253,10 @@ class _OneRow(Ragged):
     def count(self, where: Ragged | None = None) -> Array:
         return _OneRow(jnp.ones(self.tiles.shape, jnp.int32)).sum(where)
 
-    def total(self, where: Ragged | None = None) -> Array:
-        return jnp.sum(self._masked(where, 0))
+    def total_terms(
+        self, terms: Mapping[str, Ragged], where: Ragged | None = None
+    ) -> dict[str, Array]:
+        return {name: jnp.sum(term._masked(where, 0)) for name, term in terms.items()}
 
     def total_count(self, where: Ragged | None = None) -> Array:
         return jnp.sum(self.count(where))

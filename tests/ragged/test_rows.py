@@ -68,6 +68,30 @@ def test_a_reduction_takes_all_of_a_row_with_candidates(name):
     np.testing.assert_allclose(got, [oracle(row) for row in rows], rtol=1e-5)
 
 
+@settings(max_examples=10)
+@given(sizes=lengths, masked=st.booleans(), dtype=st.sampled_from([np.float32, np.int32]))
+def test_several_at_once_are_one_by_one(sizes, masked, dtype):
+    def parts(mine, other):
+        return {"sum": mine + other, "shared": (mine * other).astype(dtype)}
+
+    x = Ragged.from_rows([(9 * row).astype(dtype) for row in rows_of(sizes)])
+    per_row = jnp.arange(len(sizes), dtype=dtype)
+    where = Ragged.from_rows([row > 0 for row in rows_of(sizes, 5)]) if masked else None
+    together = x.map_terms(parts, per_row)
+    totals = x.total_terms(together, where)
+    for name, term in together.items():
+        alone = x.map(lambda *arrays, name=name: parts(*arrays)[name], per_row)
+        for got, row in zip(term, alone, strict=True):
+            np.testing.assert_array_equal(got, row)
+        assert totals[name] == alone.total(where)
+        assert totals[name].dtype == alone.total(where).dtype
+
+
+def test_a_function_that_gives_less_than_a_number_per_token_is_refused_by_name():
+    with pytest.raises(TypeError, match="'sum' of map needs a function that keeps one result"):
+        Ragged.from_rows(rows_of([3, 2])).map_terms(lambda x: {"same": x, "sum": x.sum()})
+
+
 @given(sizes=lengths, seed=st.integers(0, 99))
 def test_where_is_the_same_as_leaving_numbers_out(sizes, seed):
     rows = rows_of(sizes, seed)
