@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, as_mask, count, finish, keep
+from mintjax.losses._settings import check_settings
 
 
 def group_mean_centred(rewards: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
@@ -115,6 +116,7 @@ def grpo(
         Shao et al. 2024, "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open
         Language Models", section 4.1.2.
     """
+    check_settings({"epsilon": epsilon}, of="grpo")
     above = centred(rewards, where)
     if scale_by_std:
         above = above / (sample_std(above, where) + epsilon)
@@ -181,6 +183,7 @@ def maxrl(
         Tajwar et al. 2026, "Maximum Likelihood Reinforcement Learning", in the form of SkyRL's
         implementation (authors unconfirmed).
     """
+    check_settings({"epsilon": epsilon}, of="maxrl")
     above = centred(rewards, where)
     (given,) = aligned(where, rewards)
     mean = _sum(given) / jnp.maximum(count(given, where), 1)
@@ -260,6 +263,7 @@ def pass_at_k(
         Tang et al. 2025, "Optimizing Language Models for Inference Time Objectives using
         Reinforcement Learning" (arXiv:2503.19595), the leave-one-out form for pass@k.
     """
+    check_settings({"epsilon": epsilon}, of="pass_at_k")
     above = centred(rewards, where)
     present = above == above if where is None else as_mask(where, above.shape)
     ranked = jnp.where(present, above, -jnp.inf)

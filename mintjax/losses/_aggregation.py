@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, count, keep
+from mintjax.losses._settings import check_count, check_settings
 
 
 def token_mean(losses: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
@@ -105,6 +106,7 @@ def fixed_length_mean(
     Reference:
         Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", section 3.2.
     """
+    check_settings({"max_length": max_length}, of="fixed_length_mean")
     (losses,) = aligned(where, losses)
     sequences = losses.size // max(losses.shape[-1], 1)
     return jnp.sum(losses) / (max(sequences, 1) * jnp.asarray(max_length, losses.dtype))
@@ -174,6 +176,7 @@ def prompt_mean(losses: ArrayLike, group_size: int, *, where: ArrayLike | None =
         Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", eq. 8,
         whose mean over tokens is within the expectation over prompts.
     """
+    check_count(group_size, "group_size")
     (losses,) = aligned(where, losses)
     if losses.ndim != 2 or losses.shape[0] % group_size:
         raise ValueError(

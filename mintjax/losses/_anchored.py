@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, check_positive, finish
+from mintjax.losses._arrays import aligned, finish
 from mintjax.losses._scores import gains, labels
+from mintjax.losses._settings import check_positive
 from mintjax.losses._sigmoids import log_sigmoid, sigmoid
 
 

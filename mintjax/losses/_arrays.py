@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
+
+from mintjax.losses._settings import check_settings
 
 
 def aligned(
@@ -35,8 +36,10 @@ def aligned(
 
     Raises:
         TypeError: ``where`` holds floats.
-        ValueError: a shape does not fit; the message names the argument.
+        ValueError: a shape does not fit, or a hyperparameter among the others is out of its range;
+            the message names the argument.
     """
+    check_settings(others, where)
     first = _array(target_logprobs)
     dtype = jnp.promote_types(_float_dtype(first), jnp.float32)
     columns = [first, *map(_array, others.values())]
@@ -80,50 +83,9 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(mask).astype(bool), shape)
 
 
-def known(value: Any) -> np.ndarray | None:
-    """Reads a hyperparameter as NumPy; None while it is traced, because it has no value then."""
-    if isinstance(value, jax.core.Tracer):
-        return None
-    array = np.asarray(jax.device_get(value))
-    return array.astype(np.float64) if array.dtype.kind in "fiub" else None
-
-
-def check_bounds(
-    low: Any, high: Any, names: tuple[str, str] = ("clip_low_threshold", "clip_high_threshold")
-) -> None:
-    """Checks that a lower bound of a ratio is not above the upper one.
-
-    Raises:
-        ValueError: it is; the message says what the bounds mean.
-    """
-    below, above = known(low), known(high)
-    if below is not None and above is not None and (below > above).any():
-        raise ValueError(
-            f"{names[0]} is {_brief(below)} and {names[1]} is {_brief(above)}, so no ratio lies "
-            f"between them. They bound the ratio itself: 0.8 means 0.8, not 1 - 0.8. For an "
-            f"epsilon of 0.2 pass {names[0]}=0.8, {names[1]}=1.2"
-        )
-
-
-def check_positive(loss: str, **values: Any) -> None:
-    """Checks that hyperparameters are above 0.
-
-    Raises:
-        ValueError: one is not; the message names it and the loss.
-    """
-    for name, value in values.items():
-        number = known(value)
-        if number is not None and not (number > 0).all():
-            raise ValueError(f"{name} of {loss} must be above 0, not {_brief(number)}")
-
-
 def _hide(values: jax.Array | np.ndarray, mask: jax.Array) -> jax.Array:
     # The 0 has the dtype of the values, because strict promotion mixes no kinds.
     return jnp.where(mask, values, np.zeros((), values.dtype))
-
-
-def _brief(number: np.ndarray) -> str:
-    return f"{number:g}" if number.ndim == 0 else np.array2string(number, threshold=4, edgeitems=2)
 
 
 def _array(values: ArrayLike) -> jax.Array | np.ndarray:

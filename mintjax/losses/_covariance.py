@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, finish, keep
 from mintjax.losses._builtin import ppo
+from mintjax.losses._settings import check_order, check_settings
 from mintjax.losses._surrogates import ratio_surrogate
 
 
@@ -102,6 +103,12 @@ def drawn_tokens(
     where: ArrayLike | None = None,
 ) -> jax.Array:
     """Marks the tokens that :func:`clip_cov` leaves without a gradient."""
+    check_order(
+        covariance_low,
+        covariance_high,
+        ("covariance_low", "covariance_high"),
+        "so no token lies between them",
+    )
     target, sampling, advantages, noise, low, high, least, most = aligned(
         where,
         target_logprobs,
@@ -189,6 +196,7 @@ def _covariance(target: jax.Array, advantages: jax.Array, where: ArrayLike | Non
 
 def _smallest(values: jax.Array, present: jax.Array, share: float) -> jax.Array:
     """Marks the ``max(1, floor(share * N))`` smallest values, N the number of those present."""
+    check_settings({"share": share})
     ranks = jnp.argsort(jnp.argsort(values.reshape(-1))).reshape(values.shape)
     number = jnp.maximum(jnp.floor(share * jnp.sum(present.astype(jnp.float32))), 1)
     return ranks < number

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, as_mask, check_bounds, keep
+from mintjax.losses._arrays import aligned, as_mask, keep
+from mintjax.losses._settings import check_bounds
 
 # Beyond this log-ratio the numbers below have said all they can, and squares would overflow.
 _LARGEST_LOG_RATIO = 20.0

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, count, finish, harmless_where_zero
 from mintjax.losses._scores import gains, held, margins, smoothed
+from mintjax.losses._settings import Range, check_range
 from mintjax.losses._sigmoids import log_sigmoid
 
 Divergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -129,6 +130,7 @@ def robust_dpo(
         Chowdhury et al. 2024, "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
         section 3.1.
     """
+    check_range(label_smoothing, Range(0, 0.5, below=True), "label_smoothing of robust_dpo", where)
     logits, smoothing = margins(
         where,
         chosen_scores,

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, count, finish, harmless_where_zero, keep, known
+from mintjax.losses._arrays import aligned, count, finish, harmless_where_zero, keep
+from mintjax.losses._settings import UP_TO_1, check_count, check_range, known
 
 
 def distillation_forward_kl(
@@ -175,7 +176,7 @@ def generalised_jsd(
 
     Raises:
         ValueError: the shapes do not fit, ``beta`` is not between 0 and 1, or a temperature is
-            given without renormalising.
+            not above 0, or given without renormalising.
 
     Example:
         >>> from mintjax import losses
@@ -186,10 +187,9 @@ def generalised_jsd(
         Agarwal et al. 2023, "On-Policy Distillation of Language Models: Learning from
         Self-Generated Mistakes", eq. 1.
     """
-    share = known(beta)
-    if share is not None and not (0 <= share <= 1):
-        raise ValueError(f"beta of generalised_jsd must be between 0 and 1, not {beta}")
-    if not renormalise and known(temperature) != 1:
+    check_range(beta, UP_TO_1, "beta of generalised_jsd")
+    fixed = known(temperature)
+    if not renormalise and fixed is not None and (fixed != 1).any():
         raise ValueError("a temperature needs renormalise=True: it would leave no distribution")
     student, teacher, heat = aligned(
         where, target_logprobs, teacher_logprobs=teacher_logprobs, temperature=temperature
@@ -197,6 +197,8 @@ def generalised_jsd(
     if renormalise:
         heat = jnp.where(heat == 0, 1, heat)  # masking left 0
         student, teacher = (_log_normalise(x / heat, where) for x in (student, teacher))
+    elif fixed is None:  # what is traced cannot be refused, so that it makes the loss NaN, which is
+        student = jnp.where((heat == 1) | (heat == 0), student, jnp.nan)
     share = jnp.asarray(beta, student.dtype)
     inner = jnp.where((share > 0) & (share < 1), share, 0.5)
     mixture = _log_mix(student + jnp.log1p(-inner), teacher + jnp.log(inner))
@@ -250,6 +252,7 @@ def entropy_bounds(
         as the greatest, applied to the rest.
     """
     (logprobs,) = aligned(where, target_logprobs)
+    check_count(vocab_size, "vocab_size", logprobs.shape[-1])
     probability = keep(jnp.exp(logprobs), where)
     inside = -jnp.sum(probability * harmless_where_zero(probability, logprobs), axis=-1)
     number = count(logprobs, where)[..., 0]
@@ -288,6 +291,7 @@ def calibration_sums(
     Raises:
         ValueError: the shapes do not fit.
     """
+    check_count(bins, "bins")
     chances, came = aligned(where, probabilities, outcomes=outcomes)
     chances, came = jax.lax.stop_gradient(chances), jax.lax.stop_gradient(came)
     number = jnp.clip(jnp.floor(chances * bins), 0, bins - 1).astype(jnp.int32).reshape(-1)

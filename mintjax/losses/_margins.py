@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import as_mask, check_positive, finish, harmless_where_zero
+from mintjax.losses._arrays import as_mask, finish, harmless_where_zero
 from mintjax.losses._scores import gains, margins, ramp
+from mintjax.losses._settings import check_positive
 from mintjax.losses._sigmoids import log_sigmoid, sigmoid
 
 
@@ -220,7 +221,6 @@ def discopop(
         Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language
         Models", eq. 5 (LRML).
     """
-    check_positive("discopop", temperature=temperature)
     logits, tau = margins(
         where,
         chosen_scores,

@@ -6,9 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, finish, harmless_where_zero
+
+# A difference of logprobs from which exp(d) has 1 + d within its third digit.
+_FAR = 8.0
 
 
 def kl_k1(
@@ -325,9 +329,44 @@ def kl_k3_corrected(
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
     )
-    beyond = exp_beyond_linear(reference - target)
-    ratio = jnp.exp(harmless_where_zero(beyond, target - sampling))
-    return finish(ratio * harmless_where_zero(ratio, beyond), where, target_logprobs)
+    return finish(_k3_corrected(target, reference, sampling), where, target_logprobs)
+
+
+@jax.custom_jvp
+def _k3_corrected(target: jax.Array, reference: jax.Array, sampling: jax.Array) -> jax.Array:
+    """``r * (exp(d) - 1 - d)``, where one factor may overflow although the product does not."""
+    difference = reference - target
+    far = difference > _FAR
+    beyond = exp_beyond_linear(jnp.where(far, 0, difference))
+    near = harmless_where_zero(beyond, jnp.exp(target - sampling)) * beyond
+    # exp(-100) is 0 beside 1, and (1 + inf) * exp(-inf) would be NaN.
+    held = jnp.minimum(difference, 100)
+    grown = jnp.exp(jnp.where(far, reference - sampling, 0)) * (1 - (1 + held) * jnp.exp(-held))
+    return jnp.where(far, grown, near)
+
+
+def _k3_corrected_jvp(
+    primals: tuple[Any, Any, Any], tangents: tuple[Any, Any, Any]
+) -> tuple[jax.Array, jax.Array]:
+    target, reference, sampling = primals
+    value = _k3_corrected(*primals)
+    difference = reference - target
+    far = difference > _FAR
+    ratio = jnp.exp(target - sampling)
+    # By target, the slope is r * (exp(d) - 1 - d) - r * (exp(d) - 1), which is -r * d.
+    by_target = -harmless_where_zero(difference, ratio) * harmless_where_zero(ratio, difference)
+    away = jnp.expm1(jnp.where(far, 0, difference))
+    grown = jnp.exp(jnp.where(far, reference - sampling, 0)) * -jnp.expm1(-difference)
+    by_reference = jnp.where(far, grown, harmless_where_zero(away, ratio) * away)
+    tangent = jnp.zeros_like(value)
+    # A slope that nobody asked for may be infinite, and 0 * inf would be NaN.
+    for slope, given in zip((by_target, by_reference, -value), tangents, strict=True):
+        if not isinstance(given, SymbolicZero):
+            tangent = tangent + slope * given
+    return value, tangent
+
+
+_k3_corrected.defjvp(_k3_corrected_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, check_bounds, count, finish, harmless_where_zero
+from mintjax.losses._arrays import aligned, count, finish, harmless_where_zero
+from mintjax.losses._settings import check_bounds
 from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
 

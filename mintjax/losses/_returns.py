@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, as_mask, check_bounds, finish, keep
+from mintjax.losses._arrays import aligned, as_mask, finish, keep
+from mintjax.losses._settings import check_order, check_settings
 
 
 def discounted_returns(
@@ -136,6 +137,7 @@ def whiten(
         Hu et al. 2025, "REINFORCE++: A Simple and Efficient Approach for Aligning Large Language
         Models" (arXiv:2501.03262), the normalisation over the global batch.
     """
+    check_settings({"epsilon": epsilon}, of="whiten")
     (given,) = aligned(where, values)
     number = jnp.maximum(jnp.sum(keep(jnp.ones_like(given), where)), 1)
     first = jnp.sum(given) / number
@@ -180,6 +182,7 @@ def advantage_filter(
         Zhang et al. 2025, "R1-Reward: Training Multimodal Reward Model Through Stable Reinforcement
         Learning" (arXiv:2505.02835), the advantage filter.
     """
+    check_settings({"deviations": deviations}, of="advantage_filter")
     (given,) = aligned(where, advantages)
     fixed = jax.lax.stop_gradient(given)
     ones = keep(jnp.ones_like(fixed), where)
@@ -213,7 +216,7 @@ def overlong_penalty(
         What to add to each reward, in units of the reward: float32, the shape of ``lengths``.
 
     Raises:
-        ValueError: the buffer is longer than ``max_length``.
+        ValueError: the buffer is longer than ``max_length``, or a setting is out of its range.
 
     Example:
         >>> from mintjax import losses
@@ -223,7 +226,12 @@ def overlong_penalty(
     Reference:
         Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", eq. 13.
     """
-    check_bounds(buffer, max_length, ("buffer", "max_length"))
+    check_order(
+        buffer,
+        max_length,
+        ("buffer", "max_length"),
+        "so answers would pay before their first token",
+    )
     tokens, most, room, worst = aligned(
         None, lengths, max_length=max_length, buffer=buffer, penalty=penalty
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mintjax.losses._arrays import aligned, as_mask, finish, keep, product
+from mintjax.losses._settings import check_count, check_settings
 
 
 def worst_group(
@@ -43,6 +44,7 @@ def worst_group(
         Sagawa et al. 2019, "Distributionally Robust Neural Networks for Group Shifts", eq. 3
         (equation number unconfirmed).
     """
+    check_count(num_groups, "num_groups")
     (values,) = aligned(where, losses)
     (numbers,) = aligned(where, groups)
     if numbers.shape != values.shape:
@@ -88,6 +90,7 @@ def conditional_value_at_risk(
         Rockafellar & Uryasev 2000, "Optimization of Conditional Value-at-Risk"; for groups of
         examples Levy et al. 2020, "Large-Scale Methods for Distributionally Robust Optimization".
     """
+    check_settings({"share": share}, of="conditional_value_at_risk")
     (values,) = aligned(where, losses)
     flat = values.reshape(-1)
     present = jnp.ones(flat.shape, bool)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, as_mask, harmless_where_zero, known
+from mintjax.losses._arrays import aligned, as_mask, harmless_where_zero
+from mintjax.losses._settings import known
 from mintjax.losses._sigmoids import log_sigmoid
 
 

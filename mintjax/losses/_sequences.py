@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, check_bounds, count, finish, harmless_where_zero
+from mintjax.losses._arrays import aligned, count, finish, harmless_where_zero
 from mintjax.losses._policy import gspo
+from mintjax.losses._settings import check_bounds
 
 # The bounds of a sequence's log-ratio in VESPO, of which the lower one is log(1e-8).
 _LEAST, _GREATEST = -18.420681, 20.0

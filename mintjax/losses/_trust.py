@@ -6,15 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import (
-    aligned,
-    check_bounds,
-    check_positive,
-    finish,
-    harmless_where_zero,
-    torch_clip,
-)
+from mintjax.losses._arrays import aligned, finish, harmless_where_zero, torch_clip
 from mintjax.losses._builtin import ppo
+from mintjax.losses._settings import check_bounds
 from mintjax.losses._sigmoids import sigmoid
 from mintjax.losses._surrogates import clipped_surrogate, ratio_surrogate
 
@@ -117,11 +111,6 @@ def sapo(
     Reference:
         Gao et al. 2025, "Soft Adaptive Policy Optimization" (arXiv:2511.20347), eq. 5.
     """
-    check_positive(
-        "sapo",
-        positive_temperature=positive_temperature,
-        negative_temperature=negative_temperature,
-    )
     target, sampling, advantages, warm, cool = aligned(
         where,
         target_logprobs,
@@ -252,7 +241,6 @@ def stable_reinforce(
         greatest_ratio_threshold,
         ("least_ratio_threshold", "greatest_ratio_threshold"),
     )
-    check_positive("stable_reinforce", least_ratio_threshold=least_ratio_threshold)
     target, sampling, advantages, low, high, least, greatest = aligned(
         where,
         target_logprobs,
@@ -339,6 +327,7 @@ def masked_importance_sampling(
     )
     ratio = jnp.exp(jax.lax.stop_gradient(target - sampling))
     kept = (ratio >= low) & (ratio <= high)
-    coefficients = jnp.where(kept, ratio, 0) * advantages
+    weights = harmless_where_zero(advantages, jnp.where(kept, ratio, 0))
+    coefficients = weights * advantages
     values = -coefficients * harmless_where_zero(coefficients, target)
     return finish(values, where, target_logprobs)

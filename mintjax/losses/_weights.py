@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, check_bounds, count, finish, keep
+from mintjax.losses._arrays import aligned, count, finish, keep
+from mintjax.losses._settings import check_bounds
 
 Level: TypeAlias = Literal["token", "sequence_sum", "sequence_mean"]
 """Of which log-ratio :func:`importance_weights` takes the exponential: each token's, the sum over

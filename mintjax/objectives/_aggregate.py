@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 import jax.numpy as jnp
 
 from mintjax.errors import DataError
+from mintjax.losses._settings import check_count
 from mintjax.objectives._base import Array, row_count
 from mintjax.ragged import Ragged
 
@@ -45,13 +46,8 @@ def aggregate(
 
     Raises:
         DataError: the datums do not divide into groups.
-        ValueError: ``how`` is none of these, or lacks what it needs.
+        ValueError: ``how`` lacks what it needs.
     """
-    if how not in get_args(Aggregation):
-        raise ValueError(
-            "aggregation must be sum, token_mean or sequence_mean, or sequence_sum, fixed_length "
-            f"or prompt_mean, not {how!r}"
-        )
     sums = values.sum(where)
     if how == "sum":
         return jnp.sum(sums)
@@ -70,6 +66,18 @@ def aggregate(
     if over is None:
         over = jnp.maximum(count_parts(values, where, how, group_size=group_size), 1)
     return jnp.sum(parts) / jnp.asarray(over).astype(sums.dtype)
+
+
+def check_aggregation(how: str, group_size: int | None) -> None:
+    """Checks what says how to aggregate.
+
+    Raises:
+        ValueError: ``how`` is no name of an aggregation, or ``group_size`` is no number of datums.
+    """
+    if how not in get_args(Aggregation):
+        raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, not {how!r}")
+    if group_size is not None:
+        check_count(group_size, "group_size")
 
 
 def count_parts(

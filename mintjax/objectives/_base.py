@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mintjax.errors import DataError
-from mintjax.losses._arrays import check_bounds, check_positive
+from mintjax.losses._settings import check_bounds, check_positive, check_settings
 from mintjax.ragged import Ragged, tiling
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.ragged.transfers import transfers_allowed
@@ -58,14 +58,22 @@ class LossObjective:
 
     def __post_init__(self) -> None:
         me = type(self).__name__
-        for field in dataclasses.fields(cast("Any", self)):
-            value = getattr(self, field.name)
+        fields = [field.name for field in dataclasses.fields(cast("Any", self))]
+        for name in fields:
+            value = getattr(self, name)
             if callable(value):
                 raise TypeError(
-                    f"{field.name} of {me} must be a number, not {value!r}: what changes from step "
+                    f"{name} of {me} must be a number, not {value!r}: what changes from step "
                     "to step is passed anew each step (another number runs the same compiled "
                     "program), and the weight of a term of weighted_sum may be a schedule"
                 )
+        # A loss of a user's own may mean something else by these names.
+        module = str(getattr(getattr(type(self), "loss", None), "__module__", ""))
+        ours = module.startswith("mintjax.losses.")
+        check_settings(
+            {name: getattr(self, name) for name in fields if ours or name not in self.settings},
+            of=me,
+        )
         check_positive(me, **{name: getattr(self, name) for name in self.positive})
         if {"clip_low_threshold", "clip_high_threshold"} <= set(self.settings):
             check_bounds(self.clip_low_threshold, self.clip_high_threshold)

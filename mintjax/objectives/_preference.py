@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mintjax import losses
 from mintjax.errors import DataError
 from mintjax.losses._reference_free import bent_reward
+from mintjax.losses._settings import check_count
 from mintjax.objectives._base import Array, Loss, LossObjective, counted, define, option
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
@@ -203,6 +204,10 @@ class ListObjective(SequenceObjective):
     per_token: bool = option(False, static=True)
     reference_free: bool = option(False, static=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.group_size, f"group_size of {type(self).__name__}", 2)
+
     @property
     def pad_rows_to(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Pads the row count of a batch to whole lists."""
@@ -283,7 +288,7 @@ wpo = preference(losses.wpo)
 ipo = preference(losses.ipo, positive=("beta",))
 hinge = preference(losses.hinge)
 exo_pair = preference(losses.exo_pair, positive=("label_smoothing",))
-discopop = preference(losses.discopop, positive=("temperature",))
+discopop = preference(losses.discopop)
 apo_zero = preference(losses.apo_zero)
 apo_down = preference(losses.apo_down)
 nca_pair = preference(losses.nca_pair)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mintjax import losses
 from mintjax.errors import DataError
-from mintjax.objectives._aggregate import Aggregation, aggregate, count_parts
+from mintjax.objectives._aggregate import Aggregation, aggregate, check_aggregation, count_parts
 from mintjax.objectives._base import (
     Array,
     Loss,
@@ -52,6 +52,10 @@ class TokenObjective(LossObjective):
     max_length: float | None = option(None)
     group_size: int | None = option(None, static=True)
     step_count: float | None = option(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_aggregation(self.aggregation, self.group_size)
 
     @property
     def pad_rows_to(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -100,7 +104,7 @@ class TokenObjective(LossObjective):
         ones = Ragged.from_rows([np.ones(length, np.float32) for length in batch.lengths])
         where = answer_mask(batch, ones)
         count = count_parts(ones, where, self.aggregation, group_size=self.group_size)
-        return dataclasses.replace(cast("Any", self), step_count=float(count))
+        return dataclasses.replace(cast("Any", self), step_count=max(float(count), 1.0))
 
     def inputs(self, data: Batch, logprobs: Ragged, where: Ragged | None) -> list[Any]:
         """Reads what the loss is given beside the logprobs: columns, under the names it has."""

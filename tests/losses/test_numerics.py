@@ -200,3 +200,42 @@ def test_a_token_that_the_sampler_was_certain_of_can_leave_the_region_of_dppo_kl
     np.testing.assert_allclose(marks[0], marks[1], rtol=1e-6)
     # q log(q / p) = 0.5 is above the threshold, so the first has lost its loss.
     np.testing.assert_allclose(marks[0], [0, 1, 1], rtol=1e-6)
+
+
+def k3_corrected(target: float, reference: float, sampling: float) -> list[float]:
+    """Value and slope by the logprob, in numbers of any size."""
+    d = reference - target
+    beyond = np.exp(reference - sampling) * (1 - (1 + d) * np.exp(-d)) if d > 1 else None
+    near = np.exp(target - sampling) * (np.expm1(d) - d) if d else 0.0
+    return [near if beyond is None else beyond, -np.exp(target - sampling) * d]
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        (-100.0, 0.0, -17.0),
+        (-200.0, -1.0, -2.0),
+        (-9.0, -1.0, -1.5),
+        (-8.9, -1.0, -1.5),
+        (0.0, 0.0, -100.0),
+        (-1.0, -1.5, -1.25),
+        (-0.5, -90.0, -1.0),
+        (-3.0, -1.0, -85.0),
+    ],
+)
+def test_the_corrected_k3_overflows_only_where_its_value_does(logprobs):
+    given = [np.float32(x) for x in logprobs]
+    value, slopes = jax.value_and_grad(losses.kl_k3_corrected, argnums=(0, 1, 2))(*given)
+    expected = k3_corrected(*map(float, given))
+    np.testing.assert_allclose([value, slopes[0]], expected, rtol=3e-5, atol=1e-30)
+    # A shift of all three changes nothing, and the sampler's logprob divides.
+    np.testing.assert_allclose(slopes[2], -value, rtol=1e-6)
+    np.testing.assert_allclose(sum(slopes), 0, atol=2e-6 * np.abs(slopes).max())
+
+
+def test_a_ratio_that_overflows_counts_for_nothing_without_an_advantage():
+    bounds = {"clip_low_threshold": 0.0, "clip_high_threshold": np.inf}
+    value, slope = jax.value_and_grad(losses.masked_importance_sampling)(
+        -1.0, -101.0, 0.0, **bounds
+    )
+    assert value == slope == 0

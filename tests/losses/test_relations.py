@@ -204,7 +204,7 @@ def test_the_jsd_is_symmetric_at_one_half_and_ends_in_the_divergences():
             rtol=1e-5,
             atol=1e-6,
         )
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="at least 0 and at most 1"):
         losses.generalised_jsd(student, teacher, beta=1.5)
     with pytest.raises(ValueError, match="a temperature needs renormalise"):
         losses.generalised_jsd(student, teacher, temperature=2.0, renormalise=False)
