@@ -7,8 +7,8 @@ that path uses one up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,14 +62,24 @@ class Lose:
     when: str = "unsent"
 
 
-@dataclass
 class Hold:
     """Act, and answer once :meth:`release` was called, from any thread."""
 
-    released: threading.Event = field(default_factory=threading.Event)
+    def __init__(self) -> None:
+        self._released = False
+        self._wakers: list[Callable[[], object]] = []
+
+    async def released(self) -> None:
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        self._wakers.append(lambda: loop.call_soon_threadsafe(event.set))
+        if not self._released:  # asked once the waker can be seen, so that it is not missed
+            await event.wait()
 
     def release(self) -> None:
-        self.released.set()
+        self._released = True
+        for wake in self._wakers:
+            with contextlib.suppress(RuntimeError):  # that loop has been closed
+                wake()
 
 
 async def _send(send: Any, answer: Answer) -> None:
@@ -138,7 +148,7 @@ class Trainer:
         if isinstance(fault, Lose):
             raise httpx.ReadError("broken by the test")
         if isinstance(fault, Hold):
-            await asyncio.to_thread(fault.released.wait, 10)
+            await fault.released()
         if isinstance(fault, Answer):
             answer = fault
         await _send(send, answer)

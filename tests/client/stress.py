@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import random
 import threading
 import time
@@ -37,9 +36,15 @@ class Forgetful(Trainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.numbers = itertools.count()
+        self.number = 0
         self.keys: dict[str, tuple[str, tuple[str, int] | None]] = {}
         self.steps: Counter[str] = Counter()
+        self._another = threading.Condition()
+
+    def wait_for(self, requests: int) -> None:
+        """Wait until so many requests have come; a minute at most, as those who ask may fail."""
+        with self._another:
+            self._another.wait_for(lambda: self.number >= requests, 60)
 
     def accept(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Answer:
         self.requests.clear()
@@ -48,7 +53,10 @@ class Forgetful(Trainer):
         key, model, seq = headers["x-idempotency-key"], body.get("model_id"), body.get("seq_id")
         if key in self.by_key:
             return Answer(200, {"request_id": self.by_key[key]})
-        request_id = f"request-{next(self.numbers)}"
+        request_id = f"request-{self.number}"
+        with self._another:
+            self.number += 1
+            self._another.notify_all()
         self.by_key[key] = request_id
         self.keys[request_id] = (key, None)
         if model is None or seq is None:
@@ -253,8 +261,15 @@ def resident() -> int:
         return 0
 
 
-def stress(seconds: float, *, threads: int = 64, tasks: int = 64, models: int = 8) -> Report:
-    """Let a crowd live for so long; the first third of it is the warm-up."""
+def stress(
+    seconds: float = 0.0,
+    requests: int = 0,
+    *,
+    threads: int = 64,
+    tasks: int = 64,
+    models: int = 8,
+) -> Report:
+    """Let a crowd live for so long and for so many requests; a third of both is the warm-up."""
     trainer, report, before = Forgetful(), Report(), _futures()
     with serving(trainer) as address, ServiceClient(address, "tml-stress") as service:
         crowd = Crowd(service, threads, tasks, models)
@@ -263,13 +278,15 @@ def stress(seconds: float, *, threads: int = 64, tasks: int = 64, models: int = 
         begin = time.monotonic()
         crowd.start()
         idle.wait(seconds / 3)
+        trainer.wait_for(requests // 3)
         report.warm = resident()
         idle.wait(seconds * 2 / 3)
+        trainer.wait_for(requests)
         report.end = resident()
         crowd.join()
         report.seconds = time.monotonic() - begin
         report.errors = crowd.errors
-        report.requests = next(trainer.numbers)
+        report.requests = trainer.number
         report.steps = sum(trainer.steps.values())
         del crowd
         others = set(map(id, before))

@@ -15,6 +15,7 @@ from mintjax.client import ServiceClient
 from mintjax.errors import MintjaxError
 from mintjax.types import AdamParams
 
+from ..examples import examples
 from .data import datum
 from .double import ADDRESS, QUICK, Answer, Hold, Lose, Trainer
 
@@ -141,5 +142,5 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
-    settings.get_profile("default"), max_examples=100, stateful_step_count=25
+    settings.get_profile("default"), max_examples=examples(30), stateful_step_count=25
 )

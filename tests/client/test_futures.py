@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 
 import pytest
@@ -168,12 +167,10 @@ def test_closing_ends_every_future_at_once(connect, trainer, caplog):
 
     thread = threading.Thread(target=other)
     thread.start()
-    started = time.monotonic()
     service.close()
     for future in futures:
         with pytest.raises(ClosedError):
-            future.result(1)
-    assert time.monotonic() - started < 1
+            future.result(0)
     thread.join(5)
     assert len(errors) == 1
     hold.release()
@@ -197,11 +194,9 @@ def test_closing_while_a_loss_is_computed(connect):
 
     step = client.forward_backward_custom(DATA, objective)
     assert entered.wait(10)
-    started = time.monotonic()
     service.close()
     with pytest.raises(ClosedError):
-        step.result(1)
-    assert time.monotonic() - started < 1
+        step.result(0)
     leave.set()
 
 
@@ -253,16 +248,6 @@ def test_an_open_client_does_not_keep_the_interpreter_from_ending():
         "print('end')"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
-
-
-def test_importing_starts_nothing():
-    done = run_script(
-        "import threading, mintjax.client, mintjax.client.service\n"
-        "print(threading.active_count())\n"
-        "import sys\n"
-        "print([m for m in ('starlette', 'uvicorn', 'typer') if m in sys.modules])"
-    )
-    assert done.stdout == "1\n[]\n", done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")

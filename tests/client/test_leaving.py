@@ -91,7 +91,7 @@ def busy():
         client.get_info()
 threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
 for thread in threads: thread.start()
-for _ in range(6):
+for _ in range(3):
     pid = os.fork()
     if pid == 0:
         words = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 
 from mintjax.client import ServiceClient
@@ -16,24 +13,23 @@ from .stress import Crowd, Forgetful, serving, stress
 
 
 def test_a_crowd_on_one_service_client_gets_its_own_answers():
-    report = stress(2.0, threads=32, tasks=32, models=8)
+    report = stress(requests=200, threads=32, tasks=32, models=8)
     assert report.errors == []
-    assert report.requests > 64
+    assert report.requests >= 200
     assert report.steps > 0
     assert report.futures_left == 0
     assert report.end - report.warm < 32 * 2**20
 
 
-def test_closing_in_the_middle_ends_everything_within_a_second():
-    with serving(Forgetful()) as address, ServiceClient(address, "tml-stress") as service:
+def test_closing_in_the_middle_ends_everything():
+    trainer = Forgetful()
+    with serving(trainer) as address, ServiceClient(address, "tml-stress") as service:
         crowd = Crowd(service, threads=32, tasks=32, models=8)
         crowd.compile()
         crowd.start()
-        threading.Event().wait(0.3)
-        begin = time.monotonic()
+        trainer.wait_for(200)
         service.close()
         crowd.join()
-        assert time.monotonic() - begin < 1.0
     assert len(crowd.errors) == 64  # one for each member, of what it had under way
     assert {type(error) for error in crowd.errors} == {ClosedError}
 
@@ -43,11 +39,9 @@ def test_closing_ends_what_a_trainer_holds(service, trainer):
     holds = [Hold() for _ in range(4)]
     trainer.faults["retrieve_future"] = list(holds)
     futures = [client.forward(DATA) for client in clients for _ in range(8)]
-    begin = time.monotonic()
     service.close()
     for future in futures:
         with pytest.raises(ClosedError, match="closed"):
-            future.result(1)
-    assert time.monotonic() - begin < 1.0
+            future.result(0)
     for hold in holds:
         hold.release()

@@ -279,10 +279,8 @@ def test_a_redirect_is_not_followed(client, trainer):
 
 def test_an_unreachable_trainer_is_named(connect, trainer):
     trainer.faults["client/config"] = [Lose("unsent")] * 1000
-    started = time.monotonic()
     with pytest.raises(APIConnectionError, match=rf"{ADDRESS}.*attempts in \d"):
         connect().create_lora_training_client("tiny")
-    assert time.monotonic() - started < 1
     trainer.faults.clear()
 
 
