@@ -38,16 +38,15 @@ class Plan(NamedTuple):
     Args:
         kinds: of each column that it reads, the trailing shape and the dtype.
         needs_logprobs: whether its gradient depends on the logprobs.
-        scalars: the names of the metrics that come as one array with the loss, in its dtype.
-        run: its compiled gradient: ``(parameters, table, blocks) -> (scalars, others, grads)``, of
-            a place's table and of :func:`_blocks` of the columns and the logprobs: the loss, 1 if
-            the gradient is finite, and the metrics that are named above; all other metrics by name;
-            the gradient. Each array that a program returns has its cost.
+        run: its compiled gradient: ``(parameters, table, blocks) -> (scalars, names, others,
+            grads)``, of a place's table and of :func:`_blocks` of the columns and the logprobs: in
+            one array, because each that a program returns has its cost, the loss, 1 if the gradient
+            is finite, and the metrics that are scalars of the loss's dtype; a dict with the names
+            of these; all other metrics by name; the gradient.
     """
 
     kinds: dict[str, Any]
     needs_logprobs: bool
-    scalars: list[str]
     run: Callable[..., Any]
 
 
@@ -82,11 +81,11 @@ class Program:
         columns = {_LOGPROBS: rows} | {name: read(name) for name in plan.kinds}
         blocks = _blocks(columns, batch.lengths, place, rows[0].dtype, _workspace)
         _tracing.rebuild = identity.rebuild
-        scalars, others, grads = plan.run(identity.parameters, place.table, blocks)
+        scalars, names, others, grads = plan.run(identity.parameters, place.table, blocks)
         loss, finite, *values = np.asarray(scalars)
         buffer = np.asarray(grads).reshape(-1, *rows[0].shape[1:])
         cuts = zip(place.starts, batch.lengths, strict=False)
-        metrics = dict(zip(plan.scalars, values, strict=True)) | {
+        metrics = dict(zip(names, values, strict=True)) | {
             name: value[: len(batch)] if value.ndim else value for name, value in others.items()
         }
         return Outcome(
@@ -144,7 +143,6 @@ class Program:
         """Traces once without compiling, to learn what is read."""
         names, dtype = batch.names, rows[0].dtype
         kinds: dict[str, Any] = {}
-        scalars: list[str] = []
 
         def gradient(
             parameters: Sequence[Any], table: Array, column: Callable[[str], Array]
@@ -160,12 +158,12 @@ class Program:
             finite = jnp.isfinite(grads).all().astype(loss.dtype)
             alike = {
                 name: value
-                for name, value in metrics.items()
+                for name, value in sorted(metrics.items())  # the order in which JAX returns a dict
                 if value.ndim == 0 and value.dtype == loss.dtype
             }
-            scalars[:] = alike
             others = {name: value for name, value in metrics.items() if name not in alike}
-            return jnp.stack([loss, finite, *alike.values()]), others, grads
+            scalars = jnp.stack([loss, finite, *alike.values()])
+            return scalars, dict.fromkeys(alike), others, grads
 
         def look(logprobs: Array, parameters: Sequence[Any], table: Array) -> Array:
             def column(name: str) -> Array:
@@ -183,7 +181,7 @@ class Program:
         logprobs = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
         closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
-        return Plan(kinds, needs_logprobs, scalars, jax.jit(run))
+        return Plan(kinds, needs_logprobs, jax.jit(run))
 
 
 def _kind(rows: Sequence[npt.NDArray[Any]]) -> Any:

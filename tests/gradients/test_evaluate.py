@@ -653,3 +653,18 @@ def test_a_transfer_guard_of_the_users_does_not_stop_a_gradient(name):
         result = value_and_logprob_grads(objective, data, logprobs)
         constant_logprob_grads(objective, data)
     assert_grads(result.grads, expected.grads, rtol=0)
+
+
+def test_metrics_of_every_kind_are_the_same_eagerly_and_in_doubles():
+    def mixed(data, logprobs):
+        total = logprobs.total()
+        kinds = {"z": 2 * total, "rows": len(data), "each": logprobs.sum(), "a": 3 * total}
+        return total, kinds | {"double": np.float64(2)}
+
+    data = [Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [1, 2]})] * 2
+    expected = {"loss": 4, "z": 8, "rows": 2, "each": [2, 2], "a": 12, "double": 2}
+    for _ in range(2):
+        for way in (jax.disable_jit(False), jax.disable_jit(), jax.enable_x64(True)):
+            with way:
+                found = value_and_logprob_grads(mixed, data, [np.ones(2)] * 2).metrics
+            assert {name: np.asarray(value).tolist() for name, value in found.items()} == expected
