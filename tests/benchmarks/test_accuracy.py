@@ -17,15 +17,17 @@ accuracy = pytest.importorskip("benchmarks.accuracy")  # which the package on Py
 
 RESULTS = pathlib.Path(accuracy.__file__).parent / "results" / "accuracy.json"
 TORCH = {row["loss"]: row for row in json.loads(RESULTS.read_text())}
-# A loss whose worst error is that of one exponential has XLA's: 1.01 ulp, where torch's is 0.56.
-# The others get no room, because both see the same inputs, and neither rounds at random.
+# A loss whose worst error is that of one exponential has XLA's: 1.00 ulp, where torch's is 0.57.
+# The others get no room, because both see the same inputs, and neither rounds at random. That no
+# loss is ever worse than torch's does not hold for these five; benchmarks/accuracy.py says what a
+# better exponential would cost.
 ROOM_OF_EXP = 0.44
-LIMITED_BY_EXP = {"importance_sampling", "ppo", "sapo", "dpo", "apo_zero"}
+LIMITED_BY_EXP = {"exp", "importance_sampling", "ppo", "sapo", "dpo", "apo_zero"}
 # Its gradient has a zero, around which the worst error is whatever the nearest input makes it.
 BY_PERCENTILE = {"discopop"}
 
 
-@pytest.mark.parametrize("name", some(accuracy.CASES, 3))
+@pytest.mark.parametrize("name", ["exp", *some([n for n in accuracy.CASES if n != "exp"], 3)])
 def test_no_loss_is_less_accurate_than_torch(name):
     found = accuracy.measure(name, against_torch=False)
     room = ROOM_OF_EXP if name in LIMITED_BY_EXP else 0
