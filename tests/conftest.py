@@ -15,7 +15,7 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,
-    max_examples=25,
+    max_examples=12,
 )
 settings.register_profile(
     "thorough",

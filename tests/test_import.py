@@ -11,6 +11,7 @@ def refuse(*args, **kwargs):
 
 socket.socket.connect = socket.socket.bind = refuse
 import mintjax
+import mintjax.client.service
 from jax._src import xla_bridge
 
 assert threading.active_count() == 1, threading.enumerate()
@@ -19,32 +20,33 @@ unwanted = {"torch", "starlette", "uvicorn", "typer", "safetensors", "hypothesis
 unwanted |= {"mintjax.local", "mintjax.cli", "mintjax.testing", "mintjax.cli.preference_demo"}
 assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
 print(sorted(name for name in dir(mintjax) if not name.startswith("_")))
+assert threading.active_count() == 1, threading.enumerate()
+print(mintjax.losses.ppo.__name__, mintjax.objectives.ppo())
+for name in "bench", "interop", "local":
+    assert name in dir(mintjax)
+    assert f"mintjax.{name}" not in sys.modules, f"{name} came with those before"
+    print(getattr(mintjax, name).__name__)
+mintjax.interop.sdk_loss(lambda data, logprobs: (logprobs.total(), {}))
+assert not {"torch", "tinker"} & set(sys.modules)
+mintjax.loses
 """
 
 
-def test_import_starts_nothing_and_brings_no_extra():
-    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'ServiceClient'" in done.stdout
+@pytest.fixture(scope="module")
+def bare():
+    """An import of the package and nothing else, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
 
 
-def test_the_libraries_of_losses_come_when_they_are_used():
-    used = "import mintjax; print(mintjax.losses.ppo.__name__, mintjax.objectives.ppo())"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{used}; mintjax.loses"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.startswith("ppo ppo(")
-    assert "module 'mintjax' has no attribute 'loses'" in done.stderr
+def test_import_starts_nothing_and_brings_no_extra(bare):
+    assert "'ServiceClient'" in bare.stdout, bare.stderr
 
 
-@pytest.mark.parametrize("name", ["bench", "interop", "local"])
-def test_modules_can_be_reached_after_a_bare_import(name):
-    used = f"import mintjax; assert {name!r} in dir(mintjax); print(mintjax.{name}.__name__)"
-    done = subprocess.run([sys.executable, "-c", used], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"mintjax.{name}"
+def test_modules_come_when_they_are_used_and_torch_with_none(bare):
+    _, loss, *modules = bare.stdout.splitlines()
+    assert loss.startswith("ppo ppo(")
+    assert modules == ["mintjax.bench", "mintjax.interop", "mintjax.local"], bare.stderr
+    assert "module 'mintjax' has no attribute 'loses'" in bare.stderr
 
 
 def test_the_version_is_that_of_the_package():

@@ -166,3 +166,16 @@ def test_preferences_are_learnt(fresh):
         margins.append(output.metrics["margin"])
         fresh.optim_step(AdamParams(learning_rate=1e-2)).result()
     assert margins[-1] > margins[0] + 10
+
+
+def test_only_targets_and_weights_travel(engine, fresh, monkeypatch):
+    seen = []
+    original = type(engine).forward_backward
+
+    def spy(self, model_id, data, *args, **kwargs):
+        seen.extend(set(datum.loss_fn_inputs) for datum in data)
+        return original(self, model_id, data, *args, **kwargs)
+
+    monkeypatch.setattr(type(engine), "forward_backward", spy)
+    fresh.forward_backward_custom(DATA, objectives.ppo(), single_pass=False).result()
+    assert seen == [{"target_tokens", "weights"}] * len(DATA)

@@ -16,7 +16,7 @@ from .specimens import SPECIMENS, Specimen
 
 # By default some batches for those whose way of evaluation is their own. Those that are another
 # loss in the same frame are differenced once, because each costs a program or two to compile.
-ALONE, FRAMED = examples(3), examples(1)
+ALONE, FRAMED = examples(2), examples(1)
 OWN_WAY = {
     "cross_entropy",
     "ppo",

@@ -40,7 +40,7 @@ def marks(draw, lengths):
 
 @pytest.mark.parametrize("name", some(NAMES, 4))
 @given(data=st.data())
-@settings(max_examples=min(examples(3), 5))  # each compiles, for every objective
+@settings(max_examples=min(examples(2), 5))  # each compiles, for every objective
 def test_padded_arrays_give_what_datums_give(name, data):
     specimen = SPECIMENS[name]
     kinds = testing.batches(

@@ -19,7 +19,7 @@ from mintjax.errors import DataError
 from ..examples import examples
 
 B, T = 3, 5
-FEW = settings(max_examples=examples(12))
+FEW = settings(max_examples=examples(6))
 BAD = np.float32([np.nan, np.inf, -np.inf])
 
 

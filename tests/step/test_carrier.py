@@ -11,6 +11,7 @@ from mintjax.step.carrier import carrier, forward_data
 from mintjax.step.reduction import SUM, Reduction
 
 from ..by_numpy import evaluate
+from ..examples import examples
 
 REDUCTIONS = [Reduction(*flags) for flags in itertools.product([False, True], repeat=2)]
 
@@ -31,7 +32,7 @@ def reduced(reduction, datum, logprobs, datums):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
-@settings(max_examples=30)
+@settings(max_examples=examples(8))
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_the_carried_gradient_is_what_the_trainer_accumulates(reduction, sizes, seed):
     rng = np.random.default_rng(seed)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis.errors import NoSuchExample
 
 import mintjax
 from mintjax import objectives, testing
 
+from ..examples import THOROUGH, examples
 from ..objectives.specimens import SPECIMENS
 
 LOW, HIGH = 0.8, 1.2
@@ -113,6 +114,7 @@ BATCHES = testing.batches(max_blocks=2, max_length=20)
 QUICK = settings(
     derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck), deadline=None
 )
+FIRST = settings(QUICK, phases=[Phase.generate])  # what is found is not shrunk
 
 
 def breaks(law: Any, objective: Any, example: testing.Example) -> str | None:
@@ -124,7 +126,11 @@ def breaks(law: Any, objective: Any, example: testing.Example) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", PLANTED)
+# By default one bug for each law.
+SAMPLE = set(PLANTED) - (set() if THOROUGH else {"clip on the wrong side", "no stop-gradient"})
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLE))
 def test_a_law_sees_the_planted_bug(name):
     objective, law = PLANTED[name]
     try:
@@ -139,7 +145,7 @@ def test_a_law_sees_the_planted_bug(name):
 
 
 @given(example=BATCHES)
-@settings(max_examples=20)
+@settings(max_examples=examples(6))
 def test_the_laws_find_nothing_where_no_bug_is_planted(example):
     objective = RIGHT
     testing.check_finite(objective, *example)
@@ -169,13 +175,13 @@ def test_a_wrong_derivative_is_named_with_its_token():
     def objective(data: Any, logprobs: Any) -> Any:
         return logprobs.map(half_slope).total(), {}
 
-    example = find(testing.batches(max_blocks=1), lambda e: True, settings=QUICK)
+    example = find(testing.batches(max_blocks=1), lambda e: True, settings=FIRST)
     with pytest.raises(testing.LawError, match=r"slope of .*datum 0, position \d+ \(logprob"):
         testing.check_gradient(objective, *example)
 
 
 def test_a_kink_is_no_bug():
-    example = testing.Example(*find(testing.batches(max_blocks=1), lambda e: True, settings=QUICK))
+    example = testing.Example(*find(testing.batches(max_blocks=1), lambda e: True, settings=FIRST))
     on_policy = objectives.ppo(clip_high_threshold=1.0)
     for datum, row in zip(example.data, example.logprobs, strict=True):
         datum.loss_fn_inputs["logprobs"] = datum.loss_fn_inputs["logprobs"].from_numpy(row)
@@ -198,7 +204,7 @@ def test_a_gradient_that_depends_on_the_order_is_seen_where_the_loss_does_not():
     def objective(data: Any, logprobs: Any) -> Any:
         return logprobs.map(slope_of_the_row).total(), {}
 
-    example = find(BATCHES, lambda e: len({len(row) for row in e.logprobs}) > 1, settings=QUICK)
+    example = find(BATCHES, lambda e: len({len(row) for row in e.logprobs}) > 1, settings=FIRST)
     with pytest.raises(testing.LawError, match=r"check_permutation: the gradient is .* at datum"):
         testing.check_permutation(objective, *example)
 
@@ -210,7 +216,7 @@ def test_what_is_not_finite_breaks_every_law():
     def gradient(data: Any, logprobs: Any) -> Any:
         return jnp.sqrt(logprobs.total() * 0), {}
 
-    example = find(BATCHES, lambda e: True, settings=QUICK)
+    example = find(BATCHES, lambda e: True, settings=FIRST)
     with pytest.raises(testing.LawError, match=r"check_finite: \{'ratio': inf\}"):
         testing.check_finite(metric, *example)
     for law in (testing.check_finite, testing.check_gradient, testing.check_permutation):

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 
 from mintjax import testing
 
-SEARCH = settings(max_examples=400, suppress_health_check=list(HealthCheck), deadline=None)
+from ..examples import examples
+
+SEARCH = settings(
+    max_examples=400,
+    suppress_health_check=list(HealthCheck),
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # what is found is not shrunk
+)
 
 
 def distances(example: testing.Example) -> np.ndarray:
@@ -42,7 +50,7 @@ def test_every_kind_of_batch_is_found(kind):
 
 
 @given(testing.batches(block=3, max_length=30))
-@settings(max_examples=20)
+@settings(max_examples=examples(10))
 def test_blocks_stay_whole_and_columns_fit(example):
     assert len(example.data) % 3 == 0
     for datum, row in zip(example.data, example.logprobs, strict=True):
@@ -53,7 +61,7 @@ def test_blocks_stay_whole_and_columns_fit(example):
 
 
 @given(testing.batches(candidates=3, columns=("outcomes", "desirable"), max_length=5))
-@settings(max_examples=10)
+@settings(max_examples=examples(5))
 def test_candidates_and_numbers_per_datum(example):
     for datum, row in zip(example.data, example.logprobs, strict=True):
         assert row.shape[1] == 3
@@ -62,14 +70,14 @@ def test_candidates_and_numbers_per_datum(example):
 
 
 @given(testing.batches(columns={"mine": lambda rng, shape: np.full(shape, 7.0)}, max_length=5))
-@settings(max_examples=10)
+@settings(max_examples=examples(5))
 def test_columns_of_ones_own(example):
     for datum in example.data:
         assert (datum.loss_fn_inputs["mine"] == 7).all()
 
 
 @given(testing.batches(poison=True, max_length=10))
-@settings(max_examples=30)
+@settings(max_examples=examples(12))
 def test_poison_stays_behind_the_mask(example):
     for datum, row in zip(example.data, example.logprobs, strict=True):
         counts = datum.loss_fn_inputs["weights"].to_numpy() != 0
