@@ -229,7 +229,8 @@ class Connection:
         """
         path = "get_server_capabilities"
         answer = await self.transport.call(Request(path, method="GET"), _Capabilities)
-        self.facts.takes_gradients = answer.supports_forward_backward_custom
+        if self.facts.takes_gradients is None:  # else that was tried
+            self.facts.takes_gradients = answer.supports_forward_backward_custom
         models: list[SupportedModel] = []
         for i, one in enumerate(answer.supported_models):
             name = one.model_name or one.model_id

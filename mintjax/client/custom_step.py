@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients, refuses_loss
 from mintjax.client.lane import PlaceInLine
 from mintjax.client.passes import Pass
+from mintjax.client.reductions import check_sum
 from mintjax.errors import (
     APIError,
     APIResponseError,
@@ -32,7 +33,6 @@ from mintjax.gradients import (
 from mintjax.ragged.batch import Batch
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.facts import TrainerFacts
-from mintjax.step.reported import returns_the_sum
 from mintjax.step.routes import Backward, on_server, shortcut
 from mintjax.step.server_loss import METRIC
 from mintjax.types import CustomStepOutput, ForwardBackwardOutput
@@ -80,7 +80,10 @@ async def custom_step(
     if reduction is None:
         return await _by_gradient(gradients, place, data, objective)
     total = await gradients.datums_in_step(place, reduction, len(data), datums_in_step)
+    all_sum = reduction.sums and facts.is_said
     metrics: dict[str, Any] | None = None
+    rows: list[npt.NDArray[np.float32]] = []
+    grads: list[npt.NDArray[Any]] = []
     forward_seconds = 0.0
 
     def encoded(backward: Backward) -> tuple[Backward, Pass]:
@@ -89,11 +92,12 @@ async def custom_step(
         return backward, given
 
     def find() -> tuple[Backward, Pass] | None:
-        found = shortcut(objective, data, reduction, facts.refused | avoid, total)
+        refused = facts.refused | avoid
+        found = shortcut(objective, data, reduction, refused, total, all_sum=all_sum)
         return None if found is None else encoded(found)
 
     found = await place.compute(find) if single_pass else None
-    if found is None and single_pass and encoding.limits.custom_loss_server_side and reduction.sums:
+    if found is None and single_pass and encoding.limits.custom_loss_server_side and all_sum:
         there = await _on_server(gradients.connection, place, objective, data, avoid)
         found = None if there is None else await place.compute(partial(encoded, there))
     if found is None:
@@ -104,6 +108,7 @@ async def custom_step(
 
         def compute() -> tuple[dict[str, Any], tuple[Backward, Pass]]:
             result = value_and_logprob_grads(objective, data, rows)
+            grads.extend(result.grads)
             carried = carrier(reduction, data, rows, result.grads, total)
             return result.metrics, encoded(Backward("two_pass", reduction.loss_fn, None, carried))
 
@@ -149,7 +154,9 @@ async def custom_step(
     if metrics is None:
         rows = logprobs(output)
         _, metrics = await place.compute(lambda: loss_and_metrics(objective, data, rows))
-    _check_sum(facts, backward, output)
+    check_sum(gradients.connection, backward, output)
+    if backward.route == "two_pass":
+        _tell_of_drift(facts, rows, grads, output)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
         metrics=_named(reported, metrics),
@@ -252,18 +259,30 @@ def logprobs(output: ForwardBackwardOutput) -> list[npt.NDArray[np.float32]]:
     raise APIResponseError(words)
 
 
-def _check_sum(facts: TrainerFacts, backward: Backward, output: ForwardBackwardOutput) -> None:
-    """Holds the loss that the trainer reports against the sum that was sent.
+_MOST_DRIFT = 0.1  # nats; 16-bit arithmetic and mixtures of experts differ by less on average
 
-    Raises:
-        UnknownReductionError: it contradicts that the trainer sums.
+
+def _tell_of_drift(
+    facts: TrainerFacts,
+    rows: Sequence[npt.NDArray[np.float32]],
+    grads: Sequence[npt.NDArray[Any]],
+    output: ForwardBackwardOutput,
+) -> None:
+    """Tells the user, once, where both passes of a step give other logprobs.
+
+    The gradient was computed for those of the first, and the trainer took it at the second.
     """
-    if facts.reduction is None or not facts.reduction.sums or facts.sums_reported is False:
+    try:
+        pairs = list(zip(rows, output.logprobs, grads, strict=True))
+    except (DataError, ValueError):
         return
-    if returns_the_sum(backward.loss_fn, backward.data, output, backward.config) is False:
-        raise UnknownReductionError(
-            f"the trainer reports loss:sum {output.metrics[_SUM]:.6g}, which is not the sum "
-            f"of the losses of {backward.loss_fn} that were sent, though it is taken to sum. The "
-            "gradient that it has added may be another than the objective's: go on from a "
-            "checkpoint, after service.probe()"
+    weight = sum(float(np.abs(grad).sum()) for _, _, grad in pairs)
+    moved = sum(float(np.abs((one - other) * grad).sum()) for one, other, grad in pairs)
+    if moved > _MOST_DRIFT * weight and "drift" not in facts.told:
+        facts.told.add("drift")
+        logger.warning(
+            "the two passes of a custom step disagree about logprobs, by %.2g nats on average, so "
+            "the gradient is of another model than the one that it is added to. The trainer may "
+            "drop out, or somebody else may train this model",
+            moved / weight,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,13 +14,15 @@ from mintjax.client.gradient_steps import GRADIENT_PATH, LOGPROBS_PATH, Gradient
 from mintjax.client.lane import PlaceInLine
 from mintjax.client.passes import Pass
 from mintjax.client.reductions import Measure, reduction_of
-from mintjax.errors import APIError, RequestFailedError
+from mintjax.errors import APIError, RequestFailedError, UnknownReductionError
 from mintjax.protocol import messages
 from mintjax.step.accumulated import Accumulated, Sent
 from mintjax.step.reduction import Reduction
 from mintjax.types import Datum, ForwardBackwardOutput, OptimStepResponse
 
 T = TypeVar("T")
+
+logger = logging.getLogger("mintjax.client")
 
 
 class AccumulatedGradients:
@@ -113,7 +116,11 @@ class AccumulatedGradients:
         """
         requests, answer = step.gradients(self.model_id, grads), messages.CustomStepGradient
         parts = await self._send(place, Sent(step.datums), GRADIENT_PATH, requests, answer)
-        return step.output(grads, parts)
+        try:
+            return step.output(grads, parts)
+        except UnknownReductionError:
+            self.connection.facts.takes_gradients = False
+            raise
 
     async def optim_step(self, place: PlaceInLine, message: Any) -> OptimStepResponse:
         """Takes the optimizer step, after which nothing is accumulated.
@@ -127,7 +134,24 @@ class AccumulatedGradients:
             await place.alone()
             self._accumulated.check_step()
         place.begin()
-        return await self.clear(place, "optim_step", message, OptimStepResponse)
+        answer = await self.clear(place, "optim_step", message, OptimStepResponse)
+        self._tell_of_rate(message.adam_params.learning_rate, answer.metrics or {})
+        return answer
+
+    def _tell_of_rate(self, sent: float, metrics: Mapping[str, float]) -> None:
+        """Tells the user, once, where the trainer reports another learning rate than was sent."""
+        told = self.connection.facts.told
+        for name, used in metrics.items():
+            wrong = name.endswith("learning_rate") and not abs(used - sent) <= 1e-3 * abs(sent)
+            if wrong and "learning_rate" not in told:
+                told.add("learning_rate")
+                logger.warning(
+                    "%s reports a learning rate of %g (%s), where %g was sent",
+                    self.connection.transport.address,
+                    used,
+                    name,
+                    sent,
+                )
 
     async def clear(self, place: PlaceInLine, path: str, message: Any, as_type: type[T]) -> T:
         """Sends a request that leaves nothing accumulated when it succeeds."""

@@ -44,20 +44,25 @@ def reduction_of(base_url: str) -> tuple[Reduction, str] | None:
 def remember(base_url: str, reduction: Reduction | None) -> None:
     """Writes what was measured about a trainer; None forgets it.
 
-    A folder that cannot be written to changes nothing else.
+    A folder that cannot be written to changes nothing else. Where several processes write at once,
+    an entry may be lost, which costs a measurement; the file is whole at any time. An entry that no
+    longer holds does no harm, because a process confirms what it reads.
     """
     entries = _read()
     entries.pop(base_url, None)
     if reduction is not None:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         entries[base_url] = Entry(*_fields(reduction), today)
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # RuntimeError: nobody knows where home is
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.encode(entries))
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(msgspec.json.encode(entries))
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
 
 
 def cache_file() -> Path:

@@ -22,7 +22,7 @@ from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, PlaceInLine
 from mintjax.client.passes import Pass
-from mintjax.client.reductions import Measure, measured
+from mintjax.client.reductions import GRADIENTS, Measure, check_sum, measured
 from mintjax.client.sampling import SamplingClient
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
@@ -32,8 +32,15 @@ from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.ragged.checks import check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
-from mintjax.step.probe import Measurement, SteepError, confirm_reduction, measure_reduction
+from mintjax.step.probe import (
+    Measurement,
+    SteepError,
+    confirm_gradients,
+    confirm_reduction,
+    measure_reduction,
+)
 from mintjax.step.reduction import Reduction
+from mintjax.step.routes import Backward
 from mintjax.types import (
     AdamParams,
     CustomStepOutput,
@@ -221,19 +228,38 @@ class TrainingClient(MadeClient):
             encoding = self._connection.encoding
             reduction = await self._gradients.reduction(batch)
             if reduction is None:
-                step = GradientStep(encoding.limits, batch)
-                place.begin()
-                await self._gradients.ask_logprobs(place, step)
-                return await self._gradients.send_gradient(place, step, grads)
+                return await self._by_gradient(place, batch, grads)
             total = await self._gradients.datums_in_step(place, reduction, len(batch), None)
             carried = carrier(reduction, batch, logprobs, grads, total)
             place.begin()
             given = Pass(encoding, carried, reduction.loss_fn, backward=True)
             given.check_scaled_for(reduction)
             scaled_for = None if reduction.per_step is None else total
-            return await self._gradients.send(place, given, scaled_for=scaled_for)
+            output = await self._gradients.send(place, given, scaled_for=scaled_for)
+            sent = Backward("two_pass", reduction.loss_fn, None, carried)
+            check_sum(self._connection, sent, output)
+            return output
 
         return wait(self._connection.limit(self._lane.submit(run, mutates=True), timeout))
+
+    def _add_gradient(
+        self, data: Sequence[Datum], grads: Sequence[npt.NDArray[Any]]
+    ) -> ForwardBackwardOutput:
+        """Adds a gradient by requests of the trainer's own, and waits for it."""
+        batch = check_data(list(data), ["target_tokens"])
+
+        async def run(place: PlaceInLine) -> ForwardBackwardOutput:
+            return await self._by_gradient(place, batch, grads)
+
+        return self._lane.submit(run, mutates=True).result()
+
+    async def _by_gradient(
+        self, place: PlaceInLine, batch: Batch, grads: Sequence[npt.NDArray[Any]]
+    ) -> ForwardBackwardOutput:
+        step = GradientStep(self._connection.encoding.limits, batch)
+        place.begin()
+        await self._gradients.ask_logprobs(place, step)
+        return await self._gradients.send_gradient(place, step, grads)
 
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
@@ -541,14 +567,16 @@ async def probe(connection: Connection, measure: Measure) -> Reduction:
 
 
 async def measure_on(
-    connection: Connection, base_model: str, known: Reduction | None = None
+    connection: Connection,
+    base_model: str,
+    known: Reduction | Literal["gradients"] | None = None,
 ) -> Measurement:
     """Measures on a throwaway model, which is unloaded whatever happens.
 
     Args:
         connection: the session.
         base_model: of the model.
-        known: check only whether the trainer has this reduction.
+        known: check only whether the trainer has this reduction, or takes gradients of logprobs.
 
     Raises:
         UnknownReductionError: it cannot be told, or the trainer has another.
@@ -563,12 +591,19 @@ async def measure_on(
 
 
 async def _measure_with(
-    connection: Connection, base_model: str, known: Reduction | None, rank: int
+    connection: Connection,
+    base_model: str,
+    known: Reduction | Literal["gradients"] | None,
+    rank: int,
 ) -> Measurement:
     model = await make_model(connection, base_model, LoraConfig(rank, 0))
 
     def work() -> Measurement:
-        return measure_reduction(model) if known is None else confirm_reduction(model, known)
+        if known is None:
+            return measure_reduction(model)
+        if known == GRADIENTS:
+            return confirm_gradients(model, model._add_gradient)  # pyright: ignore[reportPrivateUsage]
+        return confirm_reduction(model, known)
 
     try:
         return await in_daemon_thread(work, "mintjax-measurement")
@@ -578,7 +613,10 @@ async def _measure_with(
 
 
 async def _measure_beside(
-    connection: Connection, model_id: str, base_model: str | None, known: Reduction | None
+    connection: Connection,
+    model_id: str,
+    base_model: str | None,
+    known: Reduction | Literal["gradients"] | None,
 ) -> Measurement:
     """Measures on a throwaway model of the base of another model."""
     if base_model is None:

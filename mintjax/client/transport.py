@@ -42,6 +42,7 @@ _SLOWEST = 20_000  # bytes per second, up or down; what is slower counts as no a
 _SECONDS_FOR_FAREWELL = 0.3
 _LEAST_ATTEMPT = 1.0  # seconds for an attempt, however near the deadline is
 _REMEMBERED_IDS = 10_000
+_AWAY = (502, 503)
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 _CHANGE_NOTHING = frozenset(
     {"client/config", "forward", "get_info", "get_server_capabilities", "session_heartbeat"}
@@ -133,6 +134,8 @@ class Transport:
 
     Attributes:
         farewell: the last request, which :meth:`end` sends.
+        outages: how often the trainer was away: it refused a connection, or whoever stands in front
+            of it said so. What comes back may have been started with other settings.
 
     Raises:
         ConfigError: a variable of the environment about proxies or certificates cannot be used.
@@ -144,6 +147,7 @@ class Transport:
         self.session_id: str | None = None
         self.notices = Notices[Request](self._tell_of_wait)
         self._settings = settings
+        self.outages = 0
         self._reached = False
         self._repeats_keys = False
         self._ids: OrderedDict[str, str] = OrderedDict()
@@ -337,6 +341,8 @@ class Transport:
             garbled = APIResponseError(f"{self.address}: the answer to {request.path} is {error}")
             return Failure(garbled, "unreadable")
         self._reached = True
+        if reply.status in _AWAY and reply.is_ours is not True:
+            self.outages += 1
         self._repeats_keys |= reply.is_ours is True
         certain = reply.is_ours or (reply.is_ours is None and not self._repeats_keys)
         if 200 <= reply.status < 300 or reply.is_ours is False:
@@ -403,6 +409,8 @@ class Transport:
     def _unanswered(self, path: str, caught: Exception) -> Failure:
         # The error is raised elsewhere: httpx's exceptions hold the request, and with it the key.
         name = type(caught).__name__
+        if isinstance(caught, httpx.ConnectError):
+            self.outages += 1
         if isinstance(caught, (httpx.TimeoutException, TimeoutError)):
             kind, words = errors.APITimeoutError, name
         else:

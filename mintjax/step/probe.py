@@ -10,7 +10,8 @@ divides by shows in how far other batches move the same logprobs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from mintjax.errors import BadRequestError, RequestFailedError, UnknownReductionError
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
-from mintjax.step.reduction import MEMBERS, Reduction, divisors
+from mintjax.step.reduction import MEMBERS, SUM, Reduction, divisors
 from mintjax.step.reported import returns_the_sum
 from mintjax.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput
 
@@ -27,6 +28,7 @@ _TOKENS = np.random.default_rng(0).integers(1, 100, 128)
 _FAR_EPS, _NEAR_EPS = 1e3, 1.0  # some trainers refuse an eps above 1
 _FIRST_RATE = 1e-4
 _MOST_RATE = 10.0  # of a trainer that refuses the larger eps
+_SMALL = 0.05  # of gradients that nothing divides, so that they are far below eps
 _MOST_ALIKE = 100.0  # condition number of the two directions
 _MOST_DRIFT = 0.3  # of the bases' steps, relative, while others are taken
 
@@ -106,6 +108,11 @@ class Trains(Protocol):
     def optim_step(self, adam_params: AdamParams, /) -> _Future: ...
 
 
+_Send = Callable[[], None]
+Adds = Callable[[Sequence[Datum], Sequence[npt.NDArray[np.float32]]], object]
+"""Adds a gradient with respect to logprobs to what a trainer has accumulated, and waits for it."""
+
+
 class SteepError(UnknownReductionError):
     """The trainer allows no ``eps`` that is far above the gradients of this model.
 
@@ -144,18 +151,25 @@ def measure_reduction(model: Trains) -> Measurement:
             A SteepError where that may be because gradients are not small.
     """
     steps = _Steps(model)
-    for way in _ROUNDS:
-        try:
-            return _measured(steps, way)
-        except UnknownReductionError as error:
-            if way is _ROUNDS[-1]:
-                raise SteepError(str(error)) if steps.eps_is_near else error from None
-    raise AssertionError
+    with _steep(steps):
+        for way in _ROUNDS[:-1]:
+            with suppress(UnknownReductionError):
+                return _measured(steps, way)
+        return _measured(steps, _ROUNDS[-1])
+
+
+@contextmanager
+def _steep(steps: _Steps) -> Generator[None]:
+    """Says of what cannot be told whether that may be because gradients are not small."""
+    try:
+        yield
+    except UnknownReductionError as error:
+        raise SteepError(str(error)) if steps.eps_is_near else error from None
 
 
 def _measured(steps: _Steps, way: _Round) -> Measurement:
     before = _scale(steps, way)
-    slopes = [steps.slope(way, _sent(experiment)) for experiment in EXPERIMENTS]
+    slopes = [steps.slope(way, steps.passes(experiment)) for experiment in EXPERIMENTS]
     after = _scale(steps, way)
     if not np.linalg.norm(after - before) <= _MOST_DRIFT * np.linalg.norm(before):
         times = float(np.linalg.norm(after) / np.linalg.norm(before))
@@ -178,12 +192,50 @@ def confirm_reduction(model: Trains, reduction: Reduction) -> Measurement:
         UnknownReductionError: it does not.
     """
     steps, way = _Steps(model), _ROUNDS[0]
-    scale = _scale(steps, way)
-    if len(held_out(reduction, 1.0)[2]) == 1:  # one request does not tell requests from steps
-        for experiment in EXPERIMENTS:
-            found = _in_bases(scale, steps.slope(way, _sent(experiment)))
-            _check(reduction, found, predicted(reduction, experiment), way.tolerance)
-    return _checked(steps, way, reduction, scale)
+    with _steep(steps):
+        scale = _scale(steps, way)
+        if len(held_out(reduction, 1.0)[2]) == 1:  # one request does not tell requests from steps
+            for experiment in EXPERIMENTS:
+                found = _in_bases(scale, steps.slope(way, steps.passes(experiment)))
+                _check(reduction, found, predicted(reduction, experiment), way.tolerance)
+        return _checked(steps, way, reduction, scale)
+
+
+def confirm_gradients(model: Trains, add: Adds) -> Measurement:
+    """Checks that a trainer adds gradients of logprobs as they are, by requests of its own.
+
+    Args:
+        model: a throwaway model; it is changed.
+        add: sends a gradient by those requests.
+
+    Returns:
+        A measurement of :data:`~mintjax.step.reduction.SUM`.
+
+    Raises:
+        UnknownReductionError: it does not.
+    """
+    steps, way = _Steps(model), _ROUNDS[0]
+
+    def added(requests: Sequence[tuple[list[Datum], list[npt.NDArray[np.float32]]]]) -> _Send:
+        def send() -> None:
+            for data, grads in requests:
+                add(data, grads)
+
+        return send
+
+    def base(piece: Piece) -> Floats:
+        return steps.slope(way, added([([_datum(piece)], [-_SMALL * piece.weights])]))
+
+    pieces, grads, sizes = held_out(SUM, _SMALL)
+    data, rest = iter([_datum(piece) for piece in pieces]), iter(grads)
+    parts = [
+        (list(itertools.islice(data, size)), list(itertools.islice(rest, size))) for size in sizes
+    ]
+    with _steep(steps):
+        scale = np.stack([base(request[0][0]) for request in BASES], axis=1)
+        found = _in_bases(scale, steps.slope(way, added(parts)))
+        error = _check(SUM, found, np.array(_HELD_OUT_SLOPES), way.tolerance)
+    return Measurement(SUM, error, steps.count, None)
 
 
 def predicted(reduction: Reduction, experiment: Requests) -> Floats:
@@ -278,16 +330,17 @@ def _checked(steps: _Steps, way: _Round, reduction: Reduction, scale: Floats) ->
     pieces, grads, sizes = held_out(reduction, per_unit)
     data = [_datum(piece) for piece in pieces]
 
-    def carried() -> list[list[Datum]]:
+    def carried() -> None:
         rows = None
         if reduction.loss_fn != "cross_entropy":
             rest = iter(data)
             parts = [list(itertools.islice(rest, size)) for size in sizes]
             rows = [row for part in parts for row in steps.logprobs(part)]
         result = iter(carrier(reduction, data, rows, grads, len(data), sizes))
-        return [list(itertools.islice(result, size)) for size in sizes]
+        for size in sizes:
+            steps.send(list(itertools.islice(result, size)), reduction.loss_fn)
 
-    found = _in_bases(scale, steps.slope(way, carried, reduction.loss_fn))
+    found = _in_bases(scale, steps.slope(way, carried))
     expected = per_unit * np.array(_HELD_OUT_SLOPES) * _base_divisors(reduction)
     error = _check(reduction, found, expected, way.tolerance)
     return Measurement(reduction, error, steps.count, steps.reports_sum)
@@ -310,7 +363,7 @@ def _scale(steps: _Steps, way: _Round) -> Floats:
     Returns:
         How far they moved head and tail, ``[2, bases]``, in nats per unit of the learning rate.
     """
-    return np.stack([steps.slope(way, _sent(base)) for base in BASES], axis=1)
+    return np.stack([steps.slope(way, steps.passes(base)) for base in BASES], axis=1)
 
 
 def _in_bases(scale: Floats, slope: Floats) -> Floats:
@@ -343,15 +396,12 @@ class _Steps:
         """Tells whether the trainer has refused an ``eps`` far above all gradients."""
         return self._eps == _NEAR_EPS
 
-    def slope(
-        self, way: _Round, make: Callable[[], list[list[Datum]]], loss_fn: str = FORWARD_LOSS_FN
-    ) -> Floats:
+    def slope(self, way: _Round, send: _Send) -> Floats:
         """Takes a step on some requests, and again with another rate until it is long enough.
 
         Args:
             way: how long it should be.
-            make: makes the requests for the model as it is.
-            loss_fn: the loss to take of them.
+            send: sends the requests for the model as it is.
 
         Returns:
             How far it moved the sums over head and tail, in nats per unit of the learning rate.
@@ -361,7 +411,7 @@ class _Steps:
         """
         size = 0.0
         for _ in range(6):
-            moved = self._move(make(), loss_fn)
+            moved = self._move(send)
             size = float(np.linalg.norm(moved))
             if not np.isfinite(size):
                 break
@@ -376,13 +426,25 @@ class _Steps:
             f"{size:.2g}"
         )
 
-    def _move(self, requests: Sequence[Sequence[Datum]], loss_fn: str) -> Floats:
+    def passes(self, experiment: Requests) -> _Send:
+        """Makes what sends the requests of an experiment, as cross-entropies."""
+
+        def send() -> None:
+            for request in experiment:
+                self.send([_datum(piece) for piece in request], FORWARD_LOSS_FN)
+
+        return send
+
+    def send(self, data: Sequence[Datum], loss_fn: str) -> None:
+        """Sends a request and waits for it, because some trainers compile for what they join."""
+        output = self._model.forward_backward(list(data), loss_fn).result()
+        found = returns_the_sum(loss_fn, data, output)
+        if found is not None:
+            self.reports_sum = found and self.reports_sum is not False
+
+    def _move(self, send: _Send) -> Floats:
         before = self._scored() if self._score is None else self._score
-        for data in requests:  # one by one, because some trainers compile for what they join
-            output = self._model.forward_backward(list(data), loss_fn).result()
-            found = returns_the_sum(loss_fn, data, output)
-            if found is not None:
-                self.reports_sum = found and self.reports_sum is not False
+        send()
         self._step()
         self._score = self._scored()
         return self._score - before
@@ -412,10 +474,6 @@ class _Steps:
         [row] = self.logprobs([_datum(Piece(1, 1))])
         parts = row[:HEAD], row[HEAD:]
         return np.array([part.sum(dtype=np.float64) for part in parts])
-
-
-def _sent(experiment: Requests) -> Callable[[], list[list[Datum]]]:
-    return lambda: [[_datum(piece) for piece in request] for request in experiment]
 
 
 def _datum(piece: Piece) -> Datum:

@@ -58,13 +58,16 @@ def shortcut(
     reduction: Reduction,
     refused: Container[str],
     datums_in_step: int,
+    *,
+    all_sum: bool,
 ) -> Backward | None:
     """Finds the backward pass that does the whole step without a forward pass, if there is one.
 
     The rule, in order:
 
     1. ``by_name``: the objective's own class says that a trainer's loss is the same, the trainer
-       sums and has not refused that loss, and :func:`by_name` finds data that say the same.
+       sums all of its losses and has not refused that one, and :func:`by_name` finds data that say
+       the same.
     2. ``one_pass``: the gradient does not depend on the logprobs, and what carries it to this
        trainer does not need them.
 
@@ -74,10 +77,12 @@ def shortcut(
         reduction: the trainer's.
         refused: losses that the trainer has refused.
         datums_in_step: how many are accumulated before the optimizer step, these included.
+        all_sum: the trainer is known to sum all of its losses, and not only those that carry
+            gradients.
     """
     grads = constant_logprob_grads(objective, batch)
     name = _builtin(objective)
-    if name is not None and reduction.sums and name[0] not in refused:
+    if name is not None and all_sum and name[0] not in refused:
         data = by_name(name[0], batch)
         if data is not None:
             return Backward("by_name", name[0], {**name[1]} or None, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -253,6 +254,19 @@ def _tokens(model_input: dict[str, Any]) -> list[int]:
     return [token for chunk in model_input["chunks"] for token in chunk["tokens"]]
 
 
+def _loss(loss_fn: str, logprobs: list[float], columns: dict[str, list[float]]) -> float:
+    """The sum of a loss; of ``ppo``, with the bounds that it has by default."""
+    if loss_fn != "ppo" or "advantages" not in columns:
+        weights = columns.get("weights", [1.0] * len(logprobs))
+        return -sum(w * lp for w, lp in zip(weights, logprobs, strict=True))
+    total = 0.0
+    rows = zip(logprobs, columns["logprobs"], columns["advantages"], strict=True)
+    for lp, sampling, advantage in rows:
+        ratio = math.exp(lp - sampling)
+        total -= min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+    return total
+
+
 def _pass(given: dict[str, Any]) -> dict[str, Any]:
     outputs, total = [], 0.0
     for datum in given["data"]:
@@ -261,8 +275,8 @@ def _pass(given: dict[str, Any]) -> dict[str, Any]:
             logprob(token, target)
             for token, target in zip(_tokens(datum["model_input"]), targets, strict=True)
         ]
-        weights = datum["loss_fn_inputs"].get("weights", {}).get("data", [1.0] * len(targets))
-        total -= sum(w * lp for w, lp in zip(weights, logprobs, strict=True))
+        columns = {name: column["data"] for name, column in datum["loss_fn_inputs"].items()}
+        total += _loss(given["loss_fn"], logprobs, columns)
         tensor = {"data": logprobs, "dtype": "float32", "shape": [len(logprobs)]}
         outputs.append({"logprobs": tensor})
     return {

@@ -70,14 +70,15 @@ class Watched(httpx.ASGITransport):
 
 
 @contextmanager
-def hatchery(loses="", policy=None, **options):
+def hatchery(loses="", policy=None, measure=False, **options):
     """A trainer that plays hatchery; gives a model, the trainer's engine and its transport."""
     with (
         Engine(reduction=HATCHERY.reduction) as engine,
         application(engine, dialect=HATCHERY, **options) as app,
     ):
         transport = Watched(app, loses)
-        with ServiceClient(ADDRESS, transport=transport, retry_policy=policy) as service:
+        service = ServiceClient(ADDRESS, transport=transport, retry_policy=policy, measure=measure)
+        with service:
             yield service.create_lora_training_client(NANO, 4, seed=1), engine, transport
 
 
@@ -125,13 +126,15 @@ def test_the_gradient_is_that_of_the_plain_route(plain, sizes, seed, objective, 
     assert error <= 1e-5 * np.linalg.norm(found[0]) + 1e-12
 
 
-def test_nothing_is_measured_and_no_model_is_made_for_it():
-    with hatchery() as (model, _, transport):
+@pytest.mark.parametrize("measure", [True, False])
+def test_the_requests_are_tried_once_on_a_throwaway_model(measure):
+    with hatchery(measure=measure) as (model, engine, transport):
         for _ in range(2):
             model.forward_backward_custom(make([3, 5]), square).result()
-        assert transport.paths.count("create_model") == 1
+        assert transport.paths.count("create_model") == 1 + measure
         assert transport.paths.count("get_server_capabilities") == 1
-        assert [path for path in transport.paths if "forward" in path] == [STEP1, STEP2] * 2
+        assert [path for path in transport.paths if "forward" in path][-4:] == [STEP1, STEP2] * 2
+        assert list(engine.models) == [model.model_id]
 
 
 def test_a_batch_goes_in_parts_of_the_size_that_the_trainer_takes(plain):
@@ -182,9 +185,12 @@ def test_a_trainer_that_adds_something_else_is_found_out(monkeypatch):
     def halved(self, model_id, data, grads):
         return plain(self, model_id, data, [grad / 2 for grad in grads])
 
-    monkeypatch.setattr(Engine, "accumulate", halved)
-    with hatchery() as (model, _, _), pytest.raises(UnknownReductionError, match="sum to"):
-        model.forward_backward_custom(make([3, 5]), square).result()
+    with hatchery(measure=True) as (model, _, _):
+        assert model.forward_backward_custom(make([3, 5]), square).result().route == "by_gradient"
+        monkeypatch.setattr(Engine, "accumulate", halved)
+        with pytest.raises(UnknownReductionError, match="sum to"):
+            model.forward_backward_custom(make([3, 5]), square).result()
+        assert model.forward_backward_custom(make([3, 5]), square).result().route == "two_pass"
 
 
 def test_several_candidates_go_by_the_trainers_own_losses():

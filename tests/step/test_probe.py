@@ -53,6 +53,13 @@ def test_a_trainer_that_fits_no_reduction_is_not_guessed_at(name):
         measure_reduction(LinearTrainer(UNKNOWN[name]))
 
 
+@pytest.mark.parametrize("kept", [Reduction(), SKYRL, HATCHERY, MEMBERS[58]], ids=str)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_was_kept_is_not_confirmed_by_a_trainer_that_fits_no_reduction(name, kept):
+    with pytest.raises(UnknownReductionError):
+        confirm_reduction(LinearTrainer(UNKNOWN[name]), kept)
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
