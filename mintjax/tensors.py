@@ -124,8 +124,14 @@ def numbers_of(value: Any) -> Any:
         An array, or the value itself where it is of none of these.
 
     Raises:
-        DataError: sparse indices that describe no matrix, or a tensor that NumPy cannot hold.
+        DataError: sparse indices that describe no matrix, a tensor that NumPy cannot hold, or an
+            array of ``numpy.ma`` that hides a number.
     """
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(cast("Any", value)):
+        raise DataError(
+            "a masked array hides some of its numbers, and what lies behind its mask would be "
+            "taken for a number: give array.filled(0), and the mask as weights of 0 or as a column"
+        )
     if isinstance(value, (np.ndarray, list)):
         return cast("Any", value)
     if hasattr(value, "detach"):

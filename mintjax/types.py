@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -113,7 +113,8 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
             :class:`TensorData`, which shares their memory where the dtype allows.
 
     Raises:
-        DataError: a column does not hold numbers, or the model input no tokens.
+        DataError: a column does not hold numbers, has no name or that of another, or the model
+            input holds no tokens.
     """
 
     model_input: ModelInput
@@ -130,6 +131,8 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
             msgspec.structs.force_setattr(self, "model_input", as_model_input(self.model_input))
         given = cast("Mapping[str, Any]", self.loss_fn_inputs)
         columns = {str(name): to_tensor(str(name), value) for name, value in given.items()}
+        if len(columns) < len(given) or "" in columns:
+            raise DataError(f"columns need different names, and none is empty: {[*given]}")
         msgspec.structs.force_setattr(self, "loss_fn_inputs", columns)
 
 
@@ -212,20 +215,29 @@ def as_datums(data: Sequence[Any]) -> Sequence[Datum]:
         data: datums, or what :func:`as_datum` takes.
 
     Returns:
-        The data themselves, if all are mintjax's; else a list of datums.
+        A list of datums, the given ones where they are mintjax's and hold tensors only. A column
+        that was assigned later, as a list or another array, is made a tensor.
 
     Raises:
         DataError: one cannot be taken; names it.
     """
-    if all(isinstance(datum, Datum) for datum in data):
+    if isinstance(cast("Any", data), Datum) or not isinstance(cast("Any", data), Iterable):
+        raise DataError(f"pass a list of datums, not {type(data).__name__}")
+    data = list(data)
+    if all(isinstance(datum, Datum) for datum in data) and all(map(_holds_tensors, data)):
         return data
     taken: list[Datum] = []
     for i, datum in enumerate(data):
         try:
-            taken.append(as_datum(datum))
+            one = as_datum(datum)
+            taken.append(one if _holds_tensors(one) else Datum(one.model_input, one.loss_fn_inputs))
         except DataError as error:
             raise DataError(error.reason, datum=i, field=error.field) from None
     return taken
+
+
+def _holds_tensors(datum: Datum) -> bool:
+    return {*map(type, datum.loss_fn_inputs.values())} <= {TensorData}
 
 
 def datum(

@@ -216,3 +216,38 @@ def test_a_column_is_added_and_the_rest_is_shared():
     for rows_of_none in ({0: 1, 1: 2}, 0.5):
         with pytest.raises(DataError, match=r"field 'x': it needs one row for each datum"):
             mintjax.with_column(data, "x", rows_of_none)
+
+
+def _deleted():
+    array = jnp.ones(2)
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "masked array hides.*filled"),
+        (_deleted, "NumPy cannot hold this: .*deleted"),
+        (lambda: jax.random.key(0), "NumPy cannot hold this: .*key"),
+    ],
+)
+def test_numbers_that_cannot_be_seen_are_refused(make, message):
+    with pytest.raises(DataError, match=f"field 'weights': .*{message}"):
+        Datum(ModelInput.from_ints([1, 2]), {"weights": make()})
+
+
+def test_a_traced_column_is_refused():
+    with pytest.raises(DataError, match=r"NumPy cannot hold this: .*traced"):
+        jax.jit(lambda x: Datum(ModelInput.from_ints([1, 2]), {"weights": x}))(np.ones(2))
+
+
+def test_a_masked_array_that_hides_nothing_is_taken():
+    given = np.ma.array([1.0, 2.0])
+    assert TensorData(given).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("columns", [{"": [1]}, {1: [1], "1": [2]}])
+def test_columns_have_names_of_their_own(columns):
+    with pytest.raises(DataError, match="need different names"):
+        Datum(ModelInput.from_ints([1]), columns)

@@ -81,7 +81,7 @@ async def custom_step(
         return await _by_gradient(gradients, place, data, objective)
     total = await gradients.datums_in_step(place, reduction, len(data), datums_in_step)
     all_sum = reduction.sums and facts.is_said
-    metrics: dict[str, Any] | None = None
+    evaluated: tuple[float, dict[str, Any]] | None = None  # loss and metrics
     rows: list[npt.NDArray[np.float32]] = []
     grads: list[npt.NDArray[Any]] = []
     forward_seconds = 0.0
@@ -106,13 +106,14 @@ async def custom_step(
         rows = logprobs(await gradients.send(place, given, leave=False))
         forward_seconds = time.perf_counter() - sent
 
-        def compute() -> tuple[dict[str, Any], tuple[Backward, Pass]]:
+        def compute() -> tuple[tuple[float, dict[str, Any]], tuple[Backward, Pass]]:
             result = value_and_logprob_grads(objective, data, rows)
             grads.extend(result.grads)
             carried = carrier(reduction, data, rows, result.grads, total)
-            return result.metrics, encoded(Backward("two_pass", reduction.loss_fn, None, carried))
+            there = Backward("two_pass", reduction.loss_fn, None, carried)
+            return result[:2], encoded(there)
 
-        metrics, found = await place.compute(compute)
+        evaluated, found = await place.compute(compute)
     backward, given = found
     place.begin()
     # A loss that this trainer has not served yet may still be refused when it runs. The step then
@@ -149,17 +150,17 @@ async def custom_step(
     if backward.route == "server":
         rows = logprobs(output)
         result = await place.compute(lambda: value_and_logprob_grads(objective, data, rows))
-        metrics = result.metrics
+        evaluated = result[:2]
         reported = _check_server_sum(output, result)
-    if metrics is None:
+    if evaluated is None:
         rows = logprobs(output)
-        _, metrics = await place.compute(lambda: loss_and_metrics(objective, data, rows))
+        evaluated = await place.compute(lambda: loss_and_metrics(objective, data, rows))
     check_sum(gradients.connection, backward, output)
     if backward.route == "two_pass":
         _tell_of_drift(facts, rows, grads, output)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
-        metrics=_named(reported, metrics),
+        metrics=_named(reported, *evaluated),
         loss_fn_output_type=output.loss_fn_output_type,
         route=backward.route,
         forward_seconds=forward_seconds,
@@ -200,7 +201,7 @@ async def _by_gradient(
     output = await gradients.send_gradient(place, step, result.grads)
     return CustomStepOutput(
         loss_fn_outputs=output.loss_fn_outputs,
-        metrics=_named(output.metrics, result.metrics),
+        metrics=_named(output.metrics, *result[:2]),
         loss_fn_output_type=output.loss_fn_output_type,
         route="by_gradient",
         forward_seconds=forward_seconds,
@@ -237,13 +238,15 @@ def _check_server_sum(output: ForwardBackwardOutput, result: LogprobGradients) -
     return others
 
 
-def _named(trainers: Mapping[str, float], objectives: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins metrics; those of the objective win, and ``"loss:sum"`` is its loss.
+def _named(
+    trainers: Mapping[str, float], loss: float, objectives: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Joins metrics; those of the objective win, but ``"loss:sum"`` is always its loss.
 
     As in the official SDK, the trainer's sum is that of what carried the gradient.
     """
     carried = {f"surrogate_{_SUM}" if name == _SUM else name: trainers[name] for name in trainers}
-    return {**carried, **objectives, _SUM: objectives["loss"]}
+    return {**carried, **objectives, _SUM: loss}
 
 
 def logprobs(output: ForwardBackwardOutput) -> list[npt.NDArray[np.float32]]:

@@ -197,7 +197,7 @@ class TrainingClient(MadeClient):
         Returns:
             One array per datum, in order, in the shape of its ``target_tokens``.
         """
-        batch = check_data(list(data), ["target_tokens"])
+        batch = check_data(data, ["target_tokens"])
         passed = self.forward(forward_data(batch), FORWARD_LOSS_FN)
         return logprobs_of(wait(self._connection.limit(passed, timeout)))
 
@@ -222,7 +222,7 @@ class TrainingClient(MadeClient):
         Raises:
             NonFiniteError: a gradient is not finite; nothing was sent.
         """
-        batch = check_data(list(data), ["target_tokens"])
+        batch = check_data(data, ["target_tokens"])
 
         async def run(place: PlaceInLine) -> ForwardBackwardOutput:
             encoding = self._connection.encoding
@@ -514,7 +514,7 @@ class TrainingClient(MadeClient):
         backward: bool,
     ) -> APIFuture[ForwardBackwardOutput]:
         config = None if loss_fn_config is None else _finite_floats(loss_fn_config)
-        batch, encoding = check_data(list(data)), self._connection.encoding
+        batch, encoding = check_data(data), self._connection.encoding
         given = Pass(encoding, batch, loss_fn, config, backward=backward)
 
         async def run(place: PlaceInLine) -> ForwardBackwardOutput:
@@ -635,7 +635,9 @@ def _finite_floats(numbers: Mapping[str, Any]) -> dict[str, float]:
     result: dict[str, float] = {}
     for name, value in numbers.items():
         try:
-            result[name] = math.nan if isinstance(value, str) else float(value)
+            if isinstance(value, str):
+                raise TypeError
+            result[name] = float(value)
         except (TypeError, ValueError):
             raise DataError(f"{value!r} is no number; nothing was sent", field=name) from None
         if not math.isfinite(result[name]):

@@ -16,9 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
-from mintjax.gradients.contract import Metrics, Objective, Outcome, evaluate, name_of
+from mintjax.gradients.contract import (
+    Metrics,
+    Objective,
+    Outcome,
+    evaluate,
+    name_of,
+    warn_of_no_gradient,
+)
 from mintjax.gradients.counts import count
-from mintjax.gradients.dependence import inputs_used
+from mintjax.gradients.dependence import are_zero, inputs_used
 from mintjax.gradients.identity import Identity, identify, traces_of
 from mintjax.gradients.loops import Loops
 from mintjax.ragged import Ragged, tiling
@@ -181,6 +188,8 @@ class Program:
         logprobs = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
         closed = trace(logprobs, identity.parameters, place.table)
         needs_logprobs = 0 in inputs_used(closed.jaxpr, [0])
+        if are_zero(closed.jaxpr, [0]):
+            warn_of_no_gradient(identity.rebuild(identity.parameters))
         return Plan(kinds, needs_logprobs, jax.jit(run))
 
 

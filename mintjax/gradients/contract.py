@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
+from mintjax.objectives._contract import check_callable, check_returned, describe, name_of
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
 
@@ -53,37 +56,26 @@ def evaluate(objective: Objective, data: Batch, logprobs: Ragged) -> tuple[Array
         ObjectiveError: it did not return a scalar and a dict of scalars and arrays ``[B]``, or it
             needs the value of something that JAX traces.
     """
+    check_callable(objective)
     try:
         returned = cast("Any", objective(data, logprobs))
     except _NOT_TRACEABLE as error:
         raise ObjectiveError(_untraceable(objective, error)) from error
-    if not (isinstance(returned, tuple) and len(cast("tuple[Any, ...]", returned)) == 2):
-        raise ObjectiveError(
-            f"{name_of(objective)} must return (loss, metrics), not {_describe(returned)}"
-        )
-    loss, metrics = cast("tuple[Any, Any]", returned)
-    if not hasattr(loss, "shape") or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ObjectiveError(
-            f"the loss of {name_of(objective)} must be a floating-point scalar computed from the "
-            f"logprobs, not {_describe(loss)}"
-        )
-    if loss.shape != ():
-        raise ObjectiveError(
-            f"the loss of {name_of(objective)} must be a scalar, not an array of shape "
-            f"{loss.shape}; reduce it with .sum() or .mean()"
-        )
-    if not isinstance(metrics, Mapping):
-        raise ObjectiveError(
-            f"the metrics of {name_of(objective)} must be a dict, not {_describe(metrics)}"
-        )
-    items = cast("Mapping[Any, Any]", metrics).items()
-    named = {str(name): _metric(name, value, len(data)) for name, value in items}
+    loss, metrics = check_returned(objective, returned)
+    named = {str(name): _metric(name, value, len(data)) for name, value in metrics.items()}
+    if len(named) < len(metrics):
+        raise ObjectiveError(f"metrics of one name would be mixed up: {[*metrics]}")
     return loss, jax.lax.stop_gradient(named)
 
 
-def name_of(objective: Any) -> str:
-    """Gives the words by which a message calls an objective."""
-    return getattr(objective, "__qualname__", None) or repr(objective)
+def warn_of_no_gradient(objective: Any) -> None:
+    """Warns of a gradient that is 0 whatever the numbers are."""
+    warnings.warn(
+        f"the gradient of {name_of(objective)} is 0 whatever the logprobs are, so that the step "
+        "changes nothing: its loss is not computed from the logprobs that it is called with, but "
+        'perhaps from a column, such as data["logprobs"], or behind jax.lax.stop_gradient',
+        stacklevel=2,
+    )
 
 
 def users_line(error: BaseException) -> traceback.FrameSummary | None:
@@ -116,9 +108,11 @@ def _untraceable(objective: Any, error: Exception) -> str:
 
 def _metric(name: Any, value: Any, datums: int) -> Array:
     try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise ObjectiveError(f"metric {name!r} must be a number, not {_describe(value)}") from None
+        array = jnp.asarray(_in_range(value))
+    except (TypeError, ValueError, OverflowError):
+        raise ObjectiveError(f"metric {name!r} must be a number, not {describe(value)}") from None
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
+        raise ObjectiveError(f"metric {name!r} must be a real number, not {describe(array)}")
     if array.shape == (datums,):
         return array
     if array.size != 1:
@@ -129,6 +123,17 @@ def _metric(name: Any, value: Any, datums: int) -> Array:
     return array.reshape(())
 
 
-def _describe(value: Any) -> str:
-    kind = type(value).__name__
-    return f"{kind} of shape {value.shape}" if hasattr(value, "shape") else kind
+def _in_range(value: Any) -> Any:
+    """Makes a number of Python's or NumPy's a float where JAX would wrap it around."""
+    if not isinstance(value, int | float | np.ndarray | np.generic):
+        return value
+    array: Any = np.asarray(cast("Any", value))
+    exact = jax.dtypes.canonicalize_dtype(array.dtype) if array.dtype.kind in "iu" else None
+    if exact is not None and array.size:
+        limits = jnp.iinfo(exact)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            return array.astype(np.float32)
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    return array

@@ -8,6 +8,23 @@ from typing import Any
 from mintjax.gradients.flat import CALLS
 
 
+def are_zero(jaxpr: Any, outputs: Iterable[int]) -> bool:
+    """Tells whether outputs are filled with a literal 0, as gradients are that nothing reaches.
+
+    Args:
+        jaxpr: a ``Jaxpr``.
+        outputs: positions among its outputs.
+    """
+    made = {variable: one for one in jaxpr.eqns for variable in one.outvars}
+    found = [made.get(jaxpr.outvars[i]) for i in outputs]
+    return all(
+        one is not None
+        and one.primitive.name == "broadcast_in_dim"
+        and getattr(one.invars[0], "val", None) == 0  # of a literal
+        for one in found
+    )
+
+
 def inputs_used(jaxpr: Any, outputs: Iterable[int]) -> set[int]:
     """The positions of the inputs that the given outputs are computed from.
 

@@ -199,7 +199,7 @@ def _logprob_rows(
     batch: Batch, logprobs: Sequence[npt.ArrayLike] | Ragged
 ) -> list[npt.NDArray[Any]]:
     rows: list[npt.NDArray[Any]] = [
-        row if isinstance(row, np.ndarray) else np.asarray(numbers_of(row)) for row in logprobs
+        row if type(row) is np.ndarray else np.asarray(numbers_of(row)) for row in logprobs
     ]
     if len(rows) != len(batch):
         raise DataError(f"{len(rows)} rows of logprobs for {len(batch)} datums", field="logprobs")

@@ -26,7 +26,8 @@ import numpy as np
 from jax import export
 
 from mintjax.errors import DataError
-from mintjax.gradients.contract import Metrics, evaluate
+from mintjax.gradients.contract import Metrics, evaluate, warn_of_no_gradient
+from mintjax.gradients.dependence import are_zero
 from mintjax.gradients.flat import Flat, flatten, is_symbolic, symbolic_sizes
 from mintjax.gradients.identity import Identity
 from mintjax.ragged.batch import Batch
@@ -156,6 +157,8 @@ def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
         raise _refusal(batch, notes, notes.refused)
     if _watch.seen:
         raise NotForAllLengths(f"it chooses by the length of a row ({_watch.seen})")
+    if are_zero(closed.jaxpr, range(-len(rows), 0)):
+        warn_of_no_gradient(identity.rebuild(identity.parameters))
     flat = flatten(closed)
     tree = cast("Any", jax.tree_util.tree_structure(shape))
     if symbolic_sizes([flat.avals[slot].shape for slot in flat.outputs[: -len(rows)]]):

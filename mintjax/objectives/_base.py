@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mintjax.errors import DataError
 from mintjax.losses._settings import check_bounds, check_positive, check_settings
@@ -67,6 +68,9 @@ class LossObjective:
                     "to step is passed anew each step (another number runs the same compiled "
                     "program), and the weight of a term of weighted_sum may be a schedule"
                 )
+            numeric = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+            if numeric and (value is None or isinstance(value, str | bytes | complex)):
+                raise TypeError(f"{field.name} of {me} must be a number, not {value!r}")
         # A loss of a user's own may mean something else by these names.
         module = str(getattr(getattr(type(self), "loss", None), "__module__", ""))
         ours = module.startswith("mintjax.losses.")
@@ -185,6 +189,15 @@ class LossObjective:
         """Calls the loss with ``inputs``, the settings of this objective, and what is ``named``."""
         settings = {name: getattr(self, name) for name in self.settings}
         return type(self).loss(*inputs, **settings, **named)
+
+
+def is_real(value: Any) -> bool:
+    """Tells whether something is one real number, of Python, NumPy or JAX, traced or not."""
+    if isinstance(value, bool | int | float):
+        return True
+    if np.shape(value) != () or not hasattr(value, "dtype"):
+        return False
+    return any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, bool))
 
 
 _T = TypeVar("_T", bound=LossObjective)

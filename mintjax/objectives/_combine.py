@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from mintjax.objectives._base import Array, LossObjective
+from mintjax.errors import ObjectiveError
+from mintjax.objectives._base import Array, LossObjective, is_real
+from mintjax.objectives._contract import check_callable, check_returned
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
 
@@ -58,14 +61,26 @@ class WeightedSum(LossObjective):
         return dataclasses.replace(self, terms=terms, step=step)
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
-        """Sums the terms, and reports their metrics under ``name/metric``."""
+        """Sums the terms, and reports their metrics under ``name/metric``.
+
+        Raises:
+            ObjectiveError: a term does not return a scalar and a dict, or two have a metric of one
+                name.
+        """
         values, reported = self._terms(data, logprobs)
         weights = jnp.stack([jnp.asarray(weight, values.dtype) for weight in self._weights()])
         metrics: dict[str, Array] = {}
         for i, (name, term_metrics) in enumerate(zip(self.names, reported, strict=True)):
-            metrics |= {f"{name}/{key}": value for key, value in term_metrics.items()}
-            metrics[f"{name}/loss"] = jax.lax.stop_gradient(values[i])
-            metrics[f"{name}/weight"] = weights[i]
+            own = {f"{name}/{key}": value for key, value in term_metrics.items()}
+            own[f"{name}/loss"] = jax.lax.stop_gradient(values[i])
+            own[f"{name}/weight"] = weights[i]
+            twice = sorted(own.keys() & metrics.keys())
+            if twice:
+                raise ObjectiveError(
+                    f"two terms report {', '.join(map(repr, twice))}; give the terms other names, "
+                    "of which none is another's with a / behind it"
+                )
+            metrics |= own
         if self.gradient_norms:
             norms = self._norms(data, logprobs)
             metrics |= {f"{name}/gradient_norm": norms[i] for i, name in enumerate(self.names)}
@@ -84,7 +99,10 @@ class WeightedSum(LossObjective):
         return [weight(step) if callable(weight) else weight for weight in self.weights]
 
     def _terms(self, data: Batch, logprobs: Ragged) -> tuple[Array, list[Mapping[str, Array]]]:
-        returned = [term(data, logprobs) for term in self.terms]
+        returned: list[tuple[Any, Mapping[str, Array]]] = []
+        for term in self.terms:
+            check_callable(term)
+            returned.append(check_returned(term, term(data, logprobs)))
         values = [jnp.asarray(value) for value, _ in returned]
         dtype = functools.reduce(jnp.promote_types, (value.dtype for value in values))
         stacked = jnp.stack([value.astype(dtype) for value in values])
@@ -199,13 +217,27 @@ def _scale(weight: Any, objective: Any) -> WeightedSum:
         weight: a number or a schedule of the step.
         objective: an objective; one that is no weighted sum becomes one of a single term.
     """
-    if isinstance(weight, LossObjective) or (not callable(weight) and np.shape(weight) != ()):
+    _check_weight(weight)
+    whole = _sum_of(objective)
+    return dataclasses.replace(whole, weights=tuple(_times(weight, w) for w in whole.weights))
+
+
+def _check_weight(weight: Any) -> None:
+    """Checks that a weight is a real number or a schedule.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is NaN or infinite.
+    """
+    if callable(weight) and not isinstance(weight, LossObjective | type):
+        return
+    if not is_real(weight):
         raise TypeError(
             f"an objective is multiplied by a number or by a schedule of the step, not by "
             f"{weight!r}; a factor for each token or datum is the column weights of the data"
         )
-    whole = _sum_of(objective)
-    return dataclasses.replace(whole, weights=tuple(_times(weight, w) for w in whole.weights))
+    if not isinstance(weight, jax.core.Tracer) and not np.isfinite(cast("Any", weight)):
+        raise ValueError(f"a weight must be finite, not {weight!r}")
 
 
 def _times(one: Any, other: Any) -> Any:
@@ -272,7 +304,8 @@ def weighted_sum(
         the same compiled program.
 
     Raises:
-        ValueError: no terms, or a weight without a term.
+        TypeError: a weight is no real number and no schedule.
+        ValueError: no terms, a weight without a term, or one that is not finite.
 
     Example:
         >>> from mintjax import objectives
@@ -288,6 +321,8 @@ def weighted_sum(
     stray = sorted(set(weights) - set(terms))
     if stray:
         raise ValueError(f"weights for {stray}, but the terms are {sorted(terms)}")
+    for weight in weights.values():
+        _check_weight(weight)
     return WeightedSum(
         names=tuple(terms),
         terms=tuple(terms.values()),

@@ -65,9 +65,9 @@ class Batch(Sequence[Datum]):
     """
 
     def __init__(self, data: Sequence[Datum]) -> None:
-        if not len(data):
-            raise DataError("there is no datum; pass at least one")
         data = as_datums(data)
+        if not data:
+            raise DataError("there is no datum; pass at least one")
         self._datums: Sequence[Datum] | None = data
         self._owned = False
         self._inputs = [datum.loss_fn_inputs for datum in data]
@@ -156,6 +156,8 @@ class Batch(Sequence[Datum]):
             ValueError: the mask or the lengths do not fit.
         """
         columns = {name: value for name, value in data.items() if name not in ("mask", "lengths")}
+        if _LOGPROBS in columns:
+            raise DataError("a column needs a name, and one of these has none")
         mask, lengths = data.get("mask"), data.get("lengths")
         if not isinstance(logprobs, Ragged | list | tuple):
             with jax.numpy_dtype_promotion("standard"):
@@ -334,6 +336,8 @@ class Batch(Sequence[Datum]):
             RowAccessError: a datum was asked for where lengths are traced.
         """
         if isinstance(index, str):
+            if self._datums is not None:  # whose arrays the caller may overwrite
+                return self._read(index)
             if index not in self._columns:
                 self._columns[index] = self._read(index)
             return self._columns[index]

@@ -73,7 +73,8 @@ def _check_column(name: str, batch: Batch, *, optional: bool, vocab_size: int | 
     if flat.dtype.kind == "f":
         bad, why = ~np.isfinite(flat), "is not finite; a request can only hold finite numbers"
     elif name == "target_tokens":
-        bad, why = flat < 0, "is negative; a target is the id of a token"
+        bad, why = flat < 0, "is negative; a target is the id of a token, and "
+        why += "one that shall not count, as -100 elsewhere, is any token with a weight of 0"
         if vocab_size is not None and not bad.any():
             bad, why = flat >= vocab_size, f"is outside the vocabulary of {vocab_size}"
     else:

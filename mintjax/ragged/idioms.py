@@ -96,7 +96,7 @@ def without_axes(named: dict[str, Any], trailing: tuple[int, ...]) -> dict[str, 
     axes = [named[name] for name in ("axis", "dim") if name in named]
     if any(named.get(name) for name in ("keepdim", "keepdims")):
         raise TypeError(f"a reduction keeps no axis, and need not: {_WHOLE}")
-    if any(axis is not None and (axis != -1 or trailing) for axis in axes):
+    if any(axis != -1 or trailing for axis in axes):
         raise TypeError(
             f"a reduction of a Ragged takes each row as a whole, not the axis {axes[0]}: x.sum() "
             "gives one value per row, x.total() one in all, and x.map(lambda t: t.sum(-1)) one per "

@@ -7,6 +7,7 @@ own first token: no function meets it, whatever it is, and no derivative reaches
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -193,6 +194,12 @@ def from_tiles(
             marked because the dtype has no NaN.
     """
     xp = _library(tiles, layout.lengths, mask)
+    if (
+        not isinstance(fill, jax.core.Tracer)
+        and tiles.dtype.kind in "iub"
+        and fill != int(np.nan_to_num(fill))
+    ):
+        raise ValueError(f"fill={fill} is no {tiles.dtype}, in which the rows are")
     lengths = xp.asarray(layout.lengths)
     if mask is None:
         rank = _numbers(_width(layout, length))
@@ -238,7 +245,7 @@ def _numbers(count: int) -> Array:
 
 def _width(layout: Layout, length: int | None) -> int:
     if length is not None:
-        return length
+        return operator.index(length)
     if layout.width is not None:
         return layout.width
     known = _value(layout.lengths)
@@ -248,7 +255,11 @@ def _width(layout: Layout, length: int | None) -> int:
 
 
 def as_array(values: Any) -> Array:
-    """Returns an array as it is, and a list or another library's tensor as an array."""
+    """Returns an array as it is, and a list or another library's tensor as an array.
+
+    Raises:
+        DataError: a masked array hides a number.
+    """
     values = values if isinstance(values, jax.Array) else numbers_of(values)
     return cast("Any", values if hasattr(values, "shape") else np.asarray(values))
 

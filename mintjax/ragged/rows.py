@@ -19,6 +19,7 @@ from mintjax.losses._arrays import product
 from mintjax.ragged import idioms, padding, tiling
 from mintjax.ragged.operators import Operators
 from mintjax.ragged.tiling import Layout, Sealed
+from mintjax.ragged.tokenwise import check_tokenwise
 from mintjax.ragged.transfers import transfers_allowed
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
@@ -157,9 +158,11 @@ class Ragged(Operators, metaclass=_NotAnArray):
         Raises:
             ValueError: no rows, a row that is a scalar, or rows that differ in dtype or in K.
         """
-        arrays = tuple(row if hasattr(row, "shape") else np.asarray(row) for row in rows)
+        arrays = tuple(map(padding.as_array, rows))
         if not arrays:
             raise ValueError("a Ragged needs at least one row")
+        if arrays[0].dtype.kind in "OSUMm":
+            raise ValueError(f"rows hold numbers, not {arrays[0].dtype}; is one of them None?")
         for i, row in enumerate(arrays):
             if row.ndim == 0 or row.shape[1:] != arrays[0].shape[1:]:
                 raise ValueError(
@@ -187,12 +190,14 @@ class Ragged(Operators, metaclass=_NotAnArray):
         if (
             cuts.ndim != 1
             or cuts.size < 2
+            or cuts.dtype.kind not in "iu"
             or cuts[0] != 0
             or cuts[-1] != len(values)
             or (np.diff(cuts) < 0).any()
         ):
             raise ValueError(
-                f"offsets must rise from 0 to {len(values)}, the number of values, in one axis"
+                f"offsets must be integers that rise from 0 to {len(values)}, the number of "
+                "values, in one axis"
             )
         bounds: list[int] = cuts.tolist()
         rows = [values[a:b] for a, b in itertools.pairwise(bounds)]
@@ -376,7 +381,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         """A row, or a ``Ragged`` of the rows of a slice (at least one)."""
         if isinstance(index, slice):
             return self._select(index)
-        if not hasattr(index, "__index__") or isinstance(index, Ragged):
+        if not hasattr(index, "__index__") or isinstance(index, Ragged | bool | np.bool_):
             idioms.refuse_index(index)
         return self._row_tuple()[operator.index(index)]
 
@@ -409,18 +414,20 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
         Args:
             fn: takes arrays of shape ``[..., K]`` or ``[...]`` and returns one with the same
-                leading axes. It must treat every token by itself: a sum over the
-                leading axes would mix rows.
+                leading axes. It must treat every token by itself.
             others: each a ``Ragged`` of the same lengths, a scalar, or one value per row ``[B]``.
 
         Returns:
             A ``Ragged`` of what ``fn`` returns.
 
         Raises:
-            TypeError: ``fn`` changed the leading axes.
+            TypeError: ``fn`` changed the leading axes, or sums, sorts or the like along them,
+                which would mix rows.
             ValueError: the lengths differ, or an array is not of shape ``[B]``.
         """
-        return self.map_terms(lambda *tiles: {"": fn(*tiles)}, *others)[""]
+        result = self.map_terms(lambda *tiles: {"": fn(*tiles)}, *others)[""]
+        check_tokenwise(fn, self.tiles, lambda: map(self._lift, others))
+        return result
 
     @_moves_data
     def map_terms(
@@ -438,7 +445,8 @@ class Ragged(Operators, metaclass=_NotAnArray):
             A ``Ragged`` for each name.
 
         Raises:
-            As :meth:`map`.
+            TypeError: as :meth:`map`.
+            ValueError: as :meth:`map`.
         """
         tiles = self.tiles
         terms: dict[str, Ragged] = {}
@@ -452,6 +460,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
                     "row use a reduction such as sum() or mean()."
                 )
             terms[name] = Ragged(result, self._layout)
+        check_tokenwise(fn, tiles, lambda: map(self._lift, others))
         return terms
 
     @_moves_data
@@ -725,6 +734,12 @@ class Ragged(Operators, metaclass=_NotAnArray):
 
     def _checked(self, where: Any) -> Ragged | None:
         """A mask; None where torch's ``.sum(-1)`` means what a reduction of rows does anyway."""
+        if isinstance(where, Ragged) and jnp.issubdtype(where.dtype, jnp.inexact):
+            raise TypeError(
+                f"where= marks what counts, and is boolean or integer, not {where.dtype}, because "
+                "a weight is no mask: where=weights != 0, or x.dot(weights) / weights.sum() for a "
+                "mean by weight"
+            )
         if where is None or isinstance(where, Ragged):
             return where
         if isinstance(where, int) and where == -1 and not self.trailing_shape:

@@ -122,6 +122,18 @@ def test_a_custom_step_sends_targets_and_weights_only(client, trainer):
     )
 
 
+@pytest.mark.parametrize("single_pass", [False, True])
+def test_the_sum_is_the_loss_whatever_the_metrics_are_called(client, single_pass):
+    def objective(data, logprobs):
+        loss = -logprobs.total()
+        return loss, {"loss": 5 * loss, "loss:sum": 7.0}
+
+    step = client.forward_backward_custom(DATA, objective, single_pass=single_pass)
+    metrics = step.result(30).metrics
+    assert metrics["loss"] == pytest.approx(5 * metrics["loss:sum"])
+    assert step.result().route == ("one_pass" if single_pass else "two_pass")
+
+
 def test_a_custom_step_carries_the_gradient(client, trainer):
     output = client.forward_backward_custom(DATA, sum_of_squares).result(30)
     rows = [

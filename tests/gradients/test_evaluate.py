@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import importlib.util
+import types
 import warnings
 
 import jax
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mintjax
-from mintjax import Batch, Datum, ModelInput, Ragged, objectives, value_and_logprob_grads
+from mintjax import (
+    Batch,
+    Datum,
+    ModelInput,
+    Ragged,
+    losses,
+    objectives,
+    value_and_logprob_grads,
+    with_column,
+)
 from mintjax.errors import DataError, NonFiniteError, ObjectiveError
 from mintjax.gradients.evaluate import constant_logprob_grads
 from mintjax.gradients.torch import torch_objective
@@ -468,7 +478,7 @@ def test_an_exception_in_an_objective_arrives_as_it_is(objective):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (lambda d, lp: lp.sum(), r"must return \(loss, metrics\), not ArrayImpl|Tracer"),
+        (lambda d, lp: lp.sum(), r"must return \(loss, metrics\), not an array of shape \(2,\)"),
         (lambda d, lp: (lp.sum(), {}), r"must be a scalar, not an array of shape \(2,\)"),
         (lambda d, lp: (lp, {}), "must be a floating-point scalar"),
         (lambda d, lp: (1.0, {}), "must be a floating-point scalar"),
@@ -479,11 +489,65 @@ def test_an_exception_in_an_objective_arrives_as_it_is(objective):
         ),
         (lambda d, lp: (lp.total(), {"x": jnp.ones((2, 2))}), r"metric 'x' .* not .* \(2, 2\)"),
         (lambda d, lp: (lp.total(), {"x": "fast"}), "metric 'x' must be a number, not str"),
+        (lambda d, lp: (lp.total(), {"x": 1j}), "metric 'x' must be a real number"),
+        (lambda d, lp: (lp.total(), {"x": jax.random.key(0)}), "metric 'x' must be a real number"),
+        (lambda d, lp: (lp.total(), {1: 2.0, "1": 3.0}), "metrics of one name"),
+        (lambda d, lp: (types.SimpleNamespace(shape=(), dtype="torch.float32"), {}), "floating"),
+        (objectives.dpo, r"dpo is a class; .*dpo\(\)"),
+        (losses.ppo, r"losses.ppo is a loss of arrays.*objectives.policy\(losses.ppo\)"),
+        ("ppo", r"a function \(data, logprobs\) -> \(loss, metrics\), not 'ppo'"),
     ],
 )
 def test_what_is_no_loss_is_named(objective, message):
     with pytest.raises(ObjectiveError, match=message):
         value_and_logprob_grads(objective, *make([3, 5]))
+
+
+def test_metrics_that_jax_would_wrap_arrive_as_they_are():
+    given = {
+        "python": 2**40,
+        "numpy": np.int64(2**33),
+        "negative": np.int64(-(2**33)),
+        "unsigned": np.uint32(2**32 - 1),
+        "array": np.array([2**34]),
+        "beyond": np.float64(1e300),
+        "truth": True,
+    }
+    result = value_and_logprob_grads(lambda d, lp: (lp.total(), given), *make([3]))
+    del result.metrics["loss"]
+    arrived = {name: float(np.squeeze(value)) for name, value in result.metrics.items()}
+    assert arrived == {**{n: float(np.squeeze(v)) for n, v in given.items()}, "beyond": np.inf}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda d, lp: ((d["logprobs"] * d["advantages"]).total(), {}),
+        lambda d, lp: (sum(one.loss_fn_inputs["logprobs"].sum() for one in d), {}),
+        lambda d, lp: (jax.lax.stop_gradient(lp.total()), {}),
+        lambda d, lp: (sum(jax.lax.stop_gradient(row).sum() for row in lp), {}),
+        lambda d, lp: (np.float32(1), {}),
+    ],
+)
+def test_a_loss_that_does_not_reach_the_logprobs_is_told(objective):
+    with pytest.warns(UserWarning, match="is 0 whatever the logprobs are.*from a column"):
+        value_and_logprob_grads(objective, *make([3, 5]))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_gradient_that_happens_to_be_0_is_no_concern(scale):
+    data, logprobs = make([3, 5])
+    data = [with_column([d], "scale", [scale])[0] for d in data]
+    result = value_and_logprob_grads(
+        lambda d, lp: ((lp.sum() * d["scale"]).sum(), {}), data, logprobs
+    )
+    assert result.grads[0].tolist() == [scale] * 3
+
+
+def test_logprobs_that_are_masked_are_refused():
+    data, logprobs = make([3])
+    with pytest.raises(DataError, match="masked array hides"):
+        value_and_logprob_grads(bradley_terry, data, [np.ma.array(logprobs[0], mask=[0, 1, 0])])
 
 
 def test_logprobs_that_do_not_fit_the_data_are_named():
@@ -520,7 +584,7 @@ LINEAR = {
     "mean": lambda data, logprobs: (-logprobs.mean().mean(), {}),
     "reinforce": lambda data, logprobs: (-(logprobs * data["advantages"]).total(), {}),
     "loop": lambda data, logprobs: (sum(row.sum() for row in logprobs), {}),
-    "where": lambda data, logprobs: (logprobs.total(where=data["weights"]), {}),
+    "where": lambda data, logprobs: (logprobs.total(where=data["weights"] != 0), {}),
 }
 NOT_LINEAR = {
     "bradley_terry": objectives.bradley_terry(),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import mintjax
 from mintjax import objectives, testing
+from mintjax.errors import ObjectiveError
 from mintjax.gradients import stats
 
 from ..examples import examples
@@ -48,6 +49,45 @@ def test_value_gradient_and_metrics_are_the_terms():
         assert whole.metrics[f"{name}/weight"] == pytest.approx(w[name])
         for key, value in part.metrics.items():
             assert whole.metrics[f"{name}/{key}"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (lambda d, lp: (lp.sum(), {}), r"must be a scalar, not an array of shape \(4,\)"),
+        (lambda d, lp: lp.total(), r"must return \(loss, metrics\)"),
+        (lambda d, lp: lp[:2].sum(), r"must return \(loss, metrics\)"),
+        (lambda d, lp: (1, {}), "must be a floating-point scalar"),
+        (objectives.dpo, "dpo is a class"),
+    ],
+)
+def test_a_term_is_held_against_the_contract(term, message):
+    for terms in ({"own": term}, {"own": term, "same": term, "kl": objectives.kl_k3()}):
+        with pytest.raises(ObjectiveError, match=message):
+            mintjax.value_and_logprob_grads(objectives.weighted_sum(terms), *EXAMPLE)
+
+
+@pytest.mark.parametrize("weight", [None, "0.1", 1j, np.ones(2), [0.1], objectives.dpo()])
+def test_a_weight_is_a_real_number(weight):
+    for make in (
+        lambda: objectives.weighted_sum(TERMS, {"own": weight}),
+        lambda: objectives.kl_k3() * weight,
+    ):
+        with pytest.raises(TypeError, match="by a number or by a schedule of the step"):
+            make()
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.float32(np.inf)])
+def test_a_weight_is_finite(weight):
+    with pytest.raises(ValueError, match="must be finite"):
+        objectives.weighted_sum(TERMS, {"own": weight})
+
+
+def test_terms_whose_metrics_would_be_mixed_up_are_refused():
+    inner = objectives.weighted_sum({"b": objectives.kl_k3()})
+    both = objectives.weighted_sum({"a": inner, "a/b": objectives.dpo()})
+    with pytest.raises(ObjectiveError, match=r"two terms report .*'a/b/loss'"):
+        mintjax.value_and_logprob_grads(both, *EXAMPLE)
 
 
 def test_metrics_of_a_term_do_not_stand_in_for_its_value_and_weight():

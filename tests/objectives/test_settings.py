@@ -254,3 +254,13 @@ def test_every_objective_may_be_traced_under_strict_promotion(name):
         loss = jax.eval_shape(lambda rows: specimen.objective(data, rows)[0], rows)
     assert loss.shape == ()
     assert loss.dtype == np.float32
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 1j])
+def test_a_setting_is_a_real_number(value):
+    for make in (
+        lambda: objectives.dpo(beta=value),
+        lambda: objectives.ppo(clip_low_threshold=value),
+    ):
+        with pytest.raises(TypeError, match="must be a number, not"):
+            make()

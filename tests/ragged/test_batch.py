@@ -1,9 +1,10 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mintjax
-from mintjax import Batch, Datum, ModelInput, Ragged
+from mintjax import Batch, Datum, ModelInput, Ragged, TensorData
 from mintjax.errors import DataError
 from mintjax.ragged import RowAccessError
 
@@ -19,7 +20,6 @@ def test_columns_and_rows():
     assert isinstance(batch["weights"], Ragged)
     np.testing.assert_array_equal(batch["weights"].sum(), [3, 5, 2])
     np.testing.assert_array_equal(batch["reward"], [1, 2, 3])
-    assert batch["weights"] is batch["weights"]
     assert batch[1] is data[1]
     assert list(batch[::2]) == [data[0], data[2]]
     np.testing.assert_array_equal(batch[::2]["reward"], [1, 3])
@@ -27,6 +27,45 @@ def test_columns_and_rows():
     assert "advantages" not in batch
     assert data[0] in batch
     assert repr(batch) == "Batch(3 datums, columns ['reward', 'target_tokens', 'weights'])"
+
+
+def test_a_column_is_read_anew_from_arrays_that_the_caller_overwrites():
+    weights = np.ones(3, np.float32)
+    batch = Batch([Datum(ModelInput.from_ints([1, 2, 3]), {"weights": weights})])
+    assert batch["weights"].sum().item() == 3
+    weights[:] = 2
+    assert batch["weights"].sum().item() == 6
+
+
+def test_a_batch_keeps_its_datums_when_the_list_changes():
+    data = [datum(3), datum(2)]
+    batch = Batch(data)
+    data[1] = datum(5)
+    np.testing.assert_array_equal(batch["weights"].sum(), [3, 2])
+    assert batch.lengths == [3, 2]
+
+
+def test_a_generator_of_datums_is_a_batch():
+    assert len(Batch(datum(n) for n in (3, 2))) == 2
+
+
+@pytest.mark.parametrize("data", [datum(3), None, 5])
+def test_what_is_no_list_of_datums_is_told(data):
+    with pytest.raises(DataError, match="pass a list of datums, not "):
+        Batch(data)
+
+
+@pytest.mark.parametrize(
+    "column", [[1.0, 2.0, 3.0], np.array([1.0, 2.0, 3.0]), jnp.array([1.0, 2.0, 3.0])]
+)
+def test_a_column_that_was_assigned_is_made_a_tensor(column):
+    one = datum(3)
+    one.loss_fn_inputs["weights"] = column
+    (row,) = Batch([one]).rows("weights")
+    assert (type(row), row.dtype, row.tolist()) == (TensorData, np.float32, [1, 2, 3])
+    one.loss_fn_inputs["weights"] = ["a"]
+    with pytest.raises(DataError, match="datum 0, field 'weights'"):
+        Batch([one])
 
 
 def test_a_batch_of_columns_has_no_datums_to_give():

@@ -391,3 +391,11 @@ def test_a_batch_of_datums_is_a_pytree_too():
     del some[1].loss_fn_inputs["reward"]
     with pytest.raises(DataError, match="datum 1, field 'reward'"):
         read(Batch(some))
+
+
+@pytest.mark.parametrize("fill", [np.nan, 0.5])
+def test_padding_is_filled_with_what_the_dtype_holds(fill):
+    ids = Ragged.from_rows([np.array([1, 2, 3]), np.array([4])])
+    with pytest.raises(ValueError, match=r"fill=.* is no int"):
+        ids.to_padded(fill=fill)
+    np.testing.assert_array_equal(ids.to_padded(fill=-100), [[1, 2, 3], [4, -100, -100]])

@@ -370,15 +370,47 @@ def test_a_ragged_has_no_truth(ask):
         ask(ragged([1, 2], [3]))
 
 
+def test_a_weight_is_no_mask():
+    x, weights = ragged([1, 2], [3]), ragged([0.5, 1], [1])
+    for reduce in (x.sum, x.mean, x.count, x.max, x.total, x.logsumexp):
+        with pytest.raises(TypeError, match=r"boolean or integer, not float32.*weights != 0"):
+            reduce(where=weights)
+
+
+def test_rows_are_not_chosen_by_a_truth_value():
+    for index in (True, np.bool_(False)):
+        with pytest.raises(TypeError, match=r"x\[i\] is a row"):
+            ragged([1, 2], [3])[index]
+
+
+def test_sums_of_numpy_are_told_that_they_would_be_of_rows():
+    for function in (np.sum, np.mean, np.max):
+        with pytest.raises(TypeError, match=r"not the axis None.*x\.total\(\)"):
+            function(ragged([1, 2], [3]))
+
+
+def test_rows_hold_numbers_that_can_be_seen():
+    with pytest.raises(ValueError, match="not object; is one of them None"):
+        Ragged.from_rows([[None, 1.0]])
+    masked = np.ma.array([[1.0, 2.0], [3.0, 4.0]], mask=[[0, 1], [0, 0]])
+    for make in (Ragged.from_rows, lambda rows: Ragged.from_padded(rows, lengths=[2, 2])):
+        with pytest.raises(ValueError, match="masked array hides"):
+            make(masked)
+    nothing_hidden = np.ma.array([[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_array_equal(Ragged.from_rows(nothing_hidden).sum(), [3, 7])
+    with pytest.raises(ValueError, match="integers that rise"):
+        Ragged.from_packed(np.arange(4.0), [0.0, 1.5, 4.0])
+
+
 def test_rows_whose_traced_lengths_differ_are_nan_and_the_others_right():
     x, y = ragged([1, 2], [3, 4, 5]), ragged([10, 20], [30, 40])
     np.testing.assert_array_equal(jax.jit(lambda a, b: (a + b).sum())(x, y), [33, np.nan])
-    np.testing.assert_array_equal(jax.jit(lambda a, b: a.sum(where=b))(x, y), [3, np.nan])
+    np.testing.assert_array_equal(jax.jit(lambda a, b: a.sum(where=b != 0))(x, y), [3, np.nan])
     np.testing.assert_array_equal(jax.jit(lambda a, b: a.map(jnp.add, b).max())(x, y), [22, np.nan])
     with pytest.raises(TypeError, match="lengths of both Ragged are traced"):
         jax.jit(lambda a, b: a > b)(x, y)
     with pytest.raises(TypeError, match="lengths of both Ragged are traced"):
-        jax.jit(lambda a, b: a.count(where=b))(x, y)
+        jax.jit(lambda a, b: a.count(where=b != 0))(x, y)
 
 
 def test_the_same_slice_of_two_columns_is_one_layout():
