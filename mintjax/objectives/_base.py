@@ -59,8 +59,8 @@ class LossObjective:
 
     def __post_init__(self) -> None:
         me = type(self).__name__
-        fields = [field.name for field in dataclasses.fields(cast("Any", self))]
-        for name in fields:
+        defaults = {f.name: f.default for f in dataclasses.fields(cast("Any", self))}
+        for name, default in defaults.items():
             value = getattr(self, name)
             if callable(value):
                 raise TypeError(
@@ -68,14 +68,14 @@ class LossObjective:
                     "to step is passed anew each step (another number runs the same compiled "
                     "program), and the weight of a term of weighted_sum may be a schedule"
                 )
-            numeric = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+            numeric = isinstance(default, int | float) and not isinstance(default, bool)
             if numeric and (value is None or isinstance(value, str | bytes | complex)):
-                raise TypeError(f"{field.name} of {me} must be a number, not {value!r}")
+                raise TypeError(f"{name} of {me} must be a number, not {value!r}")
         # A loss of a user's own may mean something else by these names.
         module = str(getattr(getattr(type(self), "loss", None), "__module__", ""))
         ours = module.startswith("mintjax.losses.")
         check_settings(
-            {name: getattr(self, name) for name in fields if ours or name not in self.settings},
+            {name: getattr(self, name) for name in defaults if ours or name not in self.settings},
             of=me,
         )
         check_positive(me, **{name: getattr(self, name) for name in self.positive})
