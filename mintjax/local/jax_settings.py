@@ -17,6 +17,7 @@ def own_settings() -> Generator[None]:
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
         jax.transfer_guard("allow"),
     ):
         yield

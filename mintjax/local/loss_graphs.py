@@ -100,7 +100,7 @@ class CustomLoss:
         """
         if self._steps is not None:
             return
-        with own_settings(), jax.numpy_rank_promotion("allow"):
+        with own_settings():
             tokens, candidates = export.symbolic_shape("n, k")
             shapes = [(), (tokens,), (tokens, candidates)]
             # A column's integers are those of the wire, of which JAX has 32 bits here.

@@ -51,14 +51,6 @@ TRAINERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank_promotion():
-    """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
 @pytest.fixture(scope="module")
 def engine():
     with Engine() as engine:

@@ -29,14 +29,6 @@ PAIRWISE = objectives.bradley_terry()
 STEP1, STEP2 = "forward_backward_custom_step1", "forward_backward_custom_step2"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rank_promotion():
-    """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
 def square(data, logprobs):
     """A loss whose gradient depends on every logprob, and none of the trainer's own."""
     return (logprobs**2).dot(data["weights"]).sum(), {}

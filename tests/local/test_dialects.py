@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,14 +30,6 @@ def those_with(field):
     """Runs a test on the dialects that differ in something."""
     names = [name for name in NAMES if getattr(DIALECTS[name], field)]
     return pytest.mark.parametrize("playing", names, indirect=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rank_promotion():
-    """The trainer's worker thread sees JAX's global settings; these are not what is tested here."""
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def data(*sizes, seed=5):

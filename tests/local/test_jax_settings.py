@@ -9,6 +9,7 @@ from mintjax import AdamParams, Datum, ModelInput, SamplingParams, local, object
 SETTINGS = {
     "jax_enable_x64": True,
     "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
     "jax_transfer_guard": "disallow",
 }
 DATA = [

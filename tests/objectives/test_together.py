@@ -54,7 +54,7 @@ CASES = {
 def test_all_rows_are_one_batch_of_tokens(name):
     objective, whole = CASES[name]
     result = mintjax.value_and_logprob_grads(objective, DATA, ROWS)
-    value, grad = jax.value_and_grad(whole)(LP)
+    value, grad = jax.jit(jax.value_and_grad(whole))(LP)
     assert result.loss == pytest.approx(float(value), rel=1e-5)
     np.testing.assert_allclose(np.concatenate(result.grads), grad, rtol=1e-5, atol=1e-6)
     plain = mintjax.value_and_logprob_grads(objectives.ppo(), DATA, ROWS)

@@ -126,7 +126,7 @@ def law(data: st.DataObject, case: Case) -> None:
 
 
 # Each example compiles, so the default profile tries a few and the thorough one all.
-FEW = settings(max_examples=examples(4))
+FEW = settings(max_examples=examples(3))
 
 
 @FEW

@@ -287,7 +287,7 @@ def test_after_any_sequence_the_trainer_holds_the_gradients_that_succeeded(
     trainers: dict[str, tuple[Faulty, TrainingClient]],
 ) -> None:
     chosen = settings(
-        max_examples=examples(5),
+        max_examples=examples(4),
         stateful_step_count=12,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )

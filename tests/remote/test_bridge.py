@@ -15,7 +15,7 @@ from mintjax import Ragged, objectives
 from mintjax.errors import DataError, NonFiniteError, StaleError
 from mintjax.remote.logprobs import remote_logprobs
 
-from ..examples import examples
+from ..examples import examples, some
 from .double import Double, make
 
 ONE_STEP = ["logprobs", "backward"]
@@ -54,12 +54,14 @@ def test_grad_is_one_pass_of_each(loss, remote, double, data):
     assert set(remote.output.metrics) == {"loss:sum"}
 
 
+GIVEN = [objectives.bradley_terry(), objectives.ppo(), objectives.dro(beta=0.2)]
+
+
 @pytest.mark.parametrize(
-    "objective",
-    [objectives.ppo(), objectives.bradley_terry(), objectives.dro(beta=0.2)],
-    ids=lambda objective: type(objective).__name__,
+    ("objective", "compiled"),
+    [*((one, True) for one in GIVEN), *((one, False) for one in some(GIVEN, 3))],
+    ids=lambda one: one if isinstance(one, bool) else type(one).__name__,
 )
-@pytest.mark.parametrize("compiled", [False, True])
 def test_an_objective_gets_what_the_two_phases_give_it(objective, compiled, data, double, remote):
     def whole(params):
         return objective(data, remote(params))
