@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mintjax.errors import DataError
 
 _ADMINISTRATION = (
-    "accounts, projects and archives are administered with the official SDK or the trainer's own "
-    "command line; RestClient lists runs, checkpoints and sessions"
+    "accounts, archives and external weights are administered with the official SDK or the "
+    "trainer's own command line; RestClient lists and changes runs, checkpoints and sessions"
 )
 _ADAM = "AdamParams are the one kind of optimizer parameters"
 _IMAGES = (
@@ -55,7 +55,7 @@ NAMES: Mapping[str, str] = {
 """Names of the SDK's modules ``tinker`` and ``tinker.types``."""
 
 _OF_ACCOUNTS = (
-    *("assign_session_project", "export_session_trace", "get_audit_log", "get_billing_usage"),
+    *("export_session_trace", "get_audit_log", "get_billing_usage"),
     *("get_checkpoint_archive_url", "get_checkpoint_archive_url_from_tinker_path"),
     *("get_current_checkpoint_storage_usage", "get_external_weights_urls", "search_sessions"),
     "whoami",
@@ -63,8 +63,6 @@ _OF_ACCOUNTS = (
 
 METHODS: Mapping[str, str] = {
     **{f"{name}{end}": _ADMINISTRATION for name in _OF_ACCOUNTS for end in ("", "_async")},
-    "copy_weights": _ADMINISTRATION,
-    "copy_weights_async": _ADMINISTRATION,
     "create_custom_loss": _OBJECTIVE,
     "from_sampler_handle": "ServiceClient.create_sampling_client(model_path=...)",
     "get_base_model": "the name that the sampling client was made with",
@@ -81,7 +79,7 @@ METHODS: Mapping[str, str] = {
 """Methods of the SDK's clients."""
 
 ARGUMENTS: Mapping[str, str] = {
-    "kind": "a sampling client keeps the weights that it was made with",
+    "kind": '"snapshot" and "inflight" are the kinds of samplers',
     "loss_type_input": "an objective gets logprobs",
     "optimizer": "the trainer's optimizer is AdamW, set by AdamParams in each optim_step",
     "record_stability_info": "take an objective of mintjax.objectives",

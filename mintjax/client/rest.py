@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import urllib.parse
 from typing import Any, TypeVar
 
@@ -187,6 +188,47 @@ class RestClient(MadeClient):
 
     delete_checkpoint_from_tinker_path_async = awaited(delete_checkpoint_from_tinker_path, None)
 
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> APIFuture[str]:
+        """Copies a checkpoint into a project, as a run of its own that cannot be trained on.
+
+        Args:
+            path: of the checkpoint.
+            destination_project_id: the project; ``TINKER_PROJECT_ID`` if None.
+            ttl_seconds: when the copy may be removed, an hour to ten years from now; None to keep
+                it for ever.
+            weights_access_token: lets a checkpoint of another account be read.
+
+        Returns:
+            The path of the copy.
+
+        Raises:
+            DataError: no project was given.
+        """
+        project = destination_project_id or os.environ.get("TINKER_PROJECT_ID")
+        if not project:
+            raise DataError(
+                "none was given, nor is TINKER_PROJECT_ID set", field="destination_project_id"
+            )
+        message = messages.CopyWeightsRequest(path, project, ttl_seconds=ttl_seconds)
+        request = Request("copy_weights", messages.encode(message))
+        if weights_access_token is not None:
+            request.headers = {"X-Tinker-Weights-Access-Token": weights_access_token}
+
+        async def run() -> str:
+            answer = await self._connection.transport.call(request, messages.CopyWeightsResponse)
+            return answer.tinker_path
+
+        return self._connection.start(run)
+
+    copy_weights_async = awaited(copy_weights, str)
+
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         """Lets everybody load a checkpoint.
 
@@ -237,6 +279,18 @@ class RestClient(MadeClient):
         return self._get("sessions", ListSessionsResponse, query)
 
     list_sessions_async = awaited(list_sessions, ListSessionsResponse)
+
+    def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
+        """Moves a session, with its runs and samplers, into a project.
+
+        Args:
+            session_id: of the session.
+            project_id: of the project.
+        """
+        body = messages.encode(messages.AssignProjectRequest(project_id))
+        return self._tell("PUT", f"sessions/{_quoted(session_id)}/project", body)
+
+    assign_session_project_async = awaited(assign_session_project, None)
 
     def get_session(
         self, session_id: str, access_scope: AccessScope = "owned"

@@ -26,17 +26,42 @@ from mintjax.types import (
 )
 
 
+class SamplingSession:
+    """Holds the sampling session that clients send requests to; it may move on to another.
+
+    Args:
+        sampling_session_id: the trainer's name of it.
+        order: sessions that were asked for later have a larger one.
+    """
+
+    def __init__(self, sampling_session_id: str, order: int = 0) -> None:
+        self._order = order
+        self._at = sampling_session_id, itertools.count(1)
+
+    def move_on(self, sampling_session_id: str, order: int) -> None:
+        """Has the requests from now on go to another session, unless this one is later."""
+        if order > self._order:
+            self._order = order
+            self._at = sampling_session_id, itertools.count(1)
+
+    def place(self) -> tuple[str, int]:
+        """Gives the session, and the number there, of the next request."""
+        sampling_session_id, numbers = self._at
+        return sampling_session_id, next(numbers)
+
+
 class SamplingClient(MadeClient):
     """Samples from one set of weights, which stays as it was when this was made.
+
+    One of ``kind="inflight"`` samples from the weights that were last saved in this way instead.
 
     Made by :meth:`ServiceClient.create_sampling_client` and
     :meth:`TrainingClient.save_weights_and_get_sampling_client`. Requests run side by side.
     """
 
-    def __init__(self, connection: Connection, sampling_session_id: str) -> None:
+    def __init__(self, connection: Connection, session: SamplingSession) -> None:
         self._connection = connection
-        self._session = sampling_session_id
-        self._numbers = itertools.count(1)
+        self._session = session
 
     @classmethod
     async def open(
@@ -49,13 +74,8 @@ class SamplingClient(MadeClient):
             model_path: of the saved weights, or None.
             base_model: its name, where there is no path.
         """
-        path = "create_sampling_session"
-        session, number = await connection.session(), next(connection.sampling_numbers)
-        request = messages.CreateSamplingSessionRequest(
-            session, number, base_model, model_path, path
-        )
-        answer = await connection.made(path, request, messages.CreateSamplingSessionResponse)
-        return cls(connection, answer.sampling_session_id)
+        opened = await open_sampling(connection, model_path, base_model)
+        return cls(connection, SamplingSession(opened))
 
     def sample(
         self,
@@ -154,10 +174,21 @@ class SamplingClient(MadeClient):
         _check(prompt, num_samples, params)
         if isinstance(params.stop, str):  # every trainer takes a list, and SkyRL nothing else
             params = msgspec.structs.replace(params, stop=[params.stop])
-        number = next(self._numbers)
+        session_id, number = self._session.place()
         return messages.SampleRequest(
-            prompt, params, self._session, number, num_samples, prompt_logprobs
+            prompt, params, session_id, number, num_samples, prompt_logprobs
         )
+
+
+async def open_sampling(
+    connection: Connection, model_path: str | None = None, base_model: str | None = None
+) -> str:
+    """Opens a sampling session as :meth:`SamplingClient.open` does, and returns its id."""
+    path = "create_sampling_session"
+    session, number = await connection.session(), next(connection.sampling_numbers)
+    request = messages.CreateSamplingSessionRequest(session, number, base_model, model_path, path)
+    answer = await connection.made(path, request, messages.CreateSamplingSessionResponse)
+    return answer.sampling_session_id
 
 
 def _check_answer(request: messages.SampleRequest, answer: SampleResponse) -> None:

@@ -12,7 +12,7 @@ import httpx
 import msgspec
 
 from mintjax.client.connection import Connection, SessionStatus
-from mintjax.client.futures import APIFuture, Limited, NotCopyable, both, wait
+from mintjax.client.futures import APIFuture, Limited, NotCopyable, awaited, both, wait
 from mintjax.client.rest import RestClient
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
@@ -271,6 +271,32 @@ class ServiceClient(NotCopyable, SdkMethods):
     get_client_config, get_client_config_async = both(
         _get_client_config, messages.ClientConfigResponse
     )
+
+    def copy_weights(
+        self,
+        path: str,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> APIFuture[str]:
+        """Copies a checkpoint into this client's project, as :meth:`RestClient.copy_weights` does.
+
+        Args:
+            path: of the checkpoint.
+            ttl_seconds: when the copy may be removed; None to keep it for ever.
+            weights_access_token: lets a checkpoint of another account be read.
+
+        Raises:
+            DataError: this client has no project.
+        """
+        return self.create_rest_client().copy_weights(
+            path,
+            self._connection.settings.project_id,
+            ttl_seconds=ttl_seconds,
+            weights_access_token=weights_access_token,
+        )
+
+    copy_weights_async = awaited(copy_weights, str)
 
     def create_rest_client(self) -> RestClient:
         """Makes a client that lists and changes what the trainer keeps."""

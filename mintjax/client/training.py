@@ -23,7 +23,7 @@ from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, PlaceInLine
 from mintjax.client.passes import Pass
 from mintjax.client.reductions import GRADIENTS, Measure, check_sum, measured
-from mintjax.client.sampling import SamplingClient
+from mintjax.client.sampling import SamplingClient, SamplingSession, open_sampling
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
 from mintjax.gradients.torch import torch_if_written_for_it
@@ -87,6 +87,7 @@ class TrainingClient(MadeClient):
         measure = partial(_measure_beside, connection, model_id, base_model)
         self._measure = measure
         self._gradients = AccumulatedGradients(connection, model_id, measure)
+        self._inflight: SamplingSession | None = None
 
     def forward(
         self,
@@ -366,7 +367,7 @@ class TrainingClient(MadeClient):
         name: str | None = None,
         retry_config: None = None,
         record_stability_info: Literal[False] = False,
-        kind: Literal["snapshot"] = "snapshot",
+        kind: Literal["snapshot", "inflight"] = "snapshot",
         *,
         timeout: float | None = None,
     ) -> Limited[SamplingClient]:
@@ -377,29 +378,41 @@ class TrainingClient(MadeClient):
             retry_config: the official SDK's; left out.
             record_stability_info: the official SDK's; left out.
             kind: ``"snapshot"``: the client keeps the weights that it was made with.
+                ``"inflight"``: all such clients of this model sample from the weights that were
+                last saved in this way, those that were made before too. Such weights have no name.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
         """
         refuse(
             retry_config=retry_config,
             record_stability_info=record_stability_info,
-            kind=None if kind == "snapshot" else kind,
+            kind=None if kind in ("snapshot", "inflight") else kind,
         )
+        if kind == "inflight" and name is not None:
+            raise DataError("weights that change have no name", field="name")
 
         async def run(place: PlaceInLine) -> SamplingClient:
             place.begin()
             path, connection = "save_weights_for_sampler", self._connection
-            number = None if name is not None else next(connection.sampling_numbers)
-            request = messages.SaveWeightsForSamplerRequest(self.model_id, name, number, type=path)
+            order = next(connection.sampling_numbers)
+            number = order if name is None else None
+            request = messages.SaveWeightsForSamplerRequest(
+                self.model_id, name, number, type=path, kind=kind
+            )
             (saved,) = await place.request(
                 path, [request], messages.SaveWeightsForSamplerResponse, mutates=False
             )
-            if saved.sampling_session_id is not None:
-                return SamplingClient(connection, saved.sampling_session_id)
-            if saved.path is None:
+            opened = saved.sampling_session_id
+            if opened is None and saved.path is None:
                 raise APIResponseError(
                     f"the answer to {path} holds neither a path nor a sampling_session_id"
                 )
-            return await SamplingClient.open(connection, saved.path)
+            opened = opened or await open_sampling(connection, saved.path)
+            if kind == "snapshot":
+                return SamplingClient(connection, SamplingSession(opened))
+            # Those that were made before move on, because some trainers know no kinds.
+            self._inflight = self._inflight or SamplingSession(opened, order)
+            self._inflight.move_on(opened, order)
+            return SamplingClient(connection, self._inflight)
 
         return self._connection.limit(self._lane.submit(run), timeout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
@@ -14,6 +15,7 @@ from mintjax.local import checkpoints
 from mintjax.local.checkpoints import CheckpointPath, Found, Tags
 from mintjax.local.engine import Engine
 from mintjax.local.sessions import Run, Sessions
+from mintjax.protocol import messages
 from mintjax.runs import (
     Checkpoint,
     CheckpointsListResponse,
@@ -86,6 +88,40 @@ class Administration:
             display_name=session.display_name,
         )
 
+    def assign_project(self, session_id: str, project_id: str) -> None:
+        """``PUT sessions/<id>/project``."""
+        if not project_id:
+            raise DataError("name one", field="project_id")
+        self._sessions.assign(session_id, project_id)
+
+    def copy_weights(self, request: messages.CopyWeightsRequest) -> messages.CopyWeightsResponse:
+        """``POST copy_weights``: into a project, or as the model of a number of a session.
+
+        Whoever may use this trainer may read all of its checkpoints, so no token is asked for.
+        """
+        source = CheckpointPath.parse(request.source_path, field="source_path")
+        check_ttl(request.ttl_seconds)
+        model_id, project_id = f"copy-{uuid.uuid4().hex}", request.destination_project_id
+        if request.session_id is not None and request.model_seq_id is not None:
+            project_id = self._sessions.get(request.session_id).project_id
+            model_id = f"{request.session_id}:train:{request.model_seq_id}"
+            if model_id in self._engine.models or checkpoints.find_all(
+                self._engine.directory, model_id
+            ):
+                raise DataError(f"there is a run {model_id} already", field="model_seq_id")
+        elif project_id is None:
+            raise DataError(
+                "pass it, or session_id and model_seq_id", field="destination_project_id"
+            )
+        target = checkpoints.copy(
+            self._engine.directory,
+            source,
+            model_id,
+            project_id=project_id,
+            ttl_seconds=request.ttl_seconds,
+        )
+        return messages.CopyWeightsResponse(str(target))
+
     def list_training_runs(self, page: Page) -> TrainingRunsResponse:
         """``GET training_runs``: of models in training, and of those that have checkpoints."""
         saved: dict[str, list[Found]] = {}
@@ -95,8 +131,7 @@ class Administration:
         everything = [
             self._training_run(model_id, trained.get(model_id), saved.get(model_id, []))
             for model_id in {**trained, **saved}
-            if page.project_id is None
-            or (model_id in trained and trained[model_id].project_id == page.project_id)
+            if page.project_id in (None, _project_of(trained.get(model_id), saved.get(model_id)))
         ]
         known = [run for run in everything if run is not None]
         known.sort(key=lambda run: run.last_request_time, reverse=True)
@@ -185,6 +220,12 @@ def check_ttl(ttl_seconds: int | None) -> None:
             f"{ttl_seconds} is not in an hour, {HOUR}, to ten years, {TEN_YEARS}",
             field="ttl_seconds",
         )
+
+
+def _project_of(run: Run | None, saved: Sequence[Found] | None) -> str | None:
+    if run is not None:
+        return run.project_id
+    return saved[0].description.project_id if saved else None
 
 
 def _listed(found: Found) -> Checkpoint:

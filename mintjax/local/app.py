@@ -202,7 +202,22 @@ class _Http:
             await run_in_threadpool(do.set_ttl, _checkpoint(request), message.ttl_seconds)
             return _json({})
 
+        async def assign_project(request: Request) -> Response:
+            body = await bodies.content(request, self._limits)
+            message = self._read(request, body, messages.AssignProjectRequest)
+            do.assign_project(request.path_params["session_id"], message.project_id)
+            return _json({})
+
+        async def copy_weights(request: Request) -> Response:
+            body = await bodies.content(request, self._limits)
+            message = self._read(request, body, messages.CopyWeightsRequest)
+            return _json(await run_in_threadpool(do.copy_weights, message))
+
         return [
+            self._route("sessions/{session_id}/project", "PUT", assign_project),
+            self._route("copy_weights", "POST", copy_weights),
+            self._route(f"{run}/{checkpoint}/archive", "GET", _no_archives),
+            self._route("save_weights_external", "POST", _no_archives),
             self._listing("sessions", do.list_sessions),
             self._get("sessions/{session_id}", do.get_session),
             self._listing("training_runs", do.list_training_runs),
@@ -526,6 +541,15 @@ def _refusal(status: int, detail: str) -> Response:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+async def _no_archives(request: Request) -> Response:
+    return _refusal(
+        501,
+        "this trainer makes no archives and no external weights, because its models are in no "
+        "library; its checkpoints are safetensors files in the folder that `mintjax serve "
+        "--directory` names",
+    )
 
 
 async def _not_found(request: Request) -> Response:

@@ -80,6 +80,7 @@ class Description(msgspec.Struct, frozen=True):
         created: when, in seconds since 1970; 0 in files that older versions wrote.
         expires: when it may be removed; never if None.
         ephemeral: made for one sampling session, and not listed.
+        project_id: that a copy was made for.
         key: of this very checkpoint; another of the same path has another.
     """
 
@@ -90,6 +91,7 @@ class Description(msgspec.Struct, frozen=True):
     created: float = 0.0
     expires: float | None = None
     ephemeral: bool = False
+    project_id: str | None = None
     key: str = ""
 
 
@@ -161,9 +163,56 @@ def save(
     Raises:
         StorageError: it cannot be written; one of the same path is still there.
     """
+    _save(directory, path, description, _named_leaves(jax.device_get(state)))
+
+
+def _save(
+    directory: Path,
+    path: CheckpointPath,
+    description: Description,
+    arrays: dict[str, npt.NDArray[Any]],
+) -> None:
     header = {"description": msgspec.json.encode(description).decode()}
-    arrays = _named_leaves(jax.device_get(state))
     write(_file(directory, path), lambda partial: save_file(arrays, partial, metadata=header))
+
+
+def copy(
+    directory: Path,
+    source: CheckpointPath,
+    model_id: str,
+    *,
+    project_id: str | None = None,
+    ttl_seconds: int | None = None,
+) -> CheckpointPath:
+    """Copies a checkpoint; the copy has the same kind, name and content, and its own time to live.
+
+    Args:
+        directory: where this trainer keeps its checkpoints.
+        source: what to copy.
+        model_id: the run that the copy belongs to.
+        project_id: kept with it.
+        ttl_seconds: when it may be removed, from now on; never if None.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        StorageError: it cannot be read or written.
+    """
+    now = time.time()
+    description = msgspec.structs.replace(
+        find(directory, source).description,
+        created=now,
+        expires=None if ttl_seconds is None else now + ttl_seconds,
+        project_id=project_id,
+        key=uuid.uuid4().hex,
+    )
+    with _opened(directory, source) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    target = CheckpointPath(model_id, source.kind, source.name)
+    _save(directory, target, description, arrays)
+    return target
 
 
 def describe(directory: Path, path: CheckpointPath) -> Description:

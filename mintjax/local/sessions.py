@@ -121,6 +121,19 @@ class Sessions:
         with self._lock:
             return self._get(session_id)
 
+    def assign(self, session_id: str, project_id: str) -> None:
+        """Moves a session, and its models, into a project.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            session.project_id = project_id
+            for model_id in session.model_ids:
+                if model_id in self._runs:
+                    self._runs[model_id].project_id = project_id
+
     def ids(self) -> list[str]:
         """Returns the ids of all sessions, the newest first."""
         with self._lock:

@@ -254,6 +254,29 @@ class WeightsInfoRequest(msgspec.Struct):
     tinker_path: str
 
 
+class CopyWeightsRequest(msgspec.Struct, omit_defaults=True):
+    """``POST copy_weights``: into a project, or as the model of that number of a session."""
+
+    source_path: str
+    destination_project_id: str | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = None
+
+
+class CopyWeightsResponse(msgspec.Struct):
+    """The answer to a :class:`CopyWeightsRequest`."""
+
+    tinker_path: str
+
+
+class AssignProjectRequest(msgspec.Struct):
+    """``PUT sessions/<id>/project``."""
+
+    project_id: str
+
+
 class TimeToLiveRequest(msgspec.Struct):
     """``PUT training_runs/<id>/checkpoints/<id>/ttl``; None to keep it for ever."""
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mintjax.client import RestClient
-from mintjax.errors import DataError, NotFoundError, RequestFailedError
+from mintjax.errors import BadRequestError, DataError, NotFoundError, RequestFailedError
 from mintjax.local import Engine, trainer
 
 
@@ -73,6 +73,53 @@ def test_sessions_and_samplers(service):
     assert (found.base_model, found.model_path) == ("mintjax/nano", None)
     with pytest.raises(NotFoundError, match="nobody"):
         rest.get_session("nobody").result()
+
+
+def test_a_copy_is_a_run_of_its_own_in_another_project(service, monkeypatch):
+    rest = service.create_rest_client()
+    model = service.create_lora_training_client("mintjax/nano", 4, seed=3)
+    for path in (
+        model.save_state("a", ttl_seconds=3600, user_metadata={"step": "1"}).result().path,
+        model.save_weights_for_sampler("a").result().path,
+    ):
+        copied = rest.copy_weights(path, "archive", ttl_seconds=7200).result()
+        run = rest.get_training_run_by_tinker_path(copied).result()
+        assert run.training_run_id != model.model_id
+        assert copied == path.replace(model.model_id, run.training_run_id)
+        [one] = rest.list_checkpoints(run.training_run_id).result().checkpoints
+        assert one.expires_at - one.time == timedelta(hours=2)
+        [found] = rest.list_training_runs(project_id="archive").result().training_runs
+        assert found == run
+        assert rest.list_training_runs(project_id="other").result().training_runs == []
+        rest.delete_checkpoint_from_tinker_path(copied).result()
+    kept = rest.copy_weights(model.save_state("b").result().path, "archive").result()
+    again = service.create_training_client_from_state_with_optimizer(kept)
+    assert again.get_info().lora_rank == 4
+    with pytest.raises(DataError, match="TINKER_PROJECT_ID"):
+        service.copy_weights(kept)
+    monkeypatch.setenv("TINKER_PROJECT_ID", "of the environment")
+    copied = service.copy_weights(kept).result()
+    runs = rest.list_training_runs(project_id="of the environment").result().training_runs
+    assert [run.last_checkpoint.tinker_path for run in runs] == [copied]
+    with pytest.raises(NotFoundError, match="there is no checkpoint"):
+        service.copy_weights("tinker://nobody/weights/a").result()
+    with pytest.raises(BadRequestError, match="ttl_seconds"):
+        rest.copy_weights(kept, "archive", ttl_seconds=1).result()
+
+
+def test_a_session_moves_into_a_project_with_its_runs(service):
+    rest = service.create_rest_client()
+    model = service.create_lora_training_client("mintjax/nano", 4)
+    [session_id] = rest.list_sessions().result().sessions
+    assert rest.list_training_runs(project_id="new").result().training_runs == []
+    rest.assign_session_project(session_id, "new").result()
+    listed = rest.list_training_runs(project_id="new").result().training_runs
+    assert model.model_id in [run.training_run_id for run in listed]
+    later = service.create_lora_training_client("mintjax/nano", 4)
+    listed = rest.list_training_runs(project_id="new").result().training_runs
+    assert later.model_id in [run.training_run_id for run in listed]
+    with pytest.raises(NotFoundError, match="nobody"):
+        rest.assign_session_project("nobody", "new").result()
 
 
 class Recorded(httpx.AsyncBaseTransport):

@@ -219,6 +219,33 @@ class TestCheckpoints:
         assert logprobs(kept) == before
         assert checkpoints_of(client, model_id) == []
 
+    def test_are_copied_as_the_model_of_a_number_of_a_session(self, runs):
+        """As the official client takes it for granted, whose copies are made by ``models``."""
+        client, model_id = runs
+        path = client.of_model("save_weights", model_id, path="a")["path"]
+        asked = {"source_path": path, "session_id": client.session_id, "model_seq_id": 7}
+        copied = client.ask("copy_weights", asked)["tinker_path"]
+        assert copied == f"tinker://{client.session_id}:train:7/weights/a"
+        model, request = client.load_request(copied)
+        client.call("load_weights", request)
+        assert client.ask("get_info", {"model_id": model, "type": "get_info"})["model_id"] == model
+        again = client.send("copy_weights", asked)
+        assert (again.status_code, "already" in again.text) == (400, True)
+        for missing in ({}, {"session_id": client.session_id}):
+            answer = client.send("copy_weights", {"source_path": path} | missing)
+            assert answer.status_code == 400
+            assert "destination_project_id" in answer.json()["detail"]
+
+    def test_are_in_no_archive_and_in_no_other_format(self, client):
+        path = "training_runs/m/checkpoints/weights/a/archive"
+        for method, at, body in (
+            ("GET", path, None),
+            ("POST", "save_weights_external", {"model_id": "m", "path": "a"}),
+        ):
+            answer = client.send(at, body, method)
+            assert answer.status_code == 501
+            assert "safetensors files in the folder" in answer.json()["detail"]
+
     def test_of_runs_of_one_project(self, runs):
         client, model_id = runs
         project = {"tags": [], "sdk_version": "0.38.0", "project_id": "p"}
