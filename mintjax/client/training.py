@@ -381,6 +381,9 @@ class TrainingClient(MadeClient):
                 ``"inflight"``: all such clients of this model sample from the weights that were
                 last saved in this way, those that were made before too. Such weights have no name.
             timeout: seconds to wait for it at most; ``RetryPolicy(blocking=...)`` if None.
+
+        Raises:
+            DataError: an argument that is left out, or a name for weights that change.
         """
         refuse(
             retry_config=retry_config,

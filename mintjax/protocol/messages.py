@@ -134,7 +134,7 @@ class SessionHeartbeatRequest(msgspec.Struct):
 
 
 class FinishReason(msgspec.Struct):
-    """How a session has ended."""
+    """Says how a session has ended."""
 
     type: Literal["success", "errored", "interrupted"]
 
