@@ -28,3 +28,15 @@ def some(cases: Iterable[T], every: int) -> list[T]:
         every: 3 for the first, the fourth, the seventh, ...
     """
     return [*cases] if THOROUGH else [*cases][::every]
+
+
+def parts(cases: Iterable[T]) -> list[list[T]]:
+    """Divides cases among tests of one law, where there are many examples.
+
+    Each test forgets its programs before the next begins, because all together would fill memory.
+    By default, and for some hundred examples, one test has all cases.
+    """
+    listed = [*cases]
+    few = settings.default.max_examples < 1000
+    number = 1 if few else -(-len(listed) // 5)
+    return [listed[part::number] for part in range(number)]

@@ -370,7 +370,8 @@ def together(
 
     What lies between the rows is masked too, because such a function would count it.
     """
-    real = tiling.mask(logprobs.layout)
+    tiles = logprobs.tiles
+    real = jnp.broadcast_to(tiling.widen(tiling.mask(logprobs.layout), tiles), tiles.shape)
     if where is None:
         return logprobs.map(partial(function, where=real), *inputs)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,19 +89,37 @@ def _numbers(name: str, kind: str, size: int) -> st.SearchStrategy[list[float]]:
         if name in ("logprobs", "ref_logprobs", "teacher_logprobs"):
             whole = kind in ("int64", "int32")
             numbers = [-float(n) for n in range(1, 6)] if whole else [-n / 8 for n in range(1, 40)]
-    if name == "desirable":
+    if name in ("desirable", "outcomes", "groups"):
         numbers = [0.0, 1.0]
     return st.lists(st.sampled_from(numbers), min_size=size, max_size=size)
 
 
 FLOATS_ONLY = ("logprobs", "ref_logprobs", "teacher_logprobs")
 
+SHAPES = 12
+"""Shapes of a batch for each case. Each has programs of its own, so that many examples of a few
+shapes cost less than as many shapes."""
+SEED = os.environ.get("SHAPES_SEED", "0")
 
-@st.composite
-def situations(draw: st.DrawFn, case: Case, candidates: int | None) -> Situation:
-    """Batches for an objective: dtypes mixed over datums, columns spread in every way."""
-    rows = case.block * draw(st.integers(1, 4 // min(case.block, 4)), label="blocks")
-    lengths = draw(st.lists(st.integers(1, 4), min_size=rows, max_size=rows), label="lengths")
+
+class Shape(NamedTuple):
+    """What is compiled for: all of a batch but its numbers.
+
+    Args:
+        lengths: tokens of each datum.
+        spreads: of each column, whether it has a number per token, per candidate or per datum.
+        kinds: of each datum, the dtypes of its columns.
+    """
+
+    lengths: list[int]
+    spreads: dict[str, str]
+    kinds: list[dict[str, str]]
+
+
+def shape_of(case: Case, candidates: int | None, number: int) -> Shape:
+    """Gives one of the shapes of a case: dtypes mixed over datums, columns spread in every way."""
+    chance = random.Random(f"{SEED} {case.columns} {case.block} {candidates} {number}")
+    rows = case.block * chance.randint(1, 4 // min(case.block, 4))
     spreads: dict[str, str] = {}
     for name in case.columns:
         allowed = ["token"] if candidates is None else ["token", "candidate"]
@@ -107,27 +127,41 @@ def situations(draw: st.DrawFn, case: Case, candidates: int | None) -> Situation
             allowed = ["token"] if candidates is None else ["candidate"]
         elif name == "advantages":
             allowed.append("datum")
-        elif name == "desirable":
+        elif name in ("desirable", "groups"):
             allowed = ["datum"]
-        spreads[name] = draw(st.sampled_from(allowed), label=f"spread of {name}")
+        elif name == "outcomes":
+            allowed = ["candidate"]
+        spreads[name] = chance.choice(allowed)
+    kinds = [
+        {
+            name: chance.choice(
+                [k for k in KINDS if name not in FLOATS_ONLY or ("int" not in k and k != "bool")]
+            )
+            for name in case.columns
+        }
+        for _ in range(rows)
+    ]
+    return Shape([chance.randint(1, 4) for _ in range(rows)], spreads, kinds)
+
+
+@st.composite
+def situations(draw: st.DrawFn, case: Case, candidates: int | None) -> Situation:
+    """Batches for an objective."""
+    shape = shape_of(case, candidates, draw(st.integers(0, SHAPES - 1), label="shape"))
     data, logprobs, exacts = [], [], []
-    for length in lengths:
-        shape = (length,) if candidates is None else (length, candidates)
-        size = int(np.prod(shape))
+    for length, kinds in zip(shape.lengths, shape.kinds, strict=True):
+        targets = (length,) if candidates is None else (length, candidates)
+        size = int(np.prod(targets))
         lp = draw(st.lists(st.integers(-40, -1), min_size=size, max_size=size), label="logprobs")
-        inputs: dict[str, Any] = {"target_tokens": np.arange(size).reshape(shape)}
+        inputs: dict[str, Any] = {"target_tokens": np.arange(size).reshape(targets)}
         exact: dict[str, Any] = {}
-        for name in case.columns:
-            own = {"token": (length,), "candidate": shape, "datum": ()}[spreads[name]]
-            kinds = [
-                k for k in KINDS if name not in FLOATS_ONLY or ("int" not in k and k != "bool")
-            ]
-            kind = draw(st.sampled_from(kinds), label=f"kind of {name}")
+        for name, kind in kinds.items():
+            own = {"token": (length,), "candidate": targets, "datum": ()}[shape.spreads[name]]
             values = draw(_numbers(name, kind, int(np.prod(own, dtype=int))), label=name)
             inputs[name] = np.array(values).reshape(own).astype(KINDS[kind])
             exact[name] = np.array(values).reshape(own)
         data.append(Datum(ModelInput.from_ints(range(1, length + 1)), inputs))
-        logprobs.append(np.array(lp, np.float32).reshape(shape) / 8)
+        logprobs.append(np.array(lp, np.float32).reshape(targets) / 8)
         exacts.append(exact)
     return Situation(data, logprobs, exacts)
 
@@ -301,6 +335,49 @@ OURS = {
             {"own": reinforce, "nll": objectives.cross_entropy()}, {"nll": 0.5}
         ),
         ("weights", "advantages"),
+    ),
+}
+
+for name in ("dapo", "dppo_kl", "gmpo", "kl_cov", "luspo", "masked_importance_sampling"):
+    OURS[name] = Case(getattr(objectives, name), MASKED)
+for name in ("sapo", "stable_reinforce", "vespo"):
+    OURS[name] = Case(getattr(objectives, name), MASKED)
+for name in ("kl_abs", "kl_k3_straight_through"):
+    OURS[name] = Case(getattr(objectives, name), ("weights", "ref_logprobs"))
+for name in ("unlikelihood", "focal_cross_entropy", "conditional_value_at_risk"):
+    OURS[name] = Case(getattr(objectives, name))
+for name in ("alphapo", "cpo", "slic"):
+    OURS[name] = Case(getattr(objectives, name), **PAIRS)
+for name in (
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
+    "discopop",
+    "exo_pair",
+    "f_dpo",
+    "length_normalised_dpo",
+    "nca_pair",
+    "robust_dpo",
+    "rpo",
+    "sppo",
+):
+    OURS[name] = Case(getattr(objectives, name), **REFERENCE)
+OURS |= {
+    # With the default of 0.1, margins of 10 lie at the bend, on one side of it or the other.
+    "hinge": Case(lambda: objectives.hinge(beta=0.13), **REFERENCE),
+    "bco": Case(lambda: objectives.bco(reward_shift=0.1), ("weights", "ref_logprobs", "desirable")),
+    "plackett_luce": Case(lambda: objectives.plackett_luce(group_size=2), **REFERENCE),
+    "worst_group": Case(lambda: objectives.worst_group(num_groups=2), ("weights", "groups")),
+    "kl_k3_corrected": Case(objectives.kl_k3_corrected, (*MASKED, "ref_logprobs")),
+    "generalised_jsd": Case(objectives.generalised_jsd, ("teacher_logprobs",), candidates="must"),
+    "brier_score": Case(objectives.brier_score, ("outcomes",), candidates="must"),
+    "ppo, prompt mean": Case(
+        lambda: objectives.ppo(aggregation="prompt_mean", group_size=2), MASKED, block=2
+    ),
+    "ppo, fixed length": Case(
+        lambda: objectives.ppo(aggregation="fixed_length", max_length=5), MASKED
     ),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mintjax import Batch, Ragged, value_and_logprob_grads
 from mintjax.errors import MintjaxError
+from mintjax.gradients import compiled
 
-from ..examples import THOROUGH, examples
+from ..examples import THOROUGH, examples, parts
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
 TOLERANCE = 2e-5
@@ -81,6 +82,8 @@ WAYS: dict[str, Callable[[Any, Situation], Any]] = {
 }
 if THOROUGH:  # XLA compiles each operation of these
     WAYS |= {"eager": eagerly, "rows": of_rows(jit=False)}
+OFTEN = ["lists", "packed"] * 4 * THOROUGH
+"""Ways that find what is compiled are drawn more often where there are many examples."""
 
 
 def outcome(way: Callable[[Any, Situation], Any], objective: Any, situation: Situation) -> Any:
@@ -121,25 +124,41 @@ def law(data: st.DataObject, case: Case) -> None:
             by_hand = Outcome(loss, {**expected.metrics, "loss": loss}, grads)
             assert_same(expected, by_hand, "float64 against the gradient by hand")
         assert_same(outcome(by_columns, objective, situation), expected, "columns")
-        way = data.draw(st.sampled_from(list(WAYS)), label="way")
+        way = data.draw(st.sampled_from([*WAYS, *OFTEN]), label="way")
         assert_same(outcome(WAYS[way], objective, situation), expected, way)
 
 
-# Each example compiles, so the default profile tries a few and the thorough one all.
-FEW = settings(max_examples=examples(3))
+# Each example compiles, so the default profile tries a few and the thorough one all. So many
+# examples are those of all parts together.
+def few(cases: Any) -> settings:
+    return settings(max_examples=max(1, examples(3) // len(parts(cases))))
 
 
-@FEW
-@given(st.data(), st.sampled_from(list(OWN)))
-def test_a_users_function_has_the_gradient_of_float64_in_every_layout(
-    data: st.DataObject, name: str
-) -> None:
-    law(data, OWN[name])
+@pytest.fixture(autouse=True)
+def _keeps_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keeps the programs of all cases of a test, and forgets them after it."""
+    monkeypatch.setattr(compiled, "_KEPT", 1000)
+    yield
+    if THOROUGH:
+        compiled._programs.clear()
+        jax.clear_caches()
 
 
-@FEW
-@given(st.data(), st.sampled_from(list(OURS)))
-def test_an_objective_has_the_gradient_of_float64_in_every_layout(
-    data: st.DataObject, name: str
-) -> None:
-    law(data, OURS[name])
+@pytest.mark.parametrize("names", parts(OWN))
+def test_a_users_function_has_the_gradient_of_float64_in_every_layout(names: list[str]) -> None:
+    @few(OWN)
+    @given(st.data(), st.sampled_from(names))
+    def holds(data: st.DataObject, name: str) -> None:
+        law(data, OWN[name])
+
+    holds()
+
+
+@pytest.mark.parametrize("names", parts(OURS))
+def test_an_objective_has_the_gradient_of_float64_in_every_layout(names: list[str]) -> None:
+    @few(OURS)
+    @given(st.data(), st.sampled_from(names))
+    def holds(data: st.DataObject, name: str) -> None:
+        law(data, OURS[name])
+
+    holds()
