@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from mintjax.errors import (
     BadRequestError,
     ClosedError,
     DataError,
+    InternalServerError,
     NonFiniteError,
     NotSentError,
     ObjectiveError,
@@ -26,7 +28,7 @@ from mintjax.tensors import TensorData
 from mintjax.types import AdamParams, Datum, ModelInput, SamplingParams
 
 from .data import DATA, datum
-from .double import Answer, Hold, Trainer, logprob
+from .double import QUICK, Answer, Hold, Trainer, logprob
 
 ADAM = AdamParams(learning_rate=1e-3)
 
@@ -575,6 +577,16 @@ def test_unload_may_be_answered_at_once(client, trainer):
     trainer.faults["unload_model"] = [Answer(200, answer)]
     assert client.unload().result(5) is None
     assert trainer.paths("unload_model", "retrieve_future")[-1] == "unload_model"
+
+
+def test_an_unload_whose_result_stays_broken_is_given_up(connect, trainer):
+    """As skyrl-tx answers where it cannot write the result as JSON."""
+    policy = msgspec.structs.replace(QUICK, broken_result=0.02, deadline=60.0)
+    model = connect(retry_policy=policy).create_lora_training_client("tiny")
+    trainer.faults["retrieve_future"] = [Answer(500, b"Internal Server Error")] * 1000
+    with pytest.raises(InternalServerError, match="unload_model may or may not"):
+        model.unload().result(20)
+    assert len(trainer.faults["retrieve_future"]) > 900
 
 
 def test_unload_names_the_model_in_the_query_too(client, trainer):
