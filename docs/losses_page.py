@@ -51,7 +51,11 @@ def _conventions() -> str:
         others = "\n".join(f"- {who}: {what}" for who, what in row.others.items())
         parts.append(f"### {row.about}\n\nHere: {row.ours}.\n\nElsewhere:\n\n{others}\n")
     trainers = losses.conventions().partition("\n\n")[2]
-    return "\n".join([*parts, "## By trainer\n", trainers])
+    parts += ["## By trainer\n", trainers]
+    for library, names in losses.COUNTERPARTS.items():
+        rows = "\n".join(f"- `{name}`: {here or 'is not here'}" for name, here in names.items())
+        parts.append(f"\n## Names in {library}\n\n{rows}\n")
+    return "\n".join(parts)
 
 
 def _section(entry: losses.Entry) -> list[str]:

@@ -32,6 +32,7 @@ from mintjax.losses._conventions import (
     Difference,
     Formula,
 )
+from mintjax.losses._counterparts import COUNTERPARTS
 from mintjax.losses._covariance import clip_cov, kl_cov
 from mintjax.losses._diagnostics import (
     POLICY_TERMS,
@@ -61,7 +62,7 @@ from mintjax.losses._distillation import (
 )
 from mintjax.losses._logits import fused_target_logprobs, target_logprobs
 from mintjax.losses._margins import discopop, exo_pair, hinge, ipo
-from mintjax.losses._pages import conventions, describe
+from mintjax.losses._pages import conventions, counterparts, describe
 from mintjax.losses._penalties import (
     kl_abs,
     kl_k1,
@@ -110,6 +111,7 @@ from mintjax.losses._weights import Level, importance_weights, off_policy_mask
 
 __all__ = [
     "CONVENTIONS",
+    "COUNTERPARTS",
     "DIFFERENCES",
     "FAMILIES",
     "FORMULAS",
@@ -139,6 +141,7 @@ __all__ = [
     "clipped_tokens",
     "conditional_value_at_risk",
     "conventions",
+    "counterparts",
     "cpo",
     "cross_entropy",
     "dapo",

@@ -132,14 +132,15 @@ CONVENTIONS = (
     ),
     Convention(
         trainer="SkyRL, train backend",
-        losses=("cross_entropy", "importance_sampling", "ppo", "cispo"),
+        losses=("cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "dppo"),
         ppo_clip=(0.8, 1.2),
         cispo_clip=(0.0, 5.0),
         dro_beta=None,
         reduction="sum",
         weights="mask, default ones",
         metrics=("total_loss:sum",),
-        source="skyrl 0.3.0; it serves further losses under names of its own",
+        source="skyrl 0.4.0; gspo has the bounds of ppo, and dppo the thresholds delta_low and "
+        "delta_high, 0.2; thresholds of cispo are dropped",
     ),
     Convention(
         trainer="TuFT",
@@ -151,6 +152,18 @@ CONVENTIONS = (
         weights="ignored",
         metrics=("loss:sum",),
         source="its source code",
+    ),
+    Convention(
+        trainer="Hatchery",
+        losses=("cross_entropy", "importance_sampling", "ppo", "cispo", "dapo", "orpo"),
+        ppo_clip=(0.8, 1.2),
+        cispo_clip=(0.0, 1.2),
+        dro_beta=None,
+        reduction="sum(w * loss) / max(sum(w), 1) per request",
+        weights="factors, default ones",
+        metrics=("loss:sum",),
+        source="hatchery-core 0.3.0; what it calls gspo clips ratios of tokens, and its grpo is "
+        "ppo with 0.001 times a KL",
     ),
 )
 """One row per trainer. A threshold passed in ``loss_fn_config`` overrides its default."""
@@ -181,6 +194,18 @@ DIFFERENCES = (
             "CISPO in TRL and Liger": "the upper bound is the ratio itself; there is no lower one",
             "GMPO in TRL and verl": "a distance of log-ratios: exp(-0.2) and exp(0.2)",
             "DPPO in verl and SkyRL": "the divergence itself",
+        },
+    ),
+    Difference(
+        about="Defaults of hyperparameters",
+        ours="those of the papers, or of the trainers that serve the loss: see each loss",
+        others={
+            "TRL": "SimPO: gamma 0.5, beta 0.1; AlphaPO: alpha 0; length-normalised DPO and SPPO: "
+            "beta 0.1; robust DPO: smoothing 0; GKD: temperature 0.9; dual clip: off",
+            "verl": "gspo as ppo, 0.8 and 1.2; DPPO: 0.2, ratios truncated at 3; KL-Cov: 0.1 times "
+            "the penalty",
+            "SkyRL": "CISPO: 0 and 5; gspo as ppo; DPPO: 0.2; KL-Cov: a share of 0.2",
+            "TuFT": "ppo and cispo: 0.9 and 1.1; dro: beta 0.01",
         },
     ),
     Difference(

@@ -132,7 +132,8 @@ def exo_pair(
     When to use it: DPO's forward KL covers both answers; this seeks the mode, and levels off where
     a pair is lost by far, so that hopeless pairs pull little.
 
-    What others do: TRL ("exo_pair") has this form, with the same default.
+    What others do: TRL and Liger ("exo_pair") have this form; their default of the smoothing is 0,
+    which they refuse here, and they name the paper's 1e-3.
 
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mintjax.losses._catalogue import FAMILIES, catalogue
 from mintjax.losses._conventions import CONVENTIONS, DIFFERENCES, FIVE, FORMULAS
+from mintjax.losses._counterparts import COUNTERPARTS
 
 
 def conventions(*, trainers: bool = True) -> str:
@@ -29,12 +30,34 @@ def conventions(*, trainers: bool = True) -> str:
     return f"{_table(rows)}\n" + (f"\n{_trainers()}\n" if trainers else "")
 
 
+def counterparts() -> str:
+    """Writes what the losses of other libraries are called here.
+
+    A row of it is ``library | name there | here``, from :data:`COUNTERPARTS`; a dash stands for
+    what is not here.
+
+    Returns:
+        Markdown: one table.
+
+    Reference:
+        The sources of the libraries, at the versions that the table names.
+    """
+    rows = [("library", "there", "here")]
+    rows += [
+        (library, name, here or "-")
+        for library, names in COUNTERPARTS.items()
+        for name, here in names.items()
+    ]
+    return f"{_table(rows)}\n"
+
+
 def describe() -> str:
     """Lists all losses and what each trainer makes of the built-in ones, as text.
 
     Returns:
         A table of :data:`FORMULAS`, and one of :data:`CONVENTIONS`, in Markdown; then, for each
-        family, its losses with formula, inputs, source and the trainers that serve them by name.
+        family, its losses with formula, inputs, source and the trainers that serve them by name;
+        then what the losses of other libraries are called here.
     """
     parts = [f"{_formulas()}\n\n{_trainers()}\n"]
     for family in FAMILIES:
@@ -51,6 +74,7 @@ def describe() -> str:
             if entry.served_by:
                 lines.append(f"    served by name: {'; '.join(entry.served_by)}")
             parts.append("\n".join(lines) + "\n")
+    parts.append(f"## names elsewhere\n\n{counterparts()}")
     return "\n".join(parts)
 
 

@@ -93,8 +93,9 @@ def dppo(
 
     When to use it: large vocabularies, where PPO clips unlikely tokens that have hardly moved.
 
-    What others do: verl truncates the ratio at 20 and puts ``log p`` in its place, with the same
-    gradient up to there; SkyRL has this form.
+    What others do: verl ("dppo_tv") truncates the ratio at ``clip_ratio_c``, which is 3 by default,
+    and puts ``log p`` in its place, with the same gradient up to there; SkyRL has this form. Both
+    take 0.2 as the threshold, and one for each sign of the advantage.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.

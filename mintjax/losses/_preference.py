@@ -72,7 +72,8 @@ def dpo(
     soft update, a moving average of weights, needs a trainer that averages weights.
 
     What others do: TRL, Liger, OpenRLHF and the Tinker cookbook have this form; TRL smooths labels
-    in its robust form only.
+    in its robust form only. Its ``ld_alpha`` is the weight, in all four scores, of the tokens
+    beyond the length of the pair's shorter answer.
 
     Args:
         chosen_scores: sum of the logprobs of each pair's chosen answer under the model in training,
@@ -246,7 +247,8 @@ def kto(
 
     When to use it: answers with a thumb up or down, no pairs.
 
-    What others do: TRL and Liger have this form and estimate ``kl`` from mismatched answers.
+    What others do: TRL and Liger have this form and estimate ``kl`` from mismatched answers. With
+    ``kl = 0`` it is TRL's "apo_zero_unpaired".
 
     Args:
         scores: sum of the logprobs of each answer under the model in training, in nats; any shape,

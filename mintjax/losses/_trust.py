@@ -146,9 +146,9 @@ def dppo_kl(
 
     When to use it: as :func:`dppo`; the KL minds likely tokens more.
 
-    What others do: verl truncates the ratio at 20 and puts ``log p`` in its place
-    (``-m * sg(min(r, 20)) * log p * A``, the same gradient up to there); both verl and SkyRL add
-    1e-8 to the complements.
+    What others do: verl truncates the ratio at ``c = clip_ratio_c``, which is 3 by default, and
+    puts ``log p`` in its place (``-m * sg(min(r, c)) * log p * A``, the same gradient up to there);
+    both verl and SkyRL add 1e-8 to the complements.
 
     Args:
         target_logprobs: log-probabilities under the model in training, in nats; any shape.

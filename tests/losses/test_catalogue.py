@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pathlib
+import re
 
 import pytest
 
@@ -17,6 +19,7 @@ def test_every_function_is_in_one_family():
     functions = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))} - {
         "catalogue",
         "conventions",
+        "counterparts",
         "describe",
     }
     listed = [name for names in losses.FAMILIES.values() for name in names]
@@ -94,6 +97,25 @@ def test_the_list_has_every_loss_with_its_settings():
     for entry in ENTRIES.values():
         assert f"\n{entry.name}\n    {entry.formula}" in text
     assert "alpha=0.25" in text
+
+
+def test_every_counterpart_is_here():
+    text = losses.counterparts()
+    for library, names in losses.COUNTERPARTS.items():
+        for name, here in names.items():
+            assert f"| {name} " in text
+            assert library in text
+            called = re.findall(r"objectives\.(\w+)", here)
+            plain = here.split(",")[0] if not called else ""
+            assert all(hasattr(objectives, each) for each in called), here
+            assert not plain or hasattr(losses, plain), here
+
+
+def test_the_readme_counts_the_counterparts():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    for library, names in losses.COUNTERPARTS.items():
+        missing = [f"`{name}`" for name, here in names.items() if not here]
+        assert f"| {library} | {len(names)} | {', '.join(missing) or 'none'} |" in readme
 
 
 def test_the_page_of_conventions_has_every_point_and_trainer():
