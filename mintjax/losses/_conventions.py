@@ -161,7 +161,7 @@ CONVENTIONS = (
         dro_beta=None,
         reduction="sum(w * loss) / max(sum(w), 1) per request",
         weights="factors, default ones",
-        metrics=("loss:sum",),
+        metrics=("loss:mean",),
         source="hatchery-core 0.3.0; what it calls gspo clips ratios of tokens, and its grpo is "
         "ppo with 0.001 times a KL",
     ),

@@ -30,11 +30,14 @@ def conventions(*, trainers: bool = True) -> str:
     return f"{_table(rows)}\n" + (f"\n{_trainers()}\n" if trainers else "")
 
 
-def counterparts() -> str:
+def counterparts(library: str | None = None) -> str:
     """Writes what the losses of other libraries are called here.
 
-    A row of it is ``library | name there | here``, from :data:`COUNTERPARTS`; a dash stands for
-    what is not here.
+    A row of it is ``library | there | here``, from :data:`COUNTERPARTS`; a dash stands for what is
+    not here.
+
+    Args:
+        library: one of them, such as ``"verl 0.9.1"``; None for all.
 
     Returns:
         Markdown: one table.
@@ -43,11 +46,8 @@ def counterparts() -> str:
         The sources of the libraries, at the versions that the table names.
     """
     rows = [("library", "there", "here")]
-    rows += [
-        (library, name, here or "-")
-        for library, names in COUNTERPARTS.items()
-        for name, here in names.items()
-    ]
+    for name in [library] if library else COUNTERPARTS:
+        rows += [(name, there, here or "-") for there, here in COUNTERPARTS[name].items()]
     return f"{_table(rows)}\n"
 
 

@@ -181,5 +181,6 @@ def focal_cross_entropy(
         unconfirmed), with the weight held constant.
     """
     logprobs, weights, gamma = aligned(where, target_logprobs, weights=weights, gamma=gamma)
-    faded = weights * focal_weights(logprobs, gamma=gamma)
+    known = jnp.where(weights == 0, 0, logprobs)  # as in cross_entropy, it may be anything there
+    faded = weights * focal_weights(known, gamma=gamma)
     return finish(-product(faded, logprobs), where, target_logprobs)

@@ -61,8 +61,9 @@ def gmpo(
         Zhao et al. 2025, "Geometric-Mean Policy Optimization" (arXiv:2507.20673), eq. 5 (equation
         number unconfirmed).
     """
+    (wide,) = aligned(where, target_logprobs)  # 16 bits are too few for terms of a sum
     log_ratios = gmpo_log_ratios(
-        target_logprobs,
+        wide,
         sampling_logprobs,
         advantages,
         clip_low_threshold=clip_low_threshold,
@@ -169,8 +170,9 @@ def luspo(
         Liu et al. 2026, "Length-Unbiased Sequence Policy Optimization", as TRL's paper index has it
         (authors unconfirmed).
     """
+    (wide,) = aligned(where, target_logprobs)  # 16 bits are too few for terms of a sum
     tokens = gspo(
-        target_logprobs,
+        wide,
         sampling_logprobs,
         advantages,
         clip_low_threshold=clip_low_threshold,

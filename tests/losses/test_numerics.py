@@ -188,6 +188,8 @@ def test_sums_of_16_bit_numbers_are_taken_in_32(dtype):
             "grpo": losses.grpo(rows),
             "gspo": gspo.astype(jnp.float32),
             "forward_kl": losses.distillation_forward_kl(teacher, jnp.zeros(3000)),
+            "gmpo": losses.gmpo(rows, jnp.float32(-35.0119), 1.0, clip_high_threshold=1000.0),
+            "luspo": losses.luspo(rows, rows, 1.0032),
         }
 
     rows, sampling, teacher = np.full((2, 3000), -30.0), -31.0, np.full(3000, -10.0)
@@ -199,6 +201,8 @@ def test_sums_of_16_bit_numbers_are_taken_in_32(dtype):
         "kl_k1": -6000,
         "grpo": 0,
         "forward_kl": 30000,
+        "gmpo": -np.exp(5.0119),
+        "luspo": -3009.6,
     }
     np.testing.assert_allclose(got.pop("gspo"), -np.e, rtol=5e-3)
     assert got.keys() == expected.keys()
@@ -223,6 +227,13 @@ def test_nothing_at_all_is_no_error(name):
         assert np.asarray(case.loss(*inputs)).sum() == 0
     else:
         assert evaluate(case.loss, *inputs).sum() == 0
+
+
+def test_an_easy_token_of_weight_zero_may_have_any_logprob():
+    slope = jax.grad(lambda t: losses.focal_cross_entropy(t, np.float32([0, 2])).sum())
+    for anything in (np.nan, -np.inf, np.inf):
+        found = slope(np.float32([anything, -1.0]))
+        np.testing.assert_allclose(found, [0, -2 * (1 - np.exp(-1)) ** 2], rtol=1e-6)
 
 
 def test_a_token_that_the_sampler_was_certain_of_can_leave_the_region_of_dppo_kl():

