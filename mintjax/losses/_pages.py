@@ -40,7 +40,7 @@ def counterparts(library: str | None = None) -> str:
         library: one of them, such as ``"verl 0.9.1"``; None for all.
 
     Returns:
-        Markdown: one table.
+        Markdown: one table, by library and name.
 
     Reference:
         The sources of the libraries, at the versions that the table names.
