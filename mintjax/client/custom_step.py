@@ -219,12 +219,16 @@ def _check_server_sum(output: ForwardBackwardOutput, result: LogprobGradients) -
     Both are of the same logprobs, which may have been rounded on their way.
 
     Returns:
-        The trainer's metrics but for that.
+        The trainer's metrics but for those of the objective, all of which are computed here.
 
     Raises:
         UnknownReductionError: they differ.
     """
-    others = {name: output.metrics[name] for name in output.metrics if name not in (METRIC, _SUM)}
+    others = {
+        name: value
+        for name, value in output.metrics.items()
+        if name != _SUM and not name.startswith("custom/")
+    }
     reported = output.metrics.get(METRIC, output.metrics.get(_SUM))
     if reported is None:
         return others

@@ -8,13 +8,14 @@ Python number, as ``range`` does, or compares one with a number, is not traced s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import sys
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
@@ -436,6 +437,22 @@ class _Watch(threading.local):
 
 
 _watch = _Watch()
+
+
+@contextlib.contextmanager
+def no_choices_by(size: Any) -> Generator[None]:
+    """Refuses that code outside JAX chooses by a symbolic size while the block runs.
+
+    Raises:
+        NotForAllLengths: it has.
+    """
+    _observe(type(cast("object", size)))
+    with _watch:
+        yield
+    if _watch.seen:
+        raise NotForAllLengths(f"it chooses by the length of a row ({_watch.seen})")
+
+
 _CHOOSING = ("__eq__", "__ne__", "__hash__", "__str__", "__repr__", "__int__")
 
 

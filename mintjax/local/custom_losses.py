@@ -196,19 +196,20 @@ def _columns(loss: CustomLoss, datum: Datum, i: int) -> list[Floats]:
 
 def _check_finite(loss: CustomLoss, results: Sequence[DatumLoss]) -> None:
     for i, result in enumerate(results):
-        numbers = (result.loss, *result.metrics.values())
-        if not np.isfinite(numbers).all() or not np.isfinite(result.gradient).all():
+        if not np.isfinite(result.loss) or not np.isfinite(result.gradient).all():
             raise NonFiniteError(
-                f"datum {i}: loss {loss.name!r}, a metric of it or its gradient is not finite; "
-                "nothing was applied",
+                f"datum {i}: loss {loss.name!r} or its gradient is not finite; nothing was applied",
                 datum=i,
             )
 
 
 def _metrics(results: Sequence[DatumLoss]) -> dict[str, float]:
-    """Joins the metrics of datums as their suffixes say, and sums the losses."""
+    """Joins the metrics of datums as their suffixes say, and sums the losses.
+
+    A metric that is not finite is left out, because no such number travels.
+    """
     found = {"loss:sum": float(sum(result.loss for result in results))}
     for name in results[0].metrics:
         total = float(sum(result.metrics[name] for result in results))
         found[name] = total / len(results) if name.endswith(":mean") else total
-    return found
+    return {name: value for name, value in found.items() if np.isfinite(value)}

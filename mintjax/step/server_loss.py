@@ -55,7 +55,7 @@ class ServerLoss(NamedTuple):
 
 
 def lower(
-    loss: Callable[[Array, Mapping[str, Array]], Array],
+    loss: Callable[[Array, Mapping[str, Array]], tuple[Array, Mapping[str, Array]]],
     kinds: Mapping[str, Kind],
     candidates: tuple[int, ...],
     name: str,
@@ -64,7 +64,8 @@ def lower(
 
     Args:
         loss: a function of the logprobs of T tokens, ``[T]`` or ``[T, K]``, and of columns by name,
-            that gives a scalar. JAX traces it, once for all T.
+            that gives a scalar, and the metrics by the names that they have there, scalars too.
+            JAX traces it, once for all T.
         kinds: of the columns that it may read.
         candidates: ``()``, or ``(K,)``.
         name: of the loss.
@@ -82,18 +83,22 @@ def lower(
     def shaped(kind: Kind) -> Any:
         trailing, dtype = kind
         shape = () if trailing is None else (tokens, *trailing)
-        return jax.ShapeDtypeStruct(shape, _narrow(dtype))
+        return jax.ShapeDtypeStruct(shape, narrow(dtype))
 
-    def value(logprobs: Array, columns: Mapping[str, Array]) -> Array:
-        return loss(logprobs, columns)
+    metrics: list[str] = []
 
-    make = cast("Any", jax.make_jaxpr(jax.value_and_grad(value)))
+    def value(logprobs: Array, columns: Mapping[str, Array]) -> tuple[Array, list[Array]]:
+        found, reported = loss(logprobs, columns)
+        metrics[:] = reported
+        return found, jax.lax.stop_gradient(list(reported.values()))
+
+    make = cast("Any", jax.make_jaxpr(jax.value_and_grad(value, has_aux=True)))
     logprobs = jax.ShapeDtypeStruct((tokens, *candidates), np.float32)
     flat = flatten(make(logprobs, {name: shaped(kinds[name]) for name in names}))
-    return _Writer(flat, names, kinds, candidates).write(name)
+    return _Writer(flat, names, kinds, candidates).write(name, metrics)
 
 
-def _narrow(dtype: Any) -> Any:
+def narrow(dtype: Any) -> Any:
     """The dtype in which JAX has numbers of this one on a trainer: of 32 bits."""
     kind = np.dtype(dtype).kind
     return np.dtype({"f": np.float32, "i": np.int32, "u": np.int32}.get(kind, dtype))
@@ -136,7 +141,7 @@ class _Writer:
         self._tokens: _Value | None = None
         self._whole: set[int] = set()  # slots of integers that came in columns
 
-    def write(self, name: str) -> ServerLoss:
+    def write(self, name: str, metrics: Sequence[str]) -> ServerLoss:
         flat = self._flat
         used = {slot for equation in flat.equations for slot in equation.inputs} | {*flat.outputs}
         slots = dict(zip(self._names, flat.inputs[1:], strict=True))
@@ -168,8 +173,8 @@ class _Writer:
             self._values[slot] = _Value(_checked(np.asarray(constant).reshape(()).item()))
         for equation in flat.equations:
             self._equation(equation)
-        loss, gradient = (self._values[slot] for slot in flat.outputs)
-        value = loss.at if not loss.is_number else self._of_number(loss, own)
+        loss, *reported, gradient = (self._values[slot] for slot in flat.outputs)
+        value = self._tensor(loss, own)
         moved = self._call("operator.sub", _ref("logprobs"), _ref(own))
         slope = self._aligned(gradient, self._shape(flat.inputs[0]))
         pulled = self._call("operator.mul", _ref(moved), slope)
@@ -177,8 +182,10 @@ class _Writer:
             nothing = self._call("operator.eq", slope, 0.0)
             pulled = self._call("torch.where", _ref(nothing), 0.0, _ref(pulled))
         pulled = self._call("torch.sum", _ref(pulled))
-        result = self._call("operator.add", _ref(cast("str", value)), _ref(pulled))
-        returned = {"tuple": [_ref(result), {"dict": {METRIC: _ref(cast("str", value))}}]}
+        result = self._call("operator.add", _ref(value), _ref(pulled))
+        named = zip(metrics, reported, strict=True)
+        numbers = {key: _ref(self._tensor(metric, own)) for key, metric in named}
+        returned = {"tuple": [_ref(result), {"dict": {METRIC: _ref(value), **numbers}}]}
         self._nodes.append(CustomLossNode("output", "output", "output", [returned]))
         return ServerLoss(name, inputs, CustomLossGraph(self._nodes), read)
 
@@ -194,10 +201,12 @@ class _Writer:
     def _method(self, target: str, of: str, *args: Any) -> str:
         return self._node("call_method", f"n{len(self._nodes)}", target, _ref(of), *args)
 
-    def _of_number(self, number: _Value, like: str) -> str:
-        """Makes a tensor of a number, because a loss and a metric have to be tensors."""
+    def _tensor(self, value: _Value, like: str) -> str:
+        """Gives a value as a tensor, because a loss and a metric have to be tensors."""
+        if isinstance(value.at, str):
+            return value.at
         zero = self._call("torch.sum", _ref(self._call("torch.zeros_like", _ref(like))))
-        return self._call("operator.add", _ref(zero), _argument(number))
+        return self._call("operator.add", _ref(zero), _argument(value))
 
     def _shape(self, slot: int) -> tuple[Any, ...]:
         return self._flat.avals[slot].shape

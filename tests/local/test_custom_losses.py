@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -180,6 +181,17 @@ def test_what_is_not_finite_adds_nothing(engine, http, session_id, model_id):
     answer = http.call("forward_backward", a_pass(model_id, loss_id, data))
     assert "datum 1" in answer["error"]
     assert not flat(engine.gradient(model_id)).any()
+
+
+def test_a_metric_that_is_not_finite_is_left_out(http, session_id, model_id):
+    def loss(data, logprobs):
+        return logprobs.total(), {"none": logprobs.map(jnp.log).total()}
+
+    made = server_loss(loss, Batch(DATA))
+    loss_id = http.call("create_custom_loss", upload(session_id, loss=made))["loss_id"]
+    data = data_for(made, Batch(DATA))
+    metrics = http.call("forward_backward", a_pass(model_id, loss_id, data))["metrics"]
+    assert set(metrics) == {"loss:sum", "custom/loss:sum"}
 
 
 def test_a_trainer_that_averages_has_none():

@@ -4,6 +4,7 @@ import importlib
 import json
 import operator
 import warnings
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,24 +52,37 @@ def as_trainer(loss):
     return _read[sent]
 
 
+class Found(NamedTuple):
+    value: float
+    grads: list
+    metrics: dict
+
+
+def joined(values, grads, metrics):
+    """The sum over datums, and metrics as their suffixes say."""
+    totals = {name: sum(one[name] for one in metrics) for name in metrics[0]}
+    assert totals.pop(METRIC) == pytest.approx(sum(values), rel=1e-6, abs=1e-6)
+    counts = {name: len(values) if name.endswith(":mean") else 1 for name in totals}
+    return Found(sum(values), grads, {name: totals[name] / counts[name] for name in totals})
+
+
 def summed(loss, data, rows):
-    """Value, metric and gradients as the embedded trainer has them."""
+    """Value, gradients and metrics as the embedded trainer has them."""
     served = as_trainer(loss)
-    value, metric, grads = 0.0, 0.0, []
+    each = []
     for datum, row in zip(data, rows, strict=True):
         columns = [datum.loss_fn_inputs[one.name] for one in served.columns]
-        one = served.evaluate(row, columns)
-        value, metric = value + one.loss, metric + one.metrics[METRIC]
-        grads.append(one.gradient)
-    assert metric == pytest.approx(value, rel=1e-6, abs=1e-6)
-    return value, grads
+        each.append(served.evaluate(row, columns))
+    return joined(
+        [one.loss for one in each], [one.gradient for one in each], [one.metrics for one in each]
+    )
 
 
 def summed_by_torch(loss, data, rows):
     """The same by ``torch.fx`` and torch's own derivatives."""
     torch = pytest.importorskip("torch")
     graph = fx_graph(torch, loss.graph)
-    value, grads = 0.0, []
+    values, grads, reported = [], [], []
     for datum, row in zip(data, rows, strict=True):
         logprobs = torch.tensor(row, requires_grad=True)
         columns = [
@@ -76,10 +90,10 @@ def summed_by_torch(loss, data, rows):
         ]
         one, metrics = graph(logprobs, *columns)
         one.backward()
-        assert metrics[METRIC].item() == pytest.approx(one.item(), rel=1e-6, abs=1e-6)
-        value += one.item()
+        values.append(one.item())
         grads.append(logprobs.grad.numpy())
-    return value, grads
+        reported.append({name: metric.item() for name, metric in metrics.items()})
+    return joined(values, grads, reported)
 
 
 def fx_graph(torch, graph):
@@ -117,7 +131,7 @@ def fx_graph(torch, graph):
 
 
 def assert_same(found, expected):
-    value, grads = found
+    value, grads, *_ = found
     size = sum(np.abs(grad).sum() for grad in expected.grads) + abs(expected.loss)
     assert value == pytest.approx(expected.loss, rel=1e-5, abs=1e-5 * max(float(size), 1.0))
     for grad, wanted in zip(grads, expected.grads, strict=True):
@@ -213,19 +227,15 @@ def test_a_hidden_logprob_of_minus_infinity_stays_hidden():
     assert_same(summed_by_torch(loss, data_for(loss, given), rows), expected)
 
 
-class Halved(type(objectives.ppo())):
-    """An objective with a method of its own."""
+class Centred(type(objectives.ppo())):
+    """An objective with a method of its own, which couples datums."""
 
     def reduce(self, values, where):
-        return values.mean(where).sum()
+        return (values - values.total(where) / 3).total(where)
 
 
 def mixed(target, sampling_logprobs, advantages, *, where=None):
     return -target * advantages / jnp.sum(jnp.abs(advantages))
-
-
-def own(data, logprobs):
-    return -(logprobs * data["weights"]).total(), {}
 
 
 REFUSED = {
@@ -236,10 +246,9 @@ REFUSED = {
         "averaged together",
     ),
     "all tokens": (objectives.kl_cov(), "depends on those of other datums"),
-    "an override": (Halved(), "has a method reduce of its own"),
+    "an override": (Centred(), "combines a datum with a sum over datums"),
     "a mixing loss": (objectives.policy(mixed)(), "reduce_sum along the axis of tokens"),
-    "a function": (own, "only mintjax's own objectives"),
-    "a term": (objectives.weighted_sum({"own": own}), "only mintjax's own objectives"),
+    "a term": (objectives.weighted_sum({"dpo": objectives.dpo()}), "the datums of a slice"),
 }
 
 
@@ -264,7 +273,7 @@ def test_what_a_graph_cannot_say_is_refused_with_the_reason(name):
     loss, reason = UNSAYABLE[name]
     kinds = {"ids": ((), np.dtype(np.int64))}
     with pytest.raises(NotLowered, match=reason):
-        lower(loss, kinds, (), "loss")
+        lower(lambda x, c: (loss(x, c), {}), kinds, (), "loss")
 
 
 @given(
