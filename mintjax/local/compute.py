@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,43 @@ def run(
     return PassResult(logprobs, losses, gradient)
 
 
+def pull_back(
+    config: ModelConfig,
+    lora: Weights,
+    data: Sequence[Datum],
+    derivative: Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+) -> tuple[list[npt.NDArray[np.float32]], Weights]:
+    """Computes logprobs, and the gradient of a function of them in the adapters, by one pass.
+
+    What the forward pass of a group of datums has computed is kept until its backward pass.
+
+    Args:
+        config: the model's shape.
+        lora: the adapters.
+        data: at least one, checked as for :func:`run`.
+        derivative: of the function by a datum's logprobs, given its place and the logprobs, in
+            the shape of its ``target_tokens``.
+
+    Returns:
+        The logprobs of each datum, in order, and the gradient of the function.
+    """
+    base = model.base_weights(config)
+    logprobs: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(data)
+    gradient: Weights | None = None
+    for rows in _groups(data, "cross_entropy"):
+        outputs, pull = _forward_keeping(config, base, lora, rows.tokens, rows.targets)
+        padded = np.asarray(outputs)
+        slopes = np.zeros_like(padded)
+        for row, i in enumerate(rows.indices):
+            shape = data[i].loss_fn_inputs["target_tokens"].shape
+            own = (row, slice(shape[0]))
+            logprobs[i] = padded[own].reshape(shape)
+            slopes[own] = derivative(i, logprobs[i]).reshape(slopes[own].shape)
+        (part,) = _pull(pull, slopes)
+        gradient = part if gradient is None else add(gradient, part)
+    return logprobs, cast("Weights", gradient)
+
+
 def length_bucket(length: int) -> int:
     """The padded length for ``length`` tokens: a power of two, or one and a half times one."""
     power = max(32, 1 << (length - 1).bit_length())
@@ -157,6 +194,25 @@ def _loss(
 
 _forward_backward: Callable[..., _Outputs] = jax.jit(_loss_and_gradient, static_argnames="config")
 _forward: Callable[..., _Outputs] = jax.jit(_loss, static_argnames="config")
+
+
+def _logprobs_and_pull(
+    config: ModelConfig, base: Weights, lora: Weights, tokens: Array, targets: Array
+) -> Any:
+    def read(lora: Weights) -> Array:
+        return model.logprobs(config, base, lora, tokens, targets)
+
+    return cast("Any", jax.vjp)(read, lora)
+
+
+_forward_keeping: Callable[..., Any] = jax.jit(_logprobs_and_pull, static_argnames="config")
+
+
+def _pulled(pull: Callable[[Array], tuple[Weights]], slopes: Array) -> tuple[Weights]:
+    return pull(slopes)
+
+
+_pull: Callable[..., tuple[Weights]] = jax.jit(_pulled)
 
 
 def _row_losses(

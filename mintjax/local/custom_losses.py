@@ -17,8 +17,7 @@ from mintjax.local.loss_graphs import CustomLoss, DatumLoss
 from mintjax.local.sessions import Sessions
 from mintjax.protocol import messages
 from mintjax.ragged.checks import check_data
-from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
-from mintjax.step.reduction import SUM
+from mintjax.step.carrier import FORWARD_LOSS_FN, forward_data
 from mintjax.types import Datum, ForwardBackwardOutput
 
 LOSS_FN = "custom"
@@ -111,17 +110,21 @@ class CustomLosses:
         loss.check_sizes([datum.loss_fn_inputs["target_tokens"].shape for datum in data])
 
         def run() -> ForwardBackwardOutput:
-            output = self._engine.forward(model_id, data, FORWARD_LOSS_FN)
-            results = [
-                loss.evaluate(row, read) for row, read in zip(output.logprobs, columns, strict=True)
-            ]
-            _check_finite(loss, results)
+            results: dict[int, DatumLoss] = {}
+
+            def derivative(i: int, logprobs: Floats) -> Floats:
+                results[i] = loss.evaluate(logprobs, columns[i])
+                _check_finite(loss, i, results[i])
+                return results[i].gradient
+
             if backward:
-                grads = [result.gradient for result in results]
-                carried = carrier(SUM, data, None, grads, len(data))
-                self._engine.forward_backward(model_id, carried, FORWARD_LOSS_FN)
+                output = self._engine.pull_back(model_id, data, derivative)
+            else:
+                output = self._engine.forward(model_id, data, FORWARD_LOSS_FN)
+                for i, row in enumerate(output.logprobs):
+                    derivative(i, row)
             return ForwardBackwardOutput(
-                loss_fn_outputs=output.loss_fn_outputs, metrics=_metrics(results)
+                loss_fn_outputs=output.loss_fn_outputs, metrics=_metrics(list(results.values()))
             )
 
         return run
@@ -194,13 +197,12 @@ def _columns(loss: CustomLoss, datum: Datum, i: int) -> list[Floats]:
     return found
 
 
-def _check_finite(loss: CustomLoss, results: Sequence[DatumLoss]) -> None:
-    for i, result in enumerate(results):
-        if not np.isfinite(result.loss) or not np.isfinite(result.gradient).all():
-            raise NonFiniteError(
-                f"datum {i}: loss {loss.name!r} or its gradient is not finite; nothing was applied",
-                datum=i,
-            )
+def _check_finite(loss: CustomLoss, i: int, result: DatumLoss) -> None:
+    if not np.isfinite(result.loss) or not np.isfinite(result.gradient).all():
+        raise NonFiniteError(
+            f"datum {i}: loss {loss.name!r} or its gradient is not finite; nothing was applied",
+            datum=i,
+        )
 
 
 def _metrics(results: Sequence[DatumLoss]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -264,6 +264,35 @@ class Engine:
         return self._pass(
             model_id, carried, "cross_entropy", None, backward=True, reduction=SUM
         ).metrics["loss:sum"]
+
+    @own_settings()
+    def pull_back(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        derivative: Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+    ) -> ForwardBackwardOutput:
+        """Adds the gradient of a function of logprobs to what has accumulated, by one pass.
+
+        Args:
+            model_id: which model.
+            data: the datums; ``target_tokens`` is read.
+            derivative: of the function by a datum's logprobs, given its place and these. What it
+                raises is raised here, and nothing is added.
+
+        Returns:
+            The logprobs.
+
+        Raises:
+            NotFoundError: there is no such model.
+            NonFiniteError: the gradient is not finite; nothing was added.
+        """
+        state = self.model(model_id)
+        logprobs, gradient = compute.pull_back(state.config, state.lora, data, derivative)
+        self._add(model_id, gradient, data, "that loss")
+        return ForwardBackwardOutput(
+            loss_fn_outputs=[{"logprobs": TensorData(row)} for row in logprobs], metrics={}
+        )
 
     @own_settings()
     def optim_step(self, model_id: str, params: AdamParams) -> OptimStepResponse:
@@ -553,24 +582,33 @@ class Engine:
         if result.gradient is not None:
             weights = [_weights(datum) for datum in data]
             divisor = max(1.0, amount(reduction.per_request, weights))
-            new = optimizer.divided(result.gradient, divisor)
-            gradient = compute.add(state.gradient, new)
-            if not math.isfinite(optimizer.norm(gradient)):
-                raise NonFiniteError(
-                    f"the gradient of {loss_fn} is not finite, or too large to be squared, though "
-                    "the loss is not; nothing was applied. Look for very large weights, advantages "
-                    "or log-ratios"
-                )
-            self._models[model_id] = dataclasses.replace(
-                state,
-                gradient=gradient,
-                num_datums=state.num_datums + len(data),
-                amount=state.amount + amount(self.reduction.per_step, weights),
-            )
+            self._add(model_id, optimizer.divided(result.gradient, divisor), data, loss_fn)
         total = float(result.losses.sum(dtype="float64"))
         return ForwardBackwardOutput(
             loss_fn_outputs=[{"logprobs": TensorData(logprobs)} for logprobs in result.logprobs],
             metrics={"loss:sum": total} if reduction.per_sequence is None else {},
+        )
+
+    def _add(self, model_id: str, new: Weights, data: Sequence[Datum], what: str) -> None:
+        """Adds a gradient to what has accumulated.
+
+        Raises:
+            NonFiniteError: the sum is not finite; nothing was added.
+        """
+        state = self.model(model_id)
+        gradient = compute.add(state.gradient, new)
+        if not math.isfinite(optimizer.norm(gradient)):
+            raise NonFiniteError(
+                f"the gradient of {what} is not finite, or too large to be squared, though "
+                "the loss is not; nothing was applied. Look for very large weights, advantages "
+                "or log-ratios"
+            )
+        weights = [_weights(datum) for datum in data]
+        self._models[model_id] = dataclasses.replace(
+            state,
+            gradient=gradient,
+            num_datums=state.num_datums + len(data),
+            amount=state.amount + amount(self.reduction.per_step, weights),
         )
 
     def _divisor(self, state: Model) -> float:

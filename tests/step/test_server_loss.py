@@ -248,7 +248,7 @@ REFUSED = {
     "all tokens": (objectives.kl_cov(), "depends on those of other datums"),
     "an override": (Centred(), "combines a datum with a sum over datums"),
     "a mixing loss": (objectives.policy(mixed)(), "reduce_sum along the axis of tokens"),
-    "a term": (objectives.weighted_sum({"dpo": objectives.dpo()}), "the datums of a slice"),
+    "a term": (objectives.weighted_sum({"dpo": objectives.dpo()}), "asks for the number of datums"),
 }
 
 
