@@ -423,8 +423,9 @@ def _of_value(value: Any) -> Fingerprint:
 
 def _changes(function: Any) -> bool:
     """Tells whether a function gives another value at each call."""
-    owner = getattr(function, "__self__", None)
-    return isinstance(owner, _DRAWS) or any(function is clock for clock in _CLOCKS)
+    if not isinstance(function, types.BuiltinFunctionType | types.MethodType):
+        return False
+    return isinstance(function.__self__, _DRAWS) or function in _CLOCKS
 
 
 def _look_for_changes(value: Any, path: Sequence[str]) -> None:

@@ -88,7 +88,7 @@ def known(value: Any) -> np.ndarray | None:
     """Reads a hyperparameter as NumPy; None while it is traced, because it has no value then."""
     if isinstance(value, jax.core.Tracer):
         return None
-    array = np.asarray(jax.device_get(value))
+    array = np.asarray(jax.device_get(value) if isinstance(value, jax.Array) else value)
     return array.astype(np.float64) if array.dtype.kind in "fiub" else None
 
 
@@ -104,11 +104,14 @@ def check_range(value: Any, allowed: Range, name: str, where: Any = None) -> Non
     Raises:
         ValueError: it does not, or it is NaN; the message names it.
     """
-    number, mask = known(value), known(True if where is None else where)
-    if number is None or mask is None:
+    number = known(value)
+    if number is None:
         return
     wrong = ~allowed.holds(number)
-    if wrong.any() and (wrong & (mask != 0)).any():
+    if not wrong.any():
+        return
+    mask = np.ones(()) if where is None else known(where)
+    if mask is not None and (wrong & (mask != 0)).any():
         raise ValueError(f"{name} must be {allowed}, not {_brief(number)}")
 
 
