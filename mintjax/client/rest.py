@@ -12,7 +12,7 @@ from mintjax.client.connection import Connection
 from mintjax.client.futures import APIFuture, MadeClient, awaited
 from mintjax.client.settings import RetryPolicy, Settings, resolve
 from mintjax.client.transport import Request
-from mintjax.errors import ConfigError, DataError
+from mintjax.errors import DataError
 from mintjax.protocol import messages
 from mintjax.runs import (
     AccessScope,
@@ -63,8 +63,6 @@ class RestClient(MadeClient):
         if connection is not None:
             self._connection = connection
             return
-        if not timeout > 0:
-            raise ConfigError(f"timeout must be above 0 seconds, not {timeout}")
         url, key = resolve(base_url, api_key, allow_insecure_http=allow_insecure_http)
         self._connection = Connection(
             Settings(

@@ -76,8 +76,6 @@ class ServiceClient(NotCopyable, SdkMethods):
         measure: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        if not timeout > 0:
-            raise ConfigError(f"timeout must be above 0 seconds, not {timeout}")
         if base_url is not None and not isinstance(base_url, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(
                 "base_url must be a string; where the official SDK takes user_metadata first, pass "

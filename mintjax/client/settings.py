@@ -6,11 +6,12 @@ import asyncio
 import email.utils
 import ipaddress
 import math
+import numbers
 import os
 import random
 import time
 from collections.abc import Callable, Generator
-from typing import Literal
+from typing import Any, Literal, cast
 
 import httpx
 import msgspec
@@ -62,8 +63,8 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name, value in msgspec.structs.asdict(self).items():
-            if not value >= 0:
-                raise ConfigError(f"RetryPolicy({name}={value}) must be at least 0")
+            if not _is_number(value) or not value >= 0:
+                raise ConfigError(f"RetryPolicy({name}={value!r}) must be at least 0")
 
 
 Event = Literal["accepted", "retry", "waiting", "queue", "done"]
@@ -182,7 +183,11 @@ def from_environment(name: str) -> str | None:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of a session; :class:`ServiceClient` describes them."""
+    """The options of a session; :class:`ServiceClient` describes them.
+
+    Raises:
+        ConfigError: one of them is of another kind, or out of range.
+    """
 
     url: httpx.URL
     key: ApiKey
@@ -198,6 +203,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reduction: Reduction | None = None
     measure: bool = True
 
+    def __post_init__(self) -> None:
+        if not _is_number(self.timeout) or not self.timeout > 0:
+            raise ConfigError(f"timeout must be above 0 seconds, not {self.timeout!r}")
+        if not _is_number(self.max_response_bytes) or not self.max_response_bytes > 0:
+            raise ConfigError(f"max_response_bytes={self.max_response_bytes!r} must be above 0")
+        kept: tuple[Any, Any, Any] = (self.policy, self.reduction, self.on_progress)
+        policy, reduction, on_progress = kept
+        for name, value, fits in (
+            ("retry_policy", policy, isinstance(policy, RetryPolicy)),
+            ("reduction", reduction, reduction is None or isinstance(reduction, Reduction)),
+            ("on_progress", on_progress, on_progress is None or callable(on_progress)),
+        ):
+            if not fits:
+                raise ConfigError(f"{name} is {value!r}, which is none; leave it out for the usual")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
+
 
 def resolve(
     base_url: str | None, api_key: str | None, *, allow_insecure_http: bool
@@ -209,6 +233,8 @@ def resolve(
             text, or a Tinker key that would go to MinT.
     """
     chosen = base_url or from_environment("BASE_URL")
+    if api_key is not None and not isinstance(cast("object", api_key), str):
+        raise ConfigError(f"api_key must be a string, not {type(api_key).__name__}")
     key = (api_key or from_environment("API_KEY") or "").strip()
     if not key.isascii() or not key.isprintable():
         raise ConfigError("the API key holds characters that no HTTP header can carry")
@@ -218,6 +244,8 @@ def resolve(
         raise ConfigError("base_url is no URL; it looks like https://trainer.example.com") from None
     if url.scheme not in ("https", "http") or not url.host:
         raise ConfigError("base_url must begin with https:// (or http://) and name a host")
+    if url.port is not None and not 0 < url.port < 2**16:
+        raise ConfigError(f"the port of base_url must be within 1 and 65535, not {url.port}")
     if url.userinfo or url.query or url.fragment:
         raise ConfigError("base_url must hold no user, password, query or fragment")
     local = _is_loopback(url.host)

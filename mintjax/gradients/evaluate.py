@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -128,7 +130,7 @@ def _evaluate(
     """Computes the result, and whether its gradients are known to be finite."""
     if isinstance(objective, torch_objective):
         return LogprobGradients(*objective.evaluate(batch, rows)), False
-    with transfers_allowed():
+    with transfers_allowed(), _untraced():
         outcome = _in_columns_or_rows(
             objective,
             lambda program, identity: program.run(identity, batch, rows),
@@ -137,6 +139,23 @@ def _evaluate(
         loss = np.asarray(outcome.loss).item()
         metrics = {name: _as_plain(value) for name, value in outcome.metrics.items()}
     return LogprobGradients(loss, {"loss": loss, **metrics}, outcome.grads), bool(outcome.finite)
+
+
+@contextlib.contextmanager
+def _untraced() -> Generator[None]:
+    """Says so where numbers are asked for while JAX traces what calls this.
+
+    Raises:
+        DataError: JAX has no numbers yet.
+    """
+    try:
+        yield
+    except jax.errors.TracerArrayConversionError as error:
+        raise DataError(
+            "value_and_logprob_grads gives numbers, so it cannot be called within jax.jit, "
+            "jax.grad or jax.vmap; there, take jax.value_and_grad of objective(data, logprobs)",
+            field="logprobs",
+        ) from error
 
 
 def _as_plain(metric: Any) -> float | npt.NDArray[Any]:
@@ -198,9 +217,10 @@ def _in_columns_or_rows(
 def _logprob_rows(
     batch: Batch, logprobs: Sequence[npt.ArrayLike] | Ragged
 ) -> list[npt.NDArray[Any]]:
-    rows: list[npt.NDArray[Any]] = [
-        row if type(row) is np.ndarray else np.asarray(numbers_of(row)) for row in logprobs
-    ]
+    with _untraced():
+        rows: list[npt.NDArray[Any]] = [
+            row if type(row) is np.ndarray else np.asarray(numbers_of(row)) for row in logprobs
+        ]
     if len(rows) != len(batch):
         raise DataError(f"{len(rows)} rows of logprobs for {len(batch)} datums", field="logprobs")
     check_shapes("logprobs", rows, batch.lengths)

@@ -482,8 +482,12 @@ def encode(message: Any) -> bytes:
 
     Raises:
         NonFiniteError: a tensor holds a NaN or an infinity, which JSON cannot say.
+        DataError: a text holds half of a surrogate pair, which UTF-8 cannot say.
     """
-    return _ENCODER.encode(message)
+    try:
+        return _ENCODER.encode(message)
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text cannot be sent: {error}") from None
 
 
 def encode_rows(rows: Sequence[npt.NDArray[np.float32]]) -> msgspec.Raw:

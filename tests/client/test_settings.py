@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mintjax.client import ServiceClient
-from mintjax.client.settings import DEFAULT_BASE_URL, resolve
+from mintjax.client.settings import DEFAULT_BASE_URL, RetryPolicy, resolve
 from mintjax.errors import ConfigError, DataError, MintjaxError
 from mintjax.types import AdamParams
 
@@ -158,3 +158,32 @@ def test_a_failed_request_carries_the_key_in_no_error(trainer):
         with pytest.raises(MintjaxError) as caught:
             client.optim_step(AdamParams()).result(5)
     assert KEY not in shown(caught.value)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_a_port_is_one_that_there_is(port):
+    with pytest.raises(ConfigError, match=f"within 1 and 65535, not {port}"):
+        where(f"http://localhost:{port}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": "5"}, "timeout must be above 0 seconds, not '5'"),
+        ({"timeout": None}, "timeout must be above 0 seconds, not None"),
+        ({"timeout": float("nan")}, "timeout must be above 0 seconds, not nan"),
+        ({"max_response_bytes": 0}, "max_response_bytes=0 must be above 0"),
+        ({"retry_policy": 5}, "retry_policy is 5"),
+        ({"reduction": "sum"}, "reduction is 'sum'"),
+        ({"on_progress": 5}, "on_progress is 5"),
+        ({"api_key": 5}, "api_key must be a string, not int"),
+    ],
+)
+def test_an_option_of_another_kind_is_told(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ServiceClient("http://localhost:1", **options)
+
+
+def test_a_policy_holds_numbers():
+    with pytest.raises(ConfigError, match=r"RetryPolicy\(blocking='x'\) must be at least 0"):
+        RetryPolicy(blocking="x")

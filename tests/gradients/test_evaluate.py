@@ -544,6 +544,22 @@ def test_a_gradient_that_happens_to_be_0_is_no_concern(scale):
     assert result.grads[0].tolist() == [scale] * 3
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ask, data, row: jax.jit(lambda x: ask(data, [x]).loss)(row),
+        lambda ask, data, row: jax.grad(lambda x: ask(data, [x]).loss)(row),
+        lambda ask, data, row: jax.jit(lambda: ask(data, [row]).loss)(),
+    ],
+)
+def test_a_gradient_is_not_asked_for_within_a_trace(call):
+    data, logprobs = make([3])
+    ask = functools.partial(value_and_logprob_grads, lambda d, lp: (lp.sum().sum(), {}))
+    with pytest.raises(DataError, match=r"it cannot be called within jax\.jit"):
+        call(ask, data, jnp.asarray(logprobs[0]))
+    assert ask(data, logprobs).grads[0].tolist() == [1, 1, 1]
+
+
 def test_logprobs_that_are_masked_are_refused():
     data, logprobs = make([3])
     with pytest.raises(DataError, match="masked array hides"):

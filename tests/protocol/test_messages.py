@@ -169,3 +169,8 @@ def test_a_fragment_is_sent_as_it_is():
 def test_a_type_that_json_does_not_have_is_named():
     with pytest.raises(DataError, match="not a complex: cannot decode complex"):
         messages.decode(b"1", complex)
+
+
+def test_half_of_a_surrogate_pair_is_refused():
+    with pytest.raises(DataError, match="a text cannot be sent"):
+        messages.encode(messages.ModelRequest("\ud800", "get_info"))
