@@ -81,8 +81,13 @@ def warn_of_no_gradient(objective: Any) -> None:
 def users_line(error: BaseException) -> traceback.FrameSummary | None:
     """Finds the line of the user's own code that led to an error: the last outside libraries."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    own = [frame for frame in frames if not is_librarys(frame.filename)]
     return own[-1] if own else None
+
+
+def is_librarys(file: str) -> bool:
+    """Tells whether a file is JAX's or mintjax's."""
+    return file.startswith(_LIBRARIES)
 
 
 _LIBRARIES = (str(Path(str(jax.__file__)).parent), str(Path(__file__).parents[1]))

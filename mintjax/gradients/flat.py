@@ -37,12 +37,14 @@ class Equation(NamedTuple):
         params: its parameters; sizes among them may be symbolic.
         inputs: the slots that it reads.
         outputs: the slots that it writes.
+        calls: the calls that led to it, the last first; JAX's ``Traceback``, if it has one.
     """
 
     primitive: Any
     params: Mapping[str, Any]
     inputs: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
+    calls: Any = None
 
     @property
     def name(self) -> str:
@@ -143,7 +145,9 @@ class _Maker:
             if key in self._done:
                 return self._done[key]
         written = [self.slot(variable.aval) for variable in equation.outvars]
-        self.equations.append(Equation(equation.primitive, equation.params, inputs, tuple(written)))
+        calls = equation.source_info.traceback
+        made = Equation(equation.primitive, equation.params, inputs, tuple(written), calls)
+        self.equations.append(made)
         if key is not None:
             self._done[key] = written
         return written

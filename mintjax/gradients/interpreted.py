@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from mintjax.gradients import indexing
 from mintjax.gradients.flat import (
     CALLS,
     Equation,
@@ -38,7 +39,15 @@ def evaluate(closed: ClosedJaxpr, arguments: Sequence[Array]) -> list[npt.NDArra
 
 
 class Unsupported(Exception):
-    """An equation has sizes that are symbols, and no rule here."""
+    """An equation has sizes that are symbols, and no rule here.
+
+    Args:
+        equation: this.
+    """
+
+    def __init__(self, equation: Equation) -> None:
+        super().__init__(equation.name)
+        self.equation = equation
 
 
 class _Text(str):
@@ -101,10 +110,45 @@ class Step(NamedTuple):
 
 def rule_of(flat: Flat, equation: Equation) -> Rule | None:
     """Gives the rule that computes an equation from the parameters in :data:`READ`, if any."""
-    given = [flat.avals[slot] for slot in equation.inputs[:2]]
-    if equation.name in _PARTIAL and not _is_within(equation.params, *given):
+    dtype = flat.avals[equation.outputs[0]].dtype
+    return _rule(equation.name, equation.params, dtype)
+
+
+def _rule(name: str, params: Mapping[str, Any], dtype: Any) -> Rule | None:
+    if name == "scatter" and not _puts_alone(params):
         return None
-    return _RULES.get(equation.name)
+    is_checked = name in _COUNTING and dtype.kind in "iu" and dtype not in _WRAPPING
+    return _checked(name, np.dtype(dtype)) if is_checked else _RULES.get(name)
+
+
+@functools.cache
+def _checked(name: str, dtype: np.dtype[Any]) -> Rule:
+    """Makes a rule of integers that computes them with 64 bits."""
+    rule = _RULES[name]
+
+    def checked(*given: Any) -> Array:
+        wide: list[Any] = [
+            x.astype(np.int64) if isinstance(x, np.ndarray | np.generic) else x for x in given
+        ]
+        return narrowed(np.asarray(rule(*wide)), dtype)
+
+    return checked
+
+
+def narrowed(x: Array, dtype: Any) -> Array:
+    """Converts integers of 64 bits.
+
+    Raises:
+        OverflowError: one does not fit.
+    """
+    found = x.astype(dtype)
+    if (found != x).any():
+        raise OverflowError(
+            f"an integer that a loop over rows computes does not fit {dtype}, which JAX has for "
+            "it, and would wrap; make it a float before, or call "
+            'jax.config.update("jax_enable_x64", True)'
+        )
+    return found
 
 
 def step_of(flat: Flat, equation: Equation) -> Step:
@@ -119,7 +163,7 @@ def step_of(flat: Flat, equation: Equation) -> Step:
         slots = (*equation.inputs, *equation.outputs)
         shapes = [flat.avals[slot].shape for slot in slots]
         if symbolic_sizes(shapes) or symbolic_sizes(list(equation.params.values())):
-            raise Unsupported(equation.name)
+            raise Unsupported(equation)
         rule, params = functools.partial(_bound, equation), []
     dtypes = [flat.avals[slot].dtype for slot in equation.outputs]
     params = [replace_sizes(value, lambda size: _Text(str(size))) for value in params]
@@ -162,8 +206,8 @@ def _apply(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
         if hasattr(inner, "consts"):
             return _run(inner.jaxpr, inner.consts, inputs)
         return _run(inner, (), inputs)
-    rule = _RULES.get(name)
-    if rule is None or (name in _PARTIAL and not _is_within(parameters, *inputs[:2])):
+    rule = _rule(name, parameters, equation.outvars[0].aval.dtype)
+    if rule is None:
         return _by_jax(jaxpr, equation, inputs)
     result = rule(*inputs, *(parameters[key] for key in READ.get(name, ())))
     results = result if equation.primitive.multiple_results else [result]
@@ -194,22 +238,7 @@ def _by_jax(jaxpr: Any, equation: Any, inputs: list[Array]) -> list[Array]:
 
 
 def _dim_as_value(dim: int) -> Array:
-    return as_integers(np.asarray(dim))
-
-
-def as_integers(sizes: Array) -> Array:
-    """Gives sizes in the dtype that JAX has for integers.
-
-    Raises:
-        OverflowError: one does not fit, because it is a product of lengths.
-    """
-    found = sizes.astype(jax.dtypes.canonicalize_dtype(np.int64))
-    if (found != sizes).any():
-        raise OverflowError(
-            "a product of lengths does not fit the 32 bits that JAX has for integers; make one of "
-            "them a float before"
-        )
-    return found
+    return narrowed(np.asarray(dim), jax.dtypes.canonicalize_dtype(np.int64))
 
 
 def _starts(x: Array, sizes: Sequence[int], at: Sequence[Array]) -> tuple[slice, ...]:
@@ -229,40 +258,50 @@ def _dynamic_update_slice(x: Array, update: Array, *at: Array) -> Array:
     return out
 
 
-def _is_within(params: Mapping[str, Any], x: Any, at: Any) -> bool:
-    """Tells whether a gather or a scatter meets one window, or single numbers of one axis."""
-    numbers = params["dimension_numbers"]
-    batched = (*numbers.operand_batching_dims, *getattr(numbers, "start_indices_batching_dims", ()))
-    if "PROMISE_IN_BOUNDS" not in str(params["mode"]) or batched or params.get("update_consts"):
-        return False
-    windows = getattr(numbers, "offset_dims", None) or getattr(numbers, "update_window_dims", ())
-    if at.ndim > 1:
-        return x.ndim == 1 and not windows
-    return tuple(windows) == tuple(range(len(windows)))
+def _put(out: Array, at: Any, updates: Array) -> None:
+    out[at] = updates
 
 
-def _window(x: Array, at: Array, sizes: Sequence[int], axes: Sequence[int]) -> tuple[slice, ...]:
-    starts = [0] * x.ndim
-    for axis, start in zip(axes, at.tolist(), strict=True):
-        starts[axis] = start
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+def _puts_alone(params: Mapping[str, Any]) -> bool:
+    """Tells whether a scatter puts its updates as they are, not what a function makes of them."""
+    inner = params["update_jaxpr"]
+    return inner is None or not getattr(inner, "jaxpr", inner).eqns
 
 
-def _gather(x: Array, at: Array, sizes: Sequence[int], numbers: Any) -> Array:
-    if at.ndim > 1:
-        return x[at[..., 0]]
-    taken = x[_window(x, at, sizes, numbers.start_index_map)]
-    return np.squeeze(taken, tuple(numbers.collapsed_slice_dims))
+def _sort(*operands_and_params: Any) -> list[Array]:
+    *operands, axis, keys = operands_and_params
+    if len(operands) == 1:
+        return [np.sort(operands[0], axis, kind="stable")]
+    if keys == 1:
+        order = np.argsort(operands[0], axis, kind="stable")
+    else:
+        order = np.lexsort(operands[keys - 1 :: -1], axis)
+    return [np.take_along_axis(x, order, axis) for x in operands]
 
 
-def _scatter_add(x: Array, at: Array, update: Array, numbers: Any) -> Array:
-    out = np.array(x)
-    if at.ndim > 1:
-        np.add.at(out, at[..., 0], update)
-        return out
-    update = np.expand_dims(update, tuple(numbers.inserted_window_dims))
-    out[_window(x, at, update.shape, numbers.scatter_dims_to_operand_dims)] += update
-    return out
+def _top_k(x: Array, count: int, axis: int) -> list[Array]:
+    # JAX takes the first of equal numbers first, and NaN before all numbers.
+    order = np.flip(np.argsort(np.flip(x, axis), axis, kind="stable"), axis)
+    order = np.take(x.shape[axis] - 1 - order, range(count), axis)
+    return [np.take_along_axis(x, order, axis), order]
+
+
+def _round(x: Array, method: Any) -> Array:
+    if int(method) == int(jax.lax.RoundingMethod.TO_NEAREST_EVEN):
+        return np.rint(x)
+    whole = np.trunc(x)
+    return cast("Array", np.where(np.abs(x - whole) >= 0.5, whole + np.sign(x), whole))
+
+
+def _by_jax_padded(function: Rule) -> Rule:
+    """Makes a rule of an element-wise function of JAX, which compiles it for a few sizes."""
+
+    def rule(x: Array) -> Array:
+        padded = np.zeros(1 << max(x.size - 1, 127).bit_length(), x.dtype)
+        padded[: x.size] = x.ravel()
+        return np.asarray(function(padded))[: x.size].reshape(x.shape)
+
+    return rule
 
 
 def _stack(*pieces_and_axis: Any) -> Array:
@@ -402,7 +441,24 @@ def _clamp(low: Array, x: Array, high: Array) -> Array:
 
 
 def _div(a: Array, b: Array) -> Array:
-    return a / b if a.dtype.kind == "f" else np.trunc(a / b)
+    if a.dtype.kind == "f":
+        return a / b
+    below = a // b
+    whole = below + ((a % b != 0) & ((a < 0) != (b < 0)))
+    return cast("Array", np.where(b == 0, -1, whole))  # as XLA has it
+
+
+def _rem(a: Array, b: Array) -> Array:
+    return cast("Array", np.where((b == 0) & (a.dtype.kind != "f"), a, np.fmod(a, b)))
+
+
+def _convert(x: Array, dtype: Any) -> Array:
+    if x.dtype.kind == "f" and dtype.kind in "iu":  # NumPy leaves open what a large number becomes
+        bounds = np.iinfo(dtype)
+        inside = np.nan_to_num(np.clip(x, bounds.min, np.nextafter(x.dtype.type(bounds.max), 0)))
+        whole = inside.astype(dtype)
+        return cast("Array", np.where(x >= bounds.max, bounds.max, whole)).astype(dtype)
+    return x
 
 
 def _logistic(x: Array) -> Array:
@@ -424,36 +480,50 @@ _RULES: dict[str, Rule] = {
     "and": np.bitwise_and,
     "argmax": _first_axis(np.argmax),
     "argmin": _first_axis(np.argmin),
+    "acos": np.arccos,
+    "acosh": np.arccosh,
+    "asin": np.arcsin,
+    "asinh": np.arcsinh,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "atanh": np.arctanh,
     "broadcast_in_dim": _broadcast_in_dim,
+    "cbrt": np.cbrt,
     "ceil": np.ceil,
     "clamp": _clamp,
     "concatenate": _concatenate,
-    "convert_element_type": _same,
+    "convert_element_type": _convert,
     "copy": _same,
     "copy_p": _same,
     "cos": np.cos,
+    "cosh": np.cosh,
     "cumlogsumexp": _cumulative(np.logaddexp.accumulate),
     "cummax": _cumulative(np.maximum.accumulate),
     "cummin": _cumulative(np.minimum.accumulate),
     "cumprod": _cumulative(np.cumprod),
     "cumsum": _cumulative(np.cumsum),
     "div": _div,
+    "digamma": _by_jax_padded(jax.lax.digamma),
     "dim_as_value": _dim_as_value,
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "eq": np.equal,
+    "erf": _by_jax_padded(jax.lax.erf),
+    "erf_inv": _by_jax_padded(jax.lax.erf_inv),
+    "erfc": _by_jax_padded(jax.lax.erfc),
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
     "floor": np.floor,
-    "gather": _gather,
+    "gather": indexing.gather,
     "ge": np.greater_equal,
     "gt": np.greater,
     "integer_pow": _integer_pow,
     "is_finite": np.isfinite,
     "iota": _iota,
     "le": np.less_equal,
+    "lgamma": _by_jax_padded(jax.lax.lgamma),
     "log": np.log,
     "log1p": np.log1p,
     "logistic": _logistic,
@@ -474,14 +544,22 @@ _RULES: dict[str, Rule] = {
     "reduce_or": np.any,
     "reduce_prod": np.prod,
     "reduce_sum": np.sum,
+    "rem": _rem,
     "reshape": np.reshape,
     "rev": np.flip,
     "rsqrt": _rsqrt,
-    "scatter-add": _scatter_add,
+    "round": _round,
+    "scatter": indexing.scatter(_put),
+    "scatter-add": indexing.scatter(np.add.at),
+    "scatter-max": indexing.scatter(np.maximum.at),
+    "scatter-min": indexing.scatter(np.minimum.at),
+    "scatter-mul": indexing.scatter(np.multiply.at),
     "select_n": _select_n,
     "sign": np.sign,
     "sin": np.sin,
+    "sinh": np.sinh,
     "slice": _slice,
+    "sort": _sort,
     "split": _split,
     "sqrt": np.sqrt,
     "square": np.square,
@@ -489,37 +567,53 @@ _RULES: dict[str, Rule] = {
     "stack": _stack,
     "stop_gradient": _same,
     "sub": np.subtract,
+    "tan": np.tan,
     "tanh": np.tanh,
+    "tile": np.tile,
+    "top_k": _top_k,
     "transpose": np.transpose,
     "unstack": _unstack,
     "xor": np.bitwise_xor,
 }
 
-_PARTIAL = frozenset({"gather", "scatter-add"})
-"""Primitives of which a rule covers only what :func:`_is_within` tells."""
+_COUNTING = frozenset(
+    {
+        *("abs", "add", "add_any", "cumprod", "cumsum", "div", "dot_general", "integer_pow", "mul"),
+        *("neg", "reduce_prod", "reduce_sum", "scatter-add", "scatter-mul", "square", "sub"),
+    }
+)
+"""Primitives whose results can be larger than their operands."""
+
+_WRAPPING = (np.uint32, np.uint64, np.int64)
+"""Integers that are not checked: of random bits, which wrap, and of all the bits that there are."""
 
 READ: dict[str, tuple[str, ...]] = {
     "argmax": ("axes",),
     "argmin": ("axes",),
     "broadcast_in_dim": ("shape", "broadcast_dimensions"),
     "concatenate": ("dimension",),
+    "convert_element_type": ("new_dtype",),
     "dim_as_value": ("dim",),
     "dot_general": ("dimension_numbers",),
     "dynamic_slice": ("slice_sizes",),
-    "gather": ("slice_sizes", "dimension_numbers"),
+    "gather": ("slice_sizes", "dimension_numbers", "mode", "fill_value"),
     "integer_pow": ("y",),
     "iota": ("shape", "dimension"),
     "pad": ("padding_config",),
     "reshape": ("new_sizes",),
     "rev": ("dimensions",),
-    "scatter-add": ("dimension_numbers",),
+    "round": ("rounding_method",),
+    "sort": ("dimension", "num_keys"),
     "stack": ("axis",),
     "slice": ("start_indices", "limit_indices", "strides"),
     "split": ("sizes", "axis"),
     "squeeze": ("dimensions",),
+    "tile": ("reps",),
+    "top_k": ("k", "axis"),
     "transpose": ("permutation",),
     "unstack": ("axis",),
     **{name: ("axes",) for name in _RULES if name.startswith("reduce_")},
+    **{name: ("dimension_numbers", "mode") for name in _RULES if name.startswith("scatter")},
     **{name: ("axis", "reverse") for name in _RULES if name.startswith("cum")},
 }
 """The parameters of an equation that its rule reads; the others choose among equal results."""

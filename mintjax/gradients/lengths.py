@@ -3,7 +3,8 @@
 The length of each row is a symbol (``jax.export.symbolic_shape``), shared by a datum's columns, and
 every column is an argument. So one trace is good for every batch of as many datums with columns of
 the same kinds, as long as the objective does not choose by a length: what needs a length as a
-Python number, as ``range`` does, or compares one with a number, is not traced so.
+Python number, as ``range`` does, or compares one with a number, is not traced so. Where each row
+has :data:`LONG` tokens, the symbols say so, and ``len(row) > 1`` is no choice.
 """
 
 from __future__ import annotations
@@ -37,14 +38,20 @@ from mintjax.types import Datum, ModelInput
 Array: TypeAlias = Any
 
 
+LONG = 16
+"""Rows of so many tokens have symbols of their own."""
+
+
 class NotForAllLengths(Exception):
     """An objective cannot be traced for all lengths at once; the message says why.
 
     Attributes:
         kinds: of the columns that were read before that, as in :class:`Trace`.
+        line: the file and the line that choose by a length, if that is why.
     """
 
     kinds: Mapping[str, Any] = {}
+    line: tuple[str, int] | None = None
 
 
 class Trace(NamedTuple):
@@ -108,21 +115,27 @@ def trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
     Args:
         identity: of the objective.
         batch: B datums of the same columns, whose names and kinds are read.
-        rows: their logprobs, of which only the dtype and the trailing shape are read.
+        rows: their logprobs, of which the dtype and the trailing shape are read, and whether all
+            are long.
 
     Raises:
         NotForAllLengths: the objective needs a length as a number, the value of a column, or
             something else that a datum of this kind does not have; or it raised an exception.
     """
-    with _symbols.lock:
-        return _trace(identity, batch, rows)
+    with _lock:
+        return _trace(identity, batch, rows, _symbols[are_long(rows)])
 
 
-def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
+def are_long(rows: Sequence[Array]) -> bool:
+    """Tells whether each row has :data:`LONG` tokens."""
+    return min(map(len, rows)) >= LONG
+
+
+def _trace(identity: Identity, batch: Batch, rows: Sequence[Array], symbols: _Symbols) -> Trace:
     names = batch.names
     kinds = {name: kind for name in names if (kind := kind_of(batch, name)) is not None}
     notes = _Notes()
-    sizes = _symbols.first(len(rows))
+    sizes = symbols.first(len(rows))
 
     def shaped(size: Any, kind: Any) -> Any:
         trailing, dtype = kind
@@ -153,11 +166,11 @@ def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
         raise _refusal(batch, notes, _reason(error)) from error
     finally:
         if _watch.seen:
-            _symbols.renew()
+            symbols.renew()
     if notes.refused:
         raise _refusal(batch, notes, notes.refused)
     if _watch.seen:
-        raise NotForAllLengths(f"it chooses by the length of a row ({_watch.seen})")
+        raise _choice(_watch.seen)
     if are_zero(closed.jaxpr, range(-len(rows), 0)):
         warn_of_no_gradient(identity.rebuild(identity.parameters))
     flat = flatten(closed)
@@ -166,7 +179,6 @@ def _trace(identity: Identity, batch: Batch, rows: Sequence[Array]) -> Trace:
         raise NotForAllLengths("its results have a length")
     kept = {name: kind for name, kind in kinds.items() if name in notes.read}
     flat = _keep_columns(flat, list(kinds), kept, len(rows), len(identity.parameters))
-    _check_integers(flat, len(rows) + len(identity.parameters))
     return Trace(flat, tree, kept, list(map(str, sizes)), len(identity.parameters))
 
 
@@ -184,35 +196,6 @@ def _keep_columns(
     place = {name: first + k * rows for k, name in enumerate(sorted(given))}
     chosen = [slot for name in kept for slot in flat.inputs[place[name] : place[name] + rows]]
     return flat._replace(inputs=[*flat.inputs[:first], *chosen])
-
-
-_KEEPING = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
-_SAFE = frozenset(
-    {
-        *("reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "concatenate"),
-        *("transpose", "select_n", "convert_element_type", "max", "min", "clamp", "copy", "stack"),
-        *("unstack", "rev", "reduce_max", "reduce_min", "split", "pad", "sort", "copy_p"),
-        *("optimization_barrier", "stop_gradient", "expand_dims", "sign"),
-    }
-)
-
-
-def _check_integers(flat: Flat, first: int) -> None:
-    """Refuses arithmetic of integer columns: NumPy has 64 bits for it, JAX may have 32.
-
-    Raises:
-        NotForAllLengths: there is such arithmetic.
-    """
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        return
-    whole = {slot for slot in flat.inputs[first:] if flat.avals[slot].dtype.kind in "iu"}
-    for equation in flat.equations:
-        if not whole.intersection(equation.inputs):
-            continue
-        integers = [slot for slot in equation.outputs if flat.avals[slot].dtype.kind in "iu"]
-        if integers and equation.name not in _SAFE | _KEEPING:
-            raise NotForAllLengths("it computes with integers of a column, which may need 64 bits")
-        whole.update(integers)
 
 
 # What stands for a batch while it is traced
@@ -335,28 +318,30 @@ class _Symbols:
     A function that chooses by a length is seen only while it is traced. So the symbols that it has
     met are used no more.
 
-    Attributes:
-        lock: to be held for as long as a trace takes.
+    Args:
+        least: how large each of them is, at least.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, least: int) -> None:
+        self._least = least
         self.renew()
 
     def renew(self) -> None:
         """Forgets the symbols."""
-        self._scope = export.SymbolicScope()
         self._sizes: list[Any] = []
 
     def first(self, count: int) -> list[Any]:
         """Gives ``n0``, ``n1`` and so on."""
-        names = [f"n{i}" for i in range(len(self._sizes), count)]
-        if names:
-            self._sizes += export.symbolic_shape(",".join(names), scope=self._scope)
+        if count > len(self._sizes):
+            names = [f"n{i}" for i in range(max(count, 2 * len(self._sizes), 64))]
+            least = [f"{name} >= {self._least}" for name in names]
+            self._sizes = list(export.symbolic_shape(",".join(names), constraints=least))
         return self._sizes[:count]
 
 
-_symbols = _Symbols()
+_symbols = {False: _Symbols(1), True: _Symbols(LONG)}
+_lock = threading.RLock()
+"""Held for as long as a trace takes."""
 
 
 # len(row)
@@ -421,19 +406,31 @@ class _Watch(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-        self.seen = ""
+        self.seen: tuple[str, int] | None = None
 
     def __enter__(self) -> None:
         self.depth += 1
-        self.seen = ""
+        self.seen = None
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
 
-    def look(self, frame: FrameType) -> None:
-        """Notes the line of a caller that is not JAX."""
-        if not self.seen and not _is_jaxs(frame):
-            self.seen = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    def look(self, frame: FrameType, *certain: Callable[[], bool]) -> None:
+        """Notes the line of a caller that is not JAX.
+
+        Args:
+            frame: of the caller.
+            certain: comparisons; there is no choice if one of them holds whatever the sizes are.
+        """
+        if not self.seen and not _is_jaxs(frame) and not any(map(_holds, certain)):
+            self.seen = frame.f_code.co_filename, frame.f_lineno
+
+
+def _holds(comparison: Callable[[], bool]) -> bool:
+    try:
+        return comparison()
+    except Exception:  # JAX's InconclusiveDimensionOperation, which is not public, or a TypeError
+        return False
 
 
 _watch = _Watch()
@@ -450,50 +447,76 @@ def no_choices_by(size: Any) -> Generator[None]:
     with _watch:
         yield
     if _watch.seen:
-        raise NotForAllLengths(f"it chooses by the length of a row ({_watch.seen})")
+        raise _choice(_watch.seen)
 
 
-_CHOOSING = ("__eq__", "__ne__", "__hash__", "__str__", "__repr__", "__int__")
+def _choice(line: tuple[str, int]) -> NotForAllLengths:
+    error = NotForAllLengths("it chooses by the length of a row")
+    error.line = line
+    return error
 
 
 @functools.cache
 def _observe(kind: type) -> None:
     """Makes the class of symbolic sizes tell :data:`_watch` by whom its methods are called."""
-    for name in _CHOOSING:
-        setattr(kind, name, _observed(name, getattr(kind, name)))
-    of_power = cast("Any", kind).__rpow__
-
-    def truth(self: Any) -> bool:
-        """Tells whether a size is not 0; JAX takes every symbolic one for true."""
-        if _watch.depth and not _is_certain(lambda: self >= 1 or self <= -1):
-            _watch.look(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
-        return True
-
-    def rpow(self: Any, base: Any) -> Any:
-        """Computes a power; that of an integer is one of 32 bits in JAX, of any in Python."""
-        if _watch.depth and isinstance(base, int):
-            _watch.look(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
-        return of_power(self, base)
-
-    cast("Any", kind).__bool__, cast("Any", kind).__rpow__ = truth, rpow
+    made: Any = kind
+    for name in ("__hash__", "__str__", "__repr__", "__int__"):
+        setattr(kind, name, _observed(getattr(kind, name), _never))
+    made.__eq__ = _observed(made.__eq__, _is, _differs)
+    made.__ne__ = _observed(made.__ne__, _is_not, _differs)
+    # JAX has no truth of sizes, so that Python takes each for true.
+    made.__bool__ = _observed(_truth, _never, _is_not_zero)
+    # A power of an integer has 32 bits in JAX, and any number of them in Python.
+    made.__rpow__ = _observed(made.__rpow__, _is_of_a_float)
 
 
-def _is_certain(comparison: Callable[[], bool]) -> bool:
-    """Tells whether a comparison of symbolic sizes is true, whatever the sizes are."""
-    try:
-        return comparison()
-    except Exception:  # JAX's InconclusiveDimensionOperation, which is not public
-        return False
+def _never(*_: Any) -> bool:
+    return False
 
 
-def _observed(name: str, method: Any) -> Any:
-    known = {"__eq__": True, "__ne__": False}.get(name)  # what is told for certain
+def _is(result: bool, *_: Any) -> bool:
+    return result
+
+
+def _is_not(result: bool, *_: Any) -> bool:
+    return not result
+
+
+def _is_of_a_float(_: Any, base: Any) -> bool:
+    return not isinstance(base, int)
+
+
+def _truth(_: Any) -> bool:
+    return True
+
+
+def _differs(size: Any, other: Any) -> bool:
+    return _holds(lambda: size > other) or _holds(lambda: size < other)
+
+
+def _is_not_zero(size: Any) -> bool:
+    return _differs(size, 0)
+
+
+def _observed(
+    method: Callable[..., Any],
+    is_known: Callable[..., bool],
+    is_certain: Callable[..., bool] = _never,
+) -> Any:
+    """Makes a method tell :data:`_watch` who calls it, unless its result holds for all sizes.
+
+    Args:
+        method: of sizes.
+        is_known: tells so of a result and the operands, at once.
+        is_certain: tells so of all operands, more slowly.
+    """
 
     @functools.wraps(method)
     def observed(self: Any, *others: Any) -> Any:
         result = method(self, *others)
-        if _watch.depth and (known is None or result is not known):
-            _watch.look(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+        if _watch.depth and not is_known(result, *others):
+            caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+            _watch.look(caller, lambda: is_certain(self, *others))
         return result
 
     return observed

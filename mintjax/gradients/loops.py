@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.gradients import grouped, interpreted, lengths
-from mintjax.gradients.contract import Metrics, Objective, Outcome, evaluate, name_of, users_line
+from mintjax.gradients.contract import (
+    Metrics,
+    Objective,
+    Outcome,
+    evaluate,
+    is_librarys,
+    name_of,
+    users_line,
+)
 from mintjax.gradients.counts import count
 from mintjax.gradients.dependence import inputs_used
 from mintjax.gradients.identity import Identity
@@ -55,20 +63,12 @@ class Loops:
         """Computes the loss, the metrics and the gradient with respect to each row."""
         rows = _canonical(rows)
         plan = self._find(objective, identity, batch, rows)
-        if plan is None or plan.trace is None or plan.program is None:
-            count("loops_traced")
-            closed, tree = _trace_batch(objective, identity, batch, rows)
-            (loss, metrics), grads = tree.unflatten(interpreted.evaluate(closed, rows))
-            return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
-        trace, program = plan.trace, plan.program
-        few = 2 * program.operations <= len(trace.flat.equations)
-        count("loops_grouped" if few else "loops_interpreted")
-        sizes = list(map(len, rows))
-        results, flat = program.run(trace.arguments(batch, rows, identity), sizes)
-        ends = itertools.accumulate(sizes)
-        grads = [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        (loss, metrics), grads = trace.tree.unflatten([*results, *grads])
-        return Outcome(loss, metrics, bool(np.isfinite(flat).all()), grads)
+        if plan is not None and plan.trace is not None and plan.program is not None:
+            return _by_groups(plan.trace, plan.program, identity, batch, rows)
+        count("loops_traced")
+        closed, tree = _trace_batch(objective, identity, batch, rows)
+        (loss, metrics), grads = tree.unflatten(interpreted.evaluate(closed, rows))
+        return Outcome(loss, metrics, False, [np.array(grad) for grad in grads])
 
     def needs_logprobs(
         self, objective: Objective, identity: Identity, batch: Batch, rows: Rows
@@ -92,6 +92,7 @@ class Loops:
         key = (
             batch.names,
             len(rows),
+            lengths.are_long(rows),
             rows[0].shape[1:],
             rows[0].dtype,
             jax.dtypes.canonicalize_dtype(np.int64),
@@ -106,7 +107,7 @@ class Loops:
             program = grouped.prepare(trace.flat, len(rows), trace.parameters)
             plan = _Plan(trace.kinds, trace, program)
         except lengths.NotForAllLengths as error:
-            _warn(objective, str(error), error.__cause__ or error)
+            _warn(objective, str(error), error)
             plan = _Plan(error.kinds)
         except interpreted.Unsupported as error:
             _warn(objective, f"JAX's {error} is not known for symbolic lengths", error)
@@ -115,6 +116,19 @@ class Loops:
         while len(self._plans) > _KEPT:
             del self._plans[next(iter(self._plans))]
         return plan
+
+
+def _by_groups(
+    trace: lengths.Trace, program: grouped.Grouped, identity: Identity, batch: Batch, rows: Rows
+) -> Outcome:
+    sizes = list(map(len, rows))
+    results, flat = program.run(trace.arguments(batch, rows, identity), sizes)
+    few = 2 * program.operations <= len(trace.flat.equations)
+    count("loops_grouped" if few else "loops_interpreted")
+    ends = itertools.accumulate(sizes)
+    grads = [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    (loss, metrics), grads = trace.tree.unflatten([*results, *grads])
+    return Outcome(loss, metrics, bool(np.isfinite(flat).all()), grads)
 
 
 def _canonical(rows: Rows) -> list[npt.NDArray[Any]]:
@@ -139,8 +153,26 @@ def _warn(objective: Objective, reason: str, error: BaseException) -> None:
         f"{name_of(objective)} takes rows one by one and is traced anew for every batch, which can "
         f"cost a hundred times as much, because {reason}."
     )
-    line = users_line(error)
-    if line is None or line.lineno is None:
+    line = _line_of(error)
+    if line is None:
         warnings.warn(message, stacklevel=2)
     else:
-        warnings.warn_explicit(message, UserWarning, line.filename, line.lineno)
+        warnings.warn_explicit(message, UserWarning, *line)
+
+
+def _line_of(error: BaseException) -> tuple[str, int] | None:
+    """Finds the line of the user's own code that led to an error, or to what caused it."""
+    if isinstance(error, lengths.NotForAllLengths) and error.line is not None:
+        return error.line
+    if isinstance(error, interpreted.Unsupported):
+        calls = error.equation.calls
+        for frame in () if calls is None else calls.frames:
+            if not is_librarys(frame.file_name):
+                return frame.file_name, frame.line_num
+    cause: BaseException | None = error
+    while cause is not None:
+        line = users_line(cause)
+        if line is not None and line.lineno is not None:
+            return line.filename, line.lineno
+        cause = cause.__cause__
+    return None

@@ -20,6 +20,7 @@ class Form(NamedTuple):
         block: how many datums belong together.
         candidates: whether it takes rows ``[T, K]``.
         traced: whether it has to be traced anew for each batch.
+        if_short: whether only for a batch in which a row is short.
     """
 
     loop: Callable[[Any, Any], Any]
@@ -27,6 +28,7 @@ class Form(NamedTuple):
     block: int = 1
     candidates: bool = False
     traced: bool = False
+    if_short: bool = False
 
 
 def weights(datum: Any) -> Any:
@@ -314,6 +316,88 @@ def of_lengths_columns(data: Any, logprobs: Any) -> Any:
     return total / lengths.sum(), {"tokens": lengths.sum(), "longest": lengths.max()}
 
 
+def indexed_tokens(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        at = datum.loss_fn_inputs["target_tokens"]  # beyond the end of a short row
+        total = (
+            total + (lp[at] ** 2).sum() + (jnp.take(lp, -at, mode="clip") * weights(datum)).sum()
+        )
+        total = total + (jnp.nan_to_num(jnp.take(lp, at)) * lp).sum()
+        total = total + lp[jnp.argmax(weights(datum))] ** 2
+        total = total + (jax.ops.segment_sum(lp, at, 5) ** 2).sum() + jnp.bincount(at, length=5)[1]
+        total = total + (lp[jnp.array([0, -1, 2])] ** 2).sum() + lp[lp.argmin()] ** 2
+    return total, {}
+
+
+def changed_tokens(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        at = datum.loss_fn_inputs["target_tokens"]
+        total = total + (lp.at[0].set(0.5) ** 2).sum() + (lp.at[-1].multiply(3.0) ** 2).sum()
+        total = total + (lp.at[at].add(lp) ** 2).sum() + (lp.at[1:].set(1.0) * lp).sum()
+        total = total + (lp.at[:-1].add(lp[1:]) ** 2).sum() + (lp.at[at].max(-0.5) * lp).sum()
+    return total, {}
+
+
+def chosen_candidates(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        at = datum.loss_fn_inputs["target_tokens"] % 3
+        total = total + (jnp.take_along_axis(lp, at, 1) ** 2).sum()
+        total = total + (jnp.take_along_axis(lp, at[:, :1], axis=1)[:, 0] * weights(datum)).sum()
+        total = total + (lp[jnp.arange(lp.shape[0]), at[:, 0]] ** 2).sum() + (lp[:, at[0]]).sum()
+        total = (
+            total
+            + (jnp.take(lp, at[:, 0], axis=0, mode="clip") ** 2).sum()
+            + jnp.sort(lp, 1)[:, 0].sum()
+        )
+    return total, {}
+
+
+def ordered(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        total = total + (jnp.sort(lp) * weights(datum)).sum() + jnp.median(lp) ** 2
+        total = total + (lp[jnp.argsort(-lp)] * jnp.arange(lp.shape[0])).sum()
+        total = total + jax.lax.top_k(lp, 1)[0].sum() + jnp.quantile(lp, 0.3)
+    return total, {}
+
+
+def special_functions(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        total = total + (jax.scipy.special.erf(lp) + jax.nn.gelu(lp, approximate=False)).sum()
+        total = total + (jax.scipy.special.gammaln(1 - lp) + jnp.mod(lp, 0.7)).sum()
+        total = total + (jnp.round(4 * lp) * lp + jnp.arctan2(lp, 1 + weights(datum))).sum()
+        total = total + (jnp.sinh(lp / 9) + jnp.cbrt(lp - 1) + jnp.arcsin(jnp.exp(lp) / 2)).sum()
+    return total, {}
+
+
+def whole_numbers(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for datum, lp in zip(data, logprobs, strict=True):
+        token = datum.loss_fn_inputs["target_tokens"]
+        total = total + ((token * 2 - 7) // 3 * lp).sum() / (token % 3 + 1).sum()
+        total = total + jnp.where(token[1:] == token[:-1], lp[1:], 0).sum() * jnp.cumsum(token)[-1]
+        total = (
+            total
+            + (lp * jnp.isin(token, jnp.array([1, 4]))).sum()
+            + lp[0] * (lp * 9).astype(int)[0]
+        )
+    return total, {}
+
+
+def long_enough(data: Any, logprobs: Any) -> Any:
+    total = 0.0
+    for lp in logprobs:
+        if lp.shape[0] < 2:
+            continue
+        total = total + lp[1:].max() / max(len(lp) - 1, 1) + (jnp.roll(lp[1:], 1) * lp[1:]).sum()
+        total = total + jnp.cumsum(lp[1:])[-1] / min(len(lp), 10)
+    return total + 0.0 * logprobs[0].sum(), {}
+
+
 def alone_is_dear(data: Any, logprobs: Any) -> Any:
     return sum(lp.sum() * (5.0 if lp.shape[0] == 1 else 1.0) for lp in logprobs), {}
 
@@ -372,8 +456,15 @@ FORMS = {
     "running totals": Form(running_totals),
     "vectors": Form(vectors),
     "of lengths": Form(of_lengths, of_lengths_columns),
-    "a length compared": Form(alone_is_dear, traced=True),
-    "the truth of a length": Form(long_is_dear, traced=True),
+    "indexed tokens": Form(indexed_tokens),
+    "changed tokens": Form(changed_tokens),
+    "chosen candidates": Form(chosen_candidates, candidates=True),
+    "ordered": Form(ordered),
+    "special functions": Form(special_functions),
+    "whole numbers": Form(whole_numbers),
+    "long enough": Form(long_enough, traced=True, if_short=True),
+    "a length compared": Form(alone_is_dear, traced=True, if_short=True),
+    "the truth of a length": Form(long_is_dear, traced=True, if_short=True),
     "the truth of a remainder": Form(odd_is_dear, traced=True),
     "counted down": Form(counted_down, traced=True),
     "by value": Form(by_value, traced=True),

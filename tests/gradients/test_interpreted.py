@@ -34,6 +34,23 @@ PROGRAMS = {
     "dot": lambda x: jnp.dot(x, x) + (x.reshape(3, 4) @ x.reshape(4, 3)).sum(),
     "batched_dot": lambda x: jnp.einsum("bij,bjk->bik", x.reshape(2, 3, 2), x.reshape(2, 2, 3)),
     "sort": lambda x: jnp.sort(x) * jnp.arange(12.0),
+    "sort by two": lambda x: jax.lax.sort((jnp.floor(x), x, 2 * x), num_keys=2)[2] * x,
+    "argsort": lambda x: x[jnp.argsort(-jnp.round(x))] * jnp.arange(12.0),
+    "top_k": lambda x: jax.lax.top_k(jnp.round(x, 1), 4)[0] * jax.lax.top_k(jnp.round(x), 4)[1],
+    "quantile": lambda x: jnp.quantile(x, 0.3) + jnp.median(x),
+    "error function": lambda x: jax.scipy.special.erf(x) + jax.nn.gelu(x, approximate=False),
+    "gamma": lambda x: jax.scipy.special.gammaln(x**2 + 1) * jax.scipy.special.digamma(x**2 + 1),
+    "trigonometry": lambda x: (
+        (jnp.tan(x / 4) + jnp.sinh(x) + jnp.cosh(x) + jnp.arcsinh(x) + jnp.arccosh(x**2 + 2))
+        + (jnp.arcsin(x / 9) + jnp.arccos(x / 9) + jnp.arctanh(x / 9) + jnp.arctan2(x, x**2 + 1))
+    ),
+    "remainders": lambda x: jnp.mod(x, 0.7) + jnp.fmod(x, 0.3) + jnp.cbrt(x - 5) + jnp.round(9 * x),
+    "half away": lambda x: jax.lax.round(jnp.round(4 * x) / 2) * x,
+    "whole numbers": lambda x: (
+        (jnp.arange(-6, 6) // jnp.arange(-3, 9) + jnp.arange(-6, 6) % jnp.arange(-3, 9)) * x
+        + (jnp.array([1e20, -1e20, jnp.nan, 7.9, -7.9, jnp.inf] * 2)).astype(jnp.int32) * 1e-9
+    ),
+    "tile": lambda x: jnp.tile(x, 2) * jnp.repeat(x, 2),
     "loop": lambda x: jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y), x),
     "barrier": lambda x: sum(jax.lax.optimization_barrier((jnp.exp(x), 2 * x))),
     "remat": lambda x: jax.checkpoint(jnp.exp)(x),

@@ -152,9 +152,13 @@ class Operations(Arrays):
             case "broadcast_in_dim":
                 return self._broadcast(job, kind)
             case "gather":
-                return self._gathered_rows(job, kind)
+                made = self._gathered_rows(job, kind)
+                return self._indexed(job, kind) if made is None else made
             case "scatter-add":
-                return self._scattered(job, kind)
+                made = self._scattered(job, kind)
+                return self._indexed(job, kind) if made is None else made
+            case "scatter" | "scatter-max" | "scatter-min" | "scatter-mul":
+                return self._indexed(job, kind)
             case "dynamic_update_slice":
                 return self._updated(job, kind)
             case "iota" if len(job.shape) == 1:
@@ -198,7 +202,7 @@ class Operations(Arrays):
         text, rows = job.params[0], list(job.rows)
 
         def compute(sizes: Sizes) -> Array:
-            return np.asarray(interpreted.as_integers(sizes.of(text)[rows]), job.dtype)
+            return interpreted.narrowed(sizes.of(text)[rows], job.dtype)
 
         return self._step(compute, [], Kind(None, "", (), len(rows)))
 
@@ -287,7 +291,7 @@ class Operations(Arrays):
         def compute(sizes: Sizes, x: Array) -> Array:
             if rest:
                 x = job.rule(x, rest)
-            return np.asarray(_by_rows(reduce, empty, x, sizes.cuts(job.rows, size)), job.dtype)
+            return _by_rows(reduce, empty, x, sizes.cuts(job.rows, size), job.dtype)
 
         return self._step(compute, [value], kind)
 
@@ -295,12 +299,12 @@ class Operations(Arrays):
         a, b = job.operands
         if job.params[0] != (((0,), (0,)), ((), ())) or len(a.shape) > 1 or len(b.shape) > 1:
             return None
-        if b.form != "rows":
+        if b.form != "rows" or job.dtype.kind != "f":
             return None
         (x, size), (y, _) = self._flat_rows(a, job), self._flat_rows(b, job)
 
         def compute(sizes: Sizes, x: Array, y: Array) -> Array:
-            return np.asarray(_by_rows(np.add, 0, x * y, sizes.cuts(job.rows, size)), job.dtype)
+            return _by_rows(np.add, 0, x * y, sizes.cuts(job.rows, size), job.dtype)
 
         return self._step(compute, [x, y], kind)
 
@@ -348,6 +352,39 @@ class Operations(Arrays):
             return x.reshape(-1, *kind.trailing)
 
         return self._step(compute, [value], kind)
+
+    def _indexed(self, job: Job, kind: Kind) -> Value | None:
+        """Takes or changes tokens of each row, by indices that are rows, too."""
+        if any(operand.form != "rows" for operand in job.operands):
+            return None
+        flat = [self._flat_rows(operand, job) for operand in job.operands]
+        reads, (length, size) = [value for value, _ in flat], (flat[0][1], flat[1][1])
+        index = _index_of(job)
+        if index.batched and length == size:  # each token has an index of its own
+
+            def batched(_: Sizes, *values: Array) -> Array:
+                return np.asarray(job.rule(*values, *job.params), job.dtype)
+
+            return self._step(batched, reads, kind)
+        if index.axis is None or index.batched:
+            return None
+        axis = index.axis
+
+        def compute(sizes: Sizes, x: Array, at: Array, *updates: Array) -> Array:
+            cuts, theirs = sizes.cuts(job.rows, length), sizes.cuts(job.rows, size).lengths
+            behind = (-1,) + (1,) * (at.ndim - 2)
+            first = cast("Array", np.repeat(cuts.places[:-1], theirs)).reshape(behind)
+            last = cast("Array", np.repeat(cuts.lengths, theirs)).reshape(behind) - 1
+            if (last < 0).any():
+                raise IndexError("an index of a row that is empty")
+            at = at.astype(np.int64)
+            own = at[..., axis]
+            moved = np.minimum(np.maximum(own, 0), last)
+            place = first + moved
+            at[..., axis] = place if index.moves else np.where(moved == own, place, -1)
+            return np.asarray(job.rule(x, at, *updates, *job.params), job.dtype)
+
+        return self._step(compute, reads, kind)
 
     def _scattered(self, job: Job, kind: Kind) -> Value | None:
         """Adds to a window of each row."""
@@ -417,8 +454,14 @@ def _itself(_: Sizes, x: Array) -> Array:
     return x
 
 
-def _by_rows(reduce: Any, empty: Any, x: Array, cuts: Cuts) -> Array:
+def _by_rows(reduce: Any, empty: Any, x: Array, cuts: Cuts, dtype: Any) -> Array:
     """Reduces the first axis, row by row."""
+    if x.dtype.kind == "i":
+        return interpreted.narrowed(_reduceat(reduce, empty, x.astype(np.int64), cuts), dtype)
+    return np.asarray(_reduceat(reduce, empty, x, cuts), dtype)
+
+
+def _reduceat(reduce: Any, empty: Any, x: Array, cuts: Cuts) -> Array:
     places = cuts.places[:-1]
     if cuts.lengths.all():
         return reduce.reduceat(x, places, 0)
@@ -427,6 +470,38 @@ def _by_rows(reduce: Any, empty: Any, x: Array, cuts: Cuts) -> Array:
     if some.any():
         out[some] = reduce.reduceat(x, places[some], 0)
     return out
+
+
+class _Index(NamedTuple):
+    """The way in which a gather or a scatter goes along a row.
+
+    Args:
+        batched: whether each token has indices of its own.
+        axis: the place of the row's axis in an index; None if it is not a token that is indexed.
+        moves: whether an index that is out of bounds is moved, or else fails.
+    """
+
+    batched: bool
+    axis: int | None
+    moves: bool
+
+
+def _index_of(job: Job) -> _Index:
+    if job.name == "gather":
+        _, numbers, mode, _ = job.params
+        batches, axes = numbers.start_indices_batching_dims, list(numbers.start_index_map)
+        single, window = numbers.collapsed_slice_dims, numbers.offset_dims
+        moves = "FILL" not in str(mode)
+    else:
+        numbers, mode = job.params
+        batches, axes = numbers.scatter_indices_batching_dims, numbers.scatter_dims_to_operand_dims
+        single, window = numbers.inserted_window_dims, numbers.update_window_dims
+        moves = "CLIP" in str(mode)
+    batched = list(zip(numbers.operand_batching_dims, batches, strict=True))
+    tokens = 0 in single and 0 in axes and 0 not in window and not batched
+    return _Index(
+        (0, 0) in batched and 0 not in window, list(axes).index(0) if tokens else None, moves
+    )
 
 
 class _Window(NamedTuple):
@@ -450,8 +525,8 @@ def _window(job: Job, shape: tuple[Any, ...], update: tuple[Any, ...] = ()) -> _
         if tuple(sizes[1:]) != tuple(shape[1:]):
             return None
         return _Window(sizes[0], None, ())
-    at, numbers = job.operands[1].constant, job.params[-1]
-    if at is None or at.ndim != 1:
+    at, (numbers, mode) = job.operands[1].constant, job.params[job.name == "gather" :][:2]
+    if at is None or at.ndim != 1 or "PROMISE" not in str(mode):
         return None
     if job.name == "gather":
         sizes, axes = list(job.params[0]), numbers.start_index_map
@@ -485,7 +560,19 @@ def _scales(job: Job) -> bool:
 
 _ELEMENTWISE = frozenset(
     {
-        *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "cos", "div"),
+        *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2"),
+        *(
+            "atanh",
+            "cbrt",
+            "ceil",
+            "clamp",
+            "convert_element_type",
+            "cos",
+            "cosh",
+            "digamma",
+            "div",
+        ),
+        *("erf", "erf_inv", "erfc", "lgamma", "rem", "round", "sinh", "tan"),
         *("eq", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le"),
         *("log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow"),
         *("rsqrt", "select_n", "sign", "sin", "sqrt", "square", "sub", "tanh", "xor"),

@@ -194,8 +194,11 @@ class _Planner(Operations):
         if found.row != FIXED or not all(slot in self._folded for slot in found.inputs):
             return False
         step = interpreted.step_of(self._flat, found.equation)
-        with np.errstate(all="ignore"):
-            results = step.compute([self._folded[slot] for slot in found.inputs], {})
+        try:
+            with np.errstate(all="ignore"):
+                results = step.compute([self._folded[slot] for slot in found.inputs], {})
+        except OverflowError:  # as when it is run
+            return False
         for slot, result in zip(found.equation.outputs, results, strict=True):
             self._folded[slot] = result
             self._classes[slot] = self._class_of_constant(slot)
@@ -296,14 +299,15 @@ class _Planner(Operations):
         for (value, sign), indices in taken.items():
             reads.append((value, sign, chosen_by(sorted(indices))))
         dtype = self._dtype(output)
-        wide: Any = np.float64 if dtype.kind == "f" else None
+        wide: Any = {"f": np.float64, "i": np.int64}.get(dtype.kind)
 
         def compute(_: Sizes, *values: Array) -> Array:
             total: Any = 0
             for x, (_value, sign, at) in zip(values, reads, strict=True):
                 part = np.asarray(x, wide) if at is None else x[at].sum(0, dtype=wide)
                 total = total + sign * part
-            return np.asarray(total, dtype)
+            total = np.asarray(total)
+            return interpreted.narrowed(total, dtype) if dtype.kind == "i" else total.astype(dtype)
 
         value = self._step(compute, [read[0] for read in reads], Kind())
         self._places[output] = Place(value, None)
