@@ -83,7 +83,7 @@ def _batched(numbers: Any, along: Sequence[int]) -> list[tuple[int, int]]:
 def _starts(
     at: Array, rank: int, axes: Sequence[int], batched: Sequence[tuple[int, int]]
 ) -> list[npt.NDArray[np.int64]]:
-    """Where each window begins along each axis of the array."""
+    """Lists where windows begin along each axis of the array."""
     shape = at.shape[:-1]
     starts = [np.zeros(shape, np.int64) for _ in range(rank)]
     for k, axis in enumerate(axes):
