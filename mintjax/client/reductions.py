@@ -13,7 +13,7 @@ from mintjax.errors import APIResponseError, APIStatusError, UnknownReductionErr
 from mintjax.protocol import messages
 from mintjax.step.probe import Measurement
 from mintjax.step.reduction import SUM, Reduction, Unit
-from mintjax.step.reported import returns_the_sum
+from mintjax.step.reported import reported_sum, returns_the_sum
 from mintjax.step.routes import Backward
 from mintjax.types import ForwardBackwardOutput
 
@@ -74,7 +74,8 @@ def _forget_after_outage(connection: Connection) -> None:
         return
     facts.outages = outages
     facts.gradients_tried = False
-    if facts.reduction is not None and facts.reduction == facts.measured and not facts.is_said:
+    is_said = facts.is_said or connection.settings.reduction is not None
+    if facts.measured is not None and facts.reduction == facts.measured and not is_said:
         facts.reduction = None
         logger.info(
             "%s was away, and may have been started with other settings: what it makes of losses "
@@ -96,7 +97,8 @@ def check_sum(connection: Connection, sent: Backward, output: ForwardBackwardOut
     facts = connection.facts
     if facts.reduction is None or facts.sums_reported is False:
         return
-    if facts.sums_reported is None and not facts.reduction.sums:
+    promised = facts.reduction.sums and "loss:sum" in output.metrics
+    if facts.sums_reported is None and not promised:
         return
     if returns_the_sum(sent.loss_fn, sent.data, output, sent.config) is not False:
         return
@@ -109,8 +111,8 @@ def check_sum(connection: Connection, sent: Backward, output: ForwardBackwardOut
     else:
         facts.reduction, facts.measured, facts.is_contradicted = None, None, True
     raise UnknownReductionError(
-        f"the trainer reports loss:sum {output.metrics['loss:sum']:.6g}, which is not the sum of "
-        f"the losses of {sent.loss_fn} that were sent; it was taken to make of losses {taken}. The "
+        f"the trainer reports a loss of {reported_sum(output):.6g}, which is not the sum of the "
+        f"losses of {sent.loss_fn} that were sent; it was taken to make of losses {taken}. The "
         "gradient that it has added may be another than the objective's: go on from a checkpoint; "
         f"{again}"
     )
@@ -187,7 +189,9 @@ async def measured(connection: Connection, measure: Measure, *, anew: bool = Fal
         raise UnknownReductionError(facts.unknown) from None
     facts.reduction, facts.sums_reported = found.reduction, found.reports_sum
     facts.measured, facts.outages = found.reduction, connection.transport.outages
-    facts.is_said = found.reduction == _said(connection)
+    said = _said(connection)
+    facts.is_said = found.reduction == said
+    facts.is_contradicted |= said is not None and not facts.is_said
     facts.unknown = None
     if is_remote:
         remembered.remember(address, found.reduction)

@@ -24,7 +24,7 @@ def returns_the_sum(
     output: ForwardBackwardOutput,
     config: Mapping[str, Any] | None = None,
 ) -> bool | None:
-    """Tells whether a pass reports, as ``loss:sum``, the sum of the losses of its tokens.
+    """Tells whether a pass reports the sum of the losses of its tokens.
 
     Args:
         loss_fn: the trainer's loss.
@@ -33,9 +33,9 @@ def returns_the_sum(
         config: the hyperparameters that were sent.
 
     Returns:
-        None where the trainer reports no ``loss:sum``, or the losses are not known here.
+        None where the trainer reports no loss, or the losses are not known here.
     """
-    reported = output.metrics.get("loss:sum")
+    reported = reported_sum(output)
     formula = _FORMULAS.get(loss_fn)
     if reported is None or formula is None:
         return None
@@ -55,6 +55,21 @@ def returns_the_sum(
         room = _TOLERANCE * np.abs(losses).sum()
         room += (np.abs(slopes) * (_ROUNDING * np.abs(logprobs) + _LEAST)).sum()
         return bool(abs(reported - losses.sum()) <= room)
+
+
+def reported_sum(output: ForwardBackwardOutput) -> float | None:
+    """Reads the loss that a pass reports.
+
+    Returns:
+        ``loss:sum``, else the sum of each token's ``elementwise_loss``, which SkyRL returns; None
+        where there is neither.
+    """
+    if "loss:sum" in output.metrics:
+        return output.metrics["loss:sum"]
+    rows = [one.get("elementwise_loss") for one in output.loss_fn_outputs]
+    if not rows or any(row is None for row in rows):
+        return None
+    return float(sum(np.asarray(row, np.float64).sum() for row in rows))
 
 
 def _joined(rows: Sequence[npt.NDArray[Any]]) -> Floats:

@@ -166,6 +166,54 @@ def test_a_report_that_changes_is_a_trainer_that_has_changed(was, true, monkeypa
             assert close(accumulated(service, engine)[0], expected)
 
 
+def reports_tokens(monkeypatch):
+    """Makes the embedded trainer return each token's loss, as SkyRL does; it may clip advantages.
+
+    Returns:
+        A dict, whose ``clip`` is the largest advantage that it takes as it is.
+    """
+    plain, settings = EngineType.forward_backward, {"clip": np.inf}
+
+    def forward_backward(self, model_id, data, loss_fn, *rest):
+        if loss_fn == "importance_sampling":
+            data = [
+                Datum(
+                    d.model_input,
+                    {
+                        **d.loss_fn_inputs,
+                        "advantages": np.clip(
+                            d.loss_fn_inputs["advantages"], -settings["clip"], settings["clip"]
+                        ),
+                    },
+                )
+                for d in data
+            ]
+        output = plain(self, model_id, data, loss_fn, *rest)
+        for datum, one in zip(data, output.loss_fn_outputs, strict=True):
+            inputs, logprobs = datum.loss_fn_inputs, np.asarray(one["logprobs"])
+            losses = -inputs["weights"] * logprobs
+            if loss_fn == "importance_sampling":
+                losses = -np.exp(logprobs - inputs["logprobs"]) * inputs["advantages"]
+            one["elementwise_loss"] = TensorData(losses.astype(np.float32))
+        return output
+
+    monkeypatch.setattr(EngineType, "forward_backward", forward_backward)
+    return settings
+
+
+def test_losses_of_tokens_are_held_against_what_was_sent(true, monkeypatch):
+    """SkyRL reports no sum. A clip of large advantages is found when it first clips one."""
+    expected = true()
+    settings = reports_tokens(monkeypatch)
+    with Engine(reduction=OF_SEQUENCE) as engine, trainer(engine, like=UNSTATED) as service:
+        got, output = accumulated(service, engine)
+        assert "loss:sum" not in {name for name in output.metrics if "surrogate" in name}
+        assert close(got, expected)
+        settings["clip"] = 0.1
+        with pytest.raises(UnknownReductionError, match="is not the sum of the losses"):
+            accumulated(service, engine)
+
+
 class Interrupted(httpx.ASGITransport):
     """Refuses connections while it is told to, as a trainer that is being restarted does."""
 
@@ -224,6 +272,23 @@ def test_requests_that_take_gradients_are_tried_before_they_are_trusted(true, mo
             like=HATCHERY,
         ) as service:
             assert service.probe(NANO) == HATCHERY.reduction
+
+
+def test_requests_that_take_gradients_are_tried_again_after_the_trainer_was_away(
+    true, monkeypatch
+):
+    expected = true()
+    with (
+        Engine(reduction=HATCHERY.reduction) as engine,
+        application(engine, dialect=HATCHERY) as app,
+        ServiceClient(ADDRESS, transport=(network := Interrupted(app))) as service,
+    ):
+        assert accumulated(service, engine)[1].route == "by_gradient"
+        divides_gradients(monkeypatch)
+        network.down = 1
+        got, output = accumulated(service, engine)
+        assert output.route == "two_pass"
+        assert close(got, expected)
 
 
 def test_requests_that_take_gradients_are_tried_once(true, lines):
