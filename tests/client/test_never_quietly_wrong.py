@@ -274,9 +274,7 @@ def test_requests_that_take_gradients_are_tried_before_they_are_trusted(true, mo
             assert service.probe(NANO) == HATCHERY.reduction
 
 
-def test_requests_that_take_gradients_are_tried_again_after_the_trainer_was_away(
-    true, monkeypatch
-):
+def test_requests_that_take_gradients_are_tried_again_after_the_trainer_was_away(true, monkeypatch):
     expected = true()
     with (
         Engine(reduction=HATCHERY.reduction) as engine,
