@@ -38,10 +38,12 @@ def pytest_sessionstart():
     """
     if settings.default.derandomize:
         jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_traceback_in_locations_limit", 0)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of tests that start other processes
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
         if jax.__version_info__ < (0, 11):  # later ones refuse the flag
-            flags = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
-            os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need
