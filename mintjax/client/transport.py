@@ -341,8 +341,8 @@ class Transport:
             garbled = APIResponseError(f"{self.address}: the answer to {request.path} is {error}")
             return Failure(garbled, "unreadable")
         self._reached = True
-        if reply.status in _AWAY and reply.is_ours is not True:
-            self.outages += 1
+        if reply.status in _AWAY and "retry-after" not in reply.headers and not reply.is_ours:
+            self.outages += 1  # and it is not the trainer, who asks for time
         self._repeats_keys |= reply.is_ours is True
         certain = reply.is_ours or (reply.is_ours is None and not self._repeats_keys)
         if 200 <= reply.status < 300 or reply.is_ours is False:

@@ -19,7 +19,7 @@ from mintjax.step.reduction import SUM, Reduction
 from mintjax.tensors import TensorData
 
 from ..data import flat
-from .double import ADDRESS
+from .double import ADDRESS, Answer
 
 NANO = "mintjax/nano"
 UNSTATED = Dialect(states_reduction=False)
@@ -243,6 +243,18 @@ def test_a_trainer_that_was_away_is_measured_again(now, true, lines):
         assert (second < first) == (now == OF_REQUEST)  # it is confirmed, or measured anew
         assert close(accumulated(service, engine)[0], expected)
         assert len(lines("measured by")) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "outages"),
+    [(502, {}, 1), (503, {}, 1), (503, {"retry-after": "0"}, 0), (500, {}, 0), (429, {}, 0)],
+)
+def test_who_is_only_busy_was_not_away(connect, trainer, status, headers, outages):
+    service = connect()
+    model = service.create_lora_training_client("tiny")
+    trainer.faults["forward"] = [Answer(status, {"detail": "no"}, headers)]
+    model.forward(make()).result(10)
+    assert service._connection.transport.outages == outages
 
 
 HATCHERY = DIALECTS["hatchery-0.3"]
