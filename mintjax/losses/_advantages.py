@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, as_mask, count, finish, keep
+from mintjax.losses._arrays import aligned, as_mask, count, finish, keep, too_large_to_square
 from mintjax.losses._settings import check_settings
 
 
@@ -414,9 +414,11 @@ def centred(rewards: ArrayLike, where: ArrayLike | None) -> jax.Array:
 
 def sample_std(above: jax.Array, where: ArrayLike | None) -> jax.Array:
     """The standard deviation of each group, over ``G - 1``, of rewards less their mean."""
-    variance = _sum(above * above) / jnp.maximum(count(above, where) - 1, 1)
+    scale = too_large_to_square(above, axis=-1)
+    scaled = above / scale
+    variance = _sum(scaled * scaled) / jnp.maximum(count(above, where) - 1, 1)
     # The derivative of a square root at 0 is infinite; the advantages there are 0 and stay so.
-    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+    return scale * jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
 
 
 def _sum(values: jax.Array) -> jax.Array:

@@ -66,6 +66,15 @@ def count(values: jax.Array, where: ArrayLike | None) -> jax.Array:
     return jnp.sum(keep(jnp.ones_like(values), where), axis=-1, keepdims=True)
 
 
+def too_large_to_square(values: jax.Array, axis: int | None = None) -> jax.Array:
+    """Gives what to divide values by before they are squared: 1, unless a square could overflow.
+
+    A variance that overflows would make every value of its group 0 standard deviations, in silence.
+    """
+    size = jnp.max(jnp.abs(values), axis=axis, keepdims=axis is not None, initial=0)
+    return jax.lax.stop_gradient(jnp.where(size > 1e15, size, 1))
+
+
 def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Reads a mask: booleans, or integers that count where they are not 0.
 

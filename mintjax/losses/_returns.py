@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mintjax.losses._arrays import aligned, as_mask, finish, keep
+from mintjax.losses._arrays import aligned, as_mask, finish, keep, too_large_to_square
 from mintjax.losses._settings import check_order, check_settings
 
 
@@ -144,8 +144,10 @@ def whiten(
     off = keep(given - first, where)
     rest = jnp.sum(off) / number  # what rounding left of the mean
     centred = keep(off - rest, where)
-    variance = jnp.sum(centred * centred) / jnp.maximum(number - 1, 1)
-    scaled = centred * jax.lax.rsqrt(variance + epsilon)
+    scale = too_large_to_square(centred)
+    near = centred / scale
+    variance = jnp.sum(near * near) / jnp.maximum(number - 1, 1)
+    scaled = near * jax.lax.rsqrt(variance + epsilon / scale / scale)
     return finish(scaled if shift_mean else scaled + first + rest, where, values)
 
 
@@ -189,6 +191,7 @@ def advantage_filter(
     number = jnp.maximum(jnp.sum(ones), 1)
     off = keep(fixed - jnp.sum(fixed) / number, where)
     off = keep(off - jnp.sum(off) / number, where)  # what rounding left of the mean
+    off = off / too_large_to_square(off)
     std = jnp.sqrt(jnp.sum(off * off) / jnp.maximum(number - 1, 1))
     return keep(jnp.abs(off) <= jnp.asarray(deviations, std.dtype) * std, where)
 

@@ -148,7 +148,8 @@ class PolicyObjective(TokenObjective):
     Reads ``logprobs`` (of the sampling policy), ``advantages`` (one per token, or one per datum)
     and, if there are any, ``weights`` as a mask (one that is neither 0 nor 1 is a factor).
     Metrics: those of :func:`mintjax.losses.policy_summary`, and ``tokens``, by whose number those
-    of several requests are weighed.
+    of several requests are weighed. Two of these are no means: ``ratio_std**2 + mean_ratio**2`` is
+    one, and ``effective_sample_size`` is ``mean_ratio**2`` over it.
     """
 
     clips_as: ClassVar[str | None] = None

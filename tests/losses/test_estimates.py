@@ -23,6 +23,17 @@ def test_group_mean_centred():
     np.testing.assert_allclose(losses.grpo(REWARDS, scale_by_std=False), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e18, 1e30])
+def test_rewards_of_any_scale_have_the_same_standing(scale):
+    rewards = np.float32([3.0, -1.0, 0.5, 2.0, 2.0, -4.0])
+    large = (scale * rewards).astype(np.float32)
+    for function in (losses.grpo, losses.pass_at_k, losses.whiten):
+        standing = np.asarray(function(rewards, epsilon=0.0))
+        np.testing.assert_allclose(function(large, epsilon=0.0), standing, rtol=1e-5, atol=1e-6)
+    kept = np.abs(rewards - rewards.mean()) <= 1.2 * rewards.std(ddof=1)
+    np.testing.assert_array_equal(losses.advantage_filter(large, deviations=1.2), kept)
+
+
 def test_rloo_leaves_each_out():
     expected = np.empty_like(REWARDS)
     for g, group in enumerate(REWARDS):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import mintjax
 from mintjax import objectives
 
+from ..by_numpy import evaluate
 from ..examples import examples
 
 # One objective of each family: a ratio per token, per sequence, and per geometric mean.
@@ -38,6 +39,8 @@ def steps(draw: st.DrawFn) -> tuple[list[mintjax.Datum], Rows]:
             "target_tokens": np.zeros(length, np.int32),
             "logprobs": row + rng.normal(0, 0.4, length).astype(np.float32),
             "advantages": np.full(length, rng.normal(), np.float32),
+            "ref_logprobs": row + rng.normal(0, 0.4, length).astype(np.float32),
+            "desirable": np.full(length, rng.integers(0, 2), np.float32),
             "weights": (rng.random(length) < kept).astype(np.float32),
         }
         data.append(mintjax.Datum(mintjax.ModelInput.from_ints(range(length)), columns))
@@ -55,9 +58,58 @@ def test_a_step_in_two_requests_is_the_same_step(how, step, family):
     whole, _ = objective(data, logprobs)
     part = objective.over_step(data)
     pieces = [part(data[i:j], logprobs[i:j])[0] for i, j in ((0, 3), (3, 6))]
-    present = sum((d.loss_fn_inputs["weights"].to_numpy() != 0).any() for d in data)
-    if present or how == "fixed_length":
-        np.testing.assert_allclose(sum(map(float, pieces)), float(whole), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(sum(map(float, pieces)), float(whole), rtol=2e-5, atol=1e-6)
+
+
+# What each metric is a mean over; of all but those named, the count of the objective.
+COUNTS = {
+    "ppo": "tokens",
+    "gspo": "tokens",
+    "gmpo": "tokens",
+    "kl_k2": "tokens",
+    "cross_entropy": "weight_sum",
+    "dpo": "pairs",
+    "simpo": "pairs",
+    "plackett_luce": "lists",
+    "kto": "desirable",
+    "conditional_value_at_risk": "datums",
+}
+OF_OTHERS = {"mean_reward_undesirable": "undesirable"}
+OF_THE_REQUEST = {"kl", *COUNTS.values(), *OF_OTHERS.values()}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@given(step=steps())
+@settings(max_examples=examples(1))
+def test_metrics_of_requests_give_those_of_the_step(name, step):
+    data, logprobs = step
+    options = {"group_size": 2} if name == "plackett_luce" else {}
+    objective = getattr(objectives, name)(**options)
+    measured = []
+    for i, j in ((0, 6), (0, 2), (2, 6)):
+        found = evaluate(lambda rows, part=data[i:j]: objective(part, rows)[1], logprobs[i:j])
+        measured.append({key: float(value) for key, value in found.items()})
+    whole, *parts = (_with_second_moment(metrics) for metrics in measured)
+    assert COUNTS[name] in whole
+    for what in set(whole) - OF_THE_REQUEST:
+        counts = np.array([part[OF_OTHERS.get(what, COUNTS[name])] for part in parts])
+        values = np.array([part[what] for part in parts])
+        mean = (counts * values).sum() / max(counts.sum(), 1e-9)
+        assert mean == pytest.approx(whole[what], rel=1e-4, abs=1e-5), what
+    if "ratio_std" in measured[0] and whole["tokens"]:
+        square = whole["second moment"]
+        assert measured[0]["effective_sample_size"] == pytest.approx(
+            whole["mean_ratio"] ** 2 / square, rel=1e-4
+        )
+
+
+def _with_second_moment(metrics: dict[str, float]) -> dict[str, float]:
+    """What PolicyObjective says is a mean, in the place of what is none."""
+    metrics = dict(metrics)
+    if "ratio_std" in metrics:
+        metrics.pop("effective_sample_size")
+        metrics["second moment"] = metrics.pop("ratio_std") ** 2 + metrics["mean_ratio"] ** 2
+    return metrics
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
