@@ -1,5 +1,6 @@
 """Settings that every test runs under."""
 
+import gc
 import os
 import sys
 
@@ -44,6 +45,12 @@ def pytest_sessionstart():
         if jax.__version_info__ < (0, 11):  # later ones refuse the flag
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+
+def pytest_sessionfinish():
+    """Collects garbage once, because pytest does it twice at the end, and each takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 collect_ignore_glob = ["**/make_*.py"]  # scripts that write golden files, with what only they need

@@ -181,7 +181,7 @@ def test_wrong_use_is_refused():
 
 
 @given(testing.batches(max_length=120, poison=True))
-@settings(max_examples=examples(3))
+@settings(max_examples=examples(2))
 def test_a_sum_obeys_the_laws(example):
     testing.check_gradient(BOTH, *example)
     testing.check_permutation(BOTH, *example)

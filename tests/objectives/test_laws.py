@@ -65,7 +65,7 @@ def test_every_objective_obeys_every_law(name, data):
     check_all(SPECIMENS[name], draw(name, data))
 
 
-@pytest.mark.parametrize("name", some(sorted(set(SPECIMENS) - OWN_WAY), 3))
+@pytest.mark.parametrize("name", some(sorted(set(SPECIMENS) - OWN_WAY), 5))
 @given(data=st.data())
 @settings(max_examples=FRAMED)
 def test_every_other_loss_in_the_same_frame_obeys_every_law(name, data):
