@@ -461,6 +461,11 @@ def _convert(x: Array, dtype: Any) -> Array:
     return x
 
 
+def _one_minus_square(x: Array) -> Array:
+    """Computes ``1 - x**2`` as JAX 0.12 and newer do, exactly near 1 and -1."""
+    return (1 + x) * (1 - x)
+
+
 def _logistic(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
@@ -534,6 +539,7 @@ _RULES: dict[str, Rule] = {
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.invert,
+    "one_minus_square": _one_minus_square,
     "optimization_barrier": _all_the_same,
     "or": np.bitwise_or,
     "pad": _pad,

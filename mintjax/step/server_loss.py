@@ -331,6 +331,9 @@ class _Writer:
             raise NotLowered("it divides integers")
         if name == "pow" and given[0].is_number:
             return self._call("torch.pow", *args)
+        if name == "one_minus_square":  # of JAX 0.12 and newer; so it is exact near 1 and -1
+            sides = [self._call(f"operator.{sign}", 1.0, args[0]) for sign in ("sub", "add")]
+            return self._call("operator.mul", *map(_ref, sides))
         if name == "exp2":
             return self._call("torch.pow", 2.0, args[0])
         return self._call(POINTWISE[name], *args)
@@ -546,6 +549,7 @@ POINTWISE: dict[str, str] = {
     "min": "torch.minimum",
     "mul": "operator.mul",
     "neg": "operator.neg",
+    "one_minus_square": "operator.mul",
     "pow": "torch.pow",
     "rsqrt": "torch.rsqrt",
     "select_n": "torch.where",

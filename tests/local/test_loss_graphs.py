@@ -178,6 +178,18 @@ def output(metrics):
     return node("output", "output", "output", ({"tuple": [{"ref": "t"}, {"dict": metrics}]},))
 
 
+@pytest.mark.parametrize("name", ["cos", "exp", "expm1", "sigmoid", "sin", "square", "tanh"])
+def test_a_derivative_is_the_slope_on_every_jax(name):
+    total = node(name="t", target="torch.sum", args=({"ref": "a"},))
+    nodes = [LOGPROBS, node(target=f"torch.{name}"), total, OUTPUT]
+    loss = CustomLoss("loss", INPUTS[:1], CustomLossGraph(nodes))
+    row, h = np.array([-2.0, -0.3, 0.9], np.float32), 2**-6
+    for i, slope in enumerate(loss.evaluate(row, []).gradient):
+        away = h * np.eye(3, dtype=np.float32)[i]
+        rise = loss.evaluate(row + away, []).loss - loss.evaluate(row - away, []).loss
+        assert slope == pytest.approx(rise / (2 * h), abs=1e-3)
+
+
 VECTOR = {"tuple": [{"ref": "logprobs"}, {"dict": {}}]}
 REFUSED = {
     "a module": (graph(node("call_module", target="lin")), "kind 'call_module' is not served"),

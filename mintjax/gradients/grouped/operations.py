@@ -575,7 +575,8 @@ _ELEMENTWISE = frozenset(
         *("erf", "erf_inv", "erfc", "lgamma", "rem", "round", "sinh", "tan"),
         *("eq", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le"),
         *("log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow"),
-        *("rsqrt", "select_n", "sign", "sin", "sqrt", "square", "sub", "tanh", "xor"),
+        *("one_minus_square", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "sub", "tanh"),
+        "xor",
     }
 )
 
