@@ -36,6 +36,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any, TypeAlias, cast
@@ -46,6 +47,7 @@ import numpy as np
 Fingerprint: TypeAlias = Any  # hashable
 
 _SCALARS = (type(None), bool, int, str, bytes, complex, type(...), Enum, np.dtype)
+_VALUES = (float, *_SCALARS, np.ndarray, np.generic)
 _PLAIN = frozenset({float, int, bool, str, type(None)})
 _CONSTANT = (type, types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType)
 _INSTALLED = tuple(
@@ -248,8 +250,8 @@ class _Walk:
             return (kind, value)
         if isinstance(value, jax.Array):  # cannot change
             return Same(value)
-        if isinstance(value, (float, *_SCALARS, np.ndarray, np.generic)):
-            return self._with_attributes(value, kind, _of_value(value))
+        if _is_installed(kind) and isinstance(value, _VALUES):
+            return (kind, _of_value(cast("Any", value)))
         if id(value) in self._met:
             return ("met", self._met[id(value)])
         self._met[id(value)] = len(self._met)
@@ -258,6 +260,14 @@ class _Walk:
 
     def _of_compound(self, value: Any) -> Fingerprint:
         kind = cast("type[Any]", type(value))
+        if isinstance(value, Enum):  # its value may be a dict, and it may have more attributes
+            held: dict[str, Any] = vars(value)
+            names = [name for name in held if name in ("_name_", "_value_") or name[0] != "_"]
+            return (kind, tuple((name, self.of(held[name])) for name in names))
+        if isinstance(value, _VALUES):
+            return self._with_attributes(value, kind, _of_value(value))
+        if isinstance(value, weakref.ref):
+            return (Same(value), self.of(cast("Any", value)()))
         if isinstance(value, types.FunctionType):
             return self._of_function(value)
         if isinstance(value, types.MethodType):
@@ -295,7 +305,7 @@ class _Walk:
 
     def _with_attributes(self, value: Any, kind: type[Any], found: Fingerprint) -> Fingerprint:
         """Adds what an object of a user's class holds beside its number or its items."""
-        if _is_installed(kind) or isinstance(value, Enum):
+        if _is_installed(kind):
             return (kind, found)
         return (self.of_type(kind), found, self.of(_attributes(value, kind)))
 

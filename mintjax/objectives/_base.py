@@ -336,7 +336,7 @@ def tokenwise(
 ) -> Ragged:
     """Applies a function of arrays and ``where=`` to columns, token by token."""
     masked, masks = _with_mask(function, where)
-    return logprobs.map(masked, *masks, *inputs)
+    return logprobs.map(_as_given(masked, function), *masks, *inputs)
 
 
 def tokenwise_terms(
@@ -347,7 +347,19 @@ def tokenwise_terms(
 ) -> dict[str, Ragged]:
     """Applies a function of the same kind that gives several numbers per token, by name."""
     masked, masks = _with_mask(function, where)
-    return logprobs.map_terms(masked, *masks, *inputs)
+    return logprobs.map_terms(_as_given(masked, function), *masks, *inputs)
+
+
+def _as_given(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Names the loss that a function applies, so that one of a user's own is seen to mix tokens."""
+    objective = getattr(function, "__self__", None)
+    loss = type(objective).loss if isinstance(objective, LossObjective) else function
+
+    def applied(*arrays: Array) -> Any:
+        return wrapper(*arrays)
+
+    applied.checked_as = loss  # pyright: ignore[reportFunctionMemberAccess]
+    return applied
 
 
 def _with_mask(

@@ -24,7 +24,7 @@ def check_tokenwise(
     cannot trace, are not looked at.
 
     Args:
-        fn: takes all of these.
+        fn: takes all of these. What wraps another function names it as ``checked_as``.
         tiles: ``[tiles, 128, ...]``.
         others: gives what else it takes, where that is to be known.
 
@@ -47,7 +47,7 @@ def check_tokenwise(
             f"map needs a function that treats every token by itself; this one takes {found} along "
             "the tokens, which would mix rows and count what lies between them. Use reductions of "
             "the Ragged: x - x.max(), x / x.sum(), x.cumsum(), and for a softmax "
-            "(x - x.logsumexp()).map(jnp.exp)"
+            "(x - x.logsumexp()).map(jnp.exp). objectives.batch_policy is for a loss of all tokens"
         )
     _passed(fn).add(key)
 
@@ -64,6 +64,7 @@ def _passed(fn: Any) -> set[Any]:
 
 
 def _is_own(fn: Any) -> bool:
+    fn = getattr(fn, "checked_as", fn)
     while isinstance(fn, functools.partial):
         fn = fn.func
     return (getattr(fn, "__module__", None) or "").partition(".")[0] == "mintjax"

@@ -4,6 +4,7 @@ import collections
 import contextvars
 import ctypes
 import dataclasses
+import enum
 import functools
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -445,6 +447,17 @@ def test_an_attribute_beside_a_value_that_changes_is_seen(holder):
         assert slope(objective)[0] == scale
 
 
+class Member(enum.Enum):
+    HELD = {"scale": 1.0}  # noqa: RUF012
+    NAMED = "named"
+
+
+class Owner:
+    scale = 1.0
+
+
+owner = Owner()
+weak = weakref.ref(owner)
 variable = contextvars.ContextVar("scale")
 single = ctypes.c_double(1.0)
 shared = multiprocessing.Value("d", 1.0)
@@ -470,6 +483,7 @@ def changed(scale, monkeypatch):
     monkeypatch.setenv("SCALE_OF_A_TEST", str(scale))
     monkeypatch.setitem(globals(), "SCALE", scale)
     variable.set(scale)
+    Member.HELD.value["scale"] = Member.NAMED.scale = owner.scale = scale
     single.value = shared.value = scale
 
 
@@ -482,6 +496,9 @@ def changed(scale, monkeypatch):
         lambda data, logprobs: (float(os.environ["SCALE_OF_A_TEST"]) * logprobs.total(), {}),
         lambda data, logprobs: (float(os.getenv("SCALE_OF_A_TEST")) * logprobs.total(), {}),
         lambda data, logprobs: (variable.get() * logprobs.total(), {}),
+        lambda data, logprobs: (Member.HELD.value["scale"] * logprobs.total(), {}),
+        lambda data, logprobs: (Member.NAMED.scale * logprobs.total(), {}),
+        lambda data, logprobs: (weak().scale * logprobs.total(), {}),
         lambda data, logprobs: (single.value * logprobs.total(), {}),
         lambda data, logprobs: (shared.value * logprobs.total(), {}),
     ],

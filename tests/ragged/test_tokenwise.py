@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mintjax import Ragged
+from mintjax import Datum, ModelInput, Ragged, objectives, value_and_logprob_grads
 
 ROWS = [np.array([0.5, 2.0, 3.0], np.float32), np.array([-1.0, 4.0], np.float32)]
 PAIRS = [np.stack([row, 2 * row], axis=1) for row in ROWS]
@@ -61,3 +61,17 @@ def test_a_function_that_suits_candidates_is_not_taken_to_suit_tokens():
     Ragged.from_rows(PAIRS).map(jax.nn.softmax)
     with pytest.raises(TypeError, match="along the tokens"):
         Ragged.from_rows(ROWS).map(jax.nn.softmax)
+
+
+def centred(target_logprobs, logprobs, advantages, *, where=None):
+    return target_logprobs.mean() - target_logprobs
+
+
+@pytest.mark.parametrize("weights", [{}, {"weights": [1.0, 0.0]}])
+def test_a_policy_loss_that_mixes_tokens_is_refused(weights):
+    columns = {"target_tokens": [1, 2], "logprobs": [-1.0, -1.0], "advantages": [1.0, 1.0]}
+    data = [Datum(ModelInput.from_ints([1, 2]), {**columns, **weights})]
+    rows = [np.array([-1.0, -2.0], np.float32)]
+    with pytest.raises(TypeError, match=r"along the tokens.*objectives.batch_policy"):
+        value_and_logprob_grads(objectives.policy(centred)(), data, rows)
+    value_and_logprob_grads(objectives.batch_policy(centred)(), data, rows)
