@@ -260,14 +260,11 @@ class _Walk:
 
     def _of_compound(self, value: Any) -> Fingerprint:
         kind = cast("type[Any]", type(value))
-        if isinstance(value, Enum):  # its value may be a dict, and it may have more attributes
-            held: dict[str, Any] = vars(value)
-            names = [name for name in held if name in ("_name_", "_value_") or name[0] != "_"]
-            return (kind, tuple((name, self.of(held[name])) for name in names))
-        if isinstance(value, _VALUES):
-            return self._with_attributes(value, kind, _of_value(value))
-        if isinstance(value, weakref.ref):
-            return (Same(value), self.of(cast("Any", value)()))
+        if kind is tuple or kind is list:  # as most are
+            return (kind, tuple(map(self.of, cast("Sequence[Any]", value))))
+        if kind is dict:
+            items = cast("dict[Any, Any]", value).items()
+            return (kind, tuple((self.of(k), self.of(v)) for k, v in items))
         if isinstance(value, types.FunctionType):
             return self._of_function(value)
         if isinstance(value, types.MethodType):
@@ -279,6 +276,14 @@ class _Walk:
             return Same(value)
         if isinstance(value, type):
             return self.of_type(value)
+        if isinstance(value, Enum):  # its value may be a dict, and it may have more attributes
+            held: dict[str, Any] = vars(value)
+            names = [name for name in held if name in ("_name_", "_value_") or name[0] != "_"]
+            return (kind, tuple((name, self.of(held[name])) for name in names))
+        if isinstance(value, _VALUES):
+            return self._with_attributes(value, kind, _of_value(value))
+        if isinstance(value, weakref.ref):
+            return (Same(value), self.of(cast("Any", value)()))
         if _is_record(value):  # before what can be called, as an objective of mintjax can
             return self._of_object(value, kind)
         if isinstance(value, _CONSTANT) or (_is_installed(kind) and callable(value)):
