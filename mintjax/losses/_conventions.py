@@ -297,7 +297,10 @@ DIFFERENCES = (
     Difference(
         about="The KL estimate in the loss",
         ours="kl_k2, whose gradient is that of the KL from model to reference",
-        others={"TRL": "k3, with its own gradient", "verl": "k3+ is the straight-through form"},
+        others={
+            "TRL": "k3 times the importance ratio by default (kl_k3_corrected), or k3 alone",
+            "verl": "k3 (low_var_kl) by default, with its own gradient; k3+ is straight-through",
+        },
     ),
     Difference(
         about="beta of the generalised JSD at its ends",

@@ -129,7 +129,9 @@ COUNTERPARTS: dict[str, dict[str, str]] = {
     },
     "Tinker cookbook 0.6.1": {
         "train_dpo": "dpo",
-        "incorporate_kl_penalty": "on_policy_distillation",
+        "distillation: incorporate_kl_penalty": "on_policy_distillation",
+        "rl: incorporate_kl_penalty": "on_policy_distillation, less its mean over all tokens",
+        "sdft": "cross_entropy, of candidates, with the teacher's probabilities as weights",
         "compute_advantages": "group_mean_centred",
     },
 }

@@ -300,7 +300,7 @@ def kl_k3_corrected(
 
     When to use it: off-policy samples, or to have the right gradient of the KL from k3.
 
-    What others do: TRL (``use_bias_correction_kl``) has this form.
+    What others do: TRL has this form, by default (``use_bias_correction_kl``).
 
     Args:
         target_logprobs: log-probabilities of sampled tokens under the model, in nats; any shape.

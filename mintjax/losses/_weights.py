@@ -36,8 +36,9 @@ def importance_weights(
     engine, another precision) beside what the loss's own ratio measures. The sum is unbiased and of
     high variance; the mean (a geometric mean of ratios) is biased and of low variance.
 
-    What others do: verl and TRL truncate from above only, or drop on both sides (IcePop); they hold
-    the log-ratio within 20 first.
+    What others do: TRL truncates or drops on both sides, tokens or sums over sequences; by default
+    it drops sequences whose ratio is above 3. verl truncates at 2 from above, or drops on both
+    sides (IcePop), and holds the log-ratio within 20 first.
 
     Args:
         target_logprobs: log-probabilities under the policy that the tokens stand for, in nats:
