@@ -75,6 +75,7 @@ RANGES: dict[str, Range] = {
     "positive_temperature": ABOVE_0,
     "reward_shift": ANY,
     "share": Range(0, 1, above=True),
+    "step_count": ABOVE_0,
     "temperature": ABOVE_0,
     "truncation_threshold": AT_LEAST_0,
     "undesirable_weight": AT_LEAST_0,

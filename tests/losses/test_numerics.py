@@ -26,6 +26,12 @@ def test_a_group_whose_rewards_agree_has_no_advantage(estimator, reward, size):
     assert (np.asarray(estimator(rewards, where=np.arange(size) % 3 != 1)) == 0).all()
 
 
+@pytest.mark.parametrize("estimator", GROUPS)
+def test_xla_leaves_a_group_whose_rewards_agree_without_an_advantage(estimator):
+    rewards = np.repeat(np.float32([[250.3], [0.1], [1e-30], [-7.7], [3e30]]), 61, axis=1)
+    assert (np.asarray(jax.jit(estimator)(rewards)) == 0).all()
+
+
 def test_rewards_far_from_zero_keep_the_digits_of_their_differences():
     rewards = np.float32(4096.0) + np.arange(5, dtype=np.float32) / 1024
     np.testing.assert_allclose(losses.grpo(rewards), [-1.2649, -0.63246, 0, 0.63246, 1.2649], 2e-3)

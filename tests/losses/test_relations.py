@@ -69,6 +69,15 @@ def test_an_alpha_of_zero_is_the_forward_kl_and_simpo():
     np.testing.assert_allclose(slightly, losses.simpo(C, R, N, N), rtol=0.1)
 
 
+def test_what_counterparts_are_called_here_is_what_they_are():
+    good, bad = losses.kto(C, REF_C, 1, 0.0, beta=0.3), losses.kto(R, REF_R, 0, 0.0, beta=0.3)
+    np.testing.assert_allclose(
+        good + bad, losses.apo_zero(C, R, REF_C, REF_R, beta=0.3), rtol=1e-6
+    )  # TRL's apo_zero_unpaired, of answers that happen to be pairs
+    hinge = np.maximum(1 - 0.3 * (np.asarray(C) - np.asarray(R)), 0)  # TRL's CPO
+    np.testing.assert_allclose(losses.slic(0.3 * C, 0.3 * R), hinge, rtol=1e-5, atol=1e-6)
+
+
 def test_slic_is_the_hinge_without_a_reference():
     np.testing.assert_allclose(losses.slic(C, R), losses.hinge(C, R, 0.0, 0.0, beta=1.0), rtol=1e-6)
     assert losses.slic(-2.0, -3.0) == 0

@@ -37,7 +37,12 @@ def outside(allowed: Range) -> list[float]:
 
 def test_every_number_that_a_loss_takes_has_a_range():
     assert {setting for _, setting in SETTINGS} - WORDS - FREE <= set(RANGES)
-    used = {*inspect.signature(losses.overlong_penalty).parameters, "share", "max_length"}
+    used = {
+        *inspect.signature(losses.overlong_penalty).parameters,
+        "share",
+        "max_length",
+        "step_count",
+    }
     assert set(RANGES) <= {setting for _, setting in SETTINGS} | used
 
 
@@ -112,6 +117,7 @@ OBJECTIVES: list[tuple[str, Any]] = [
     ("share of conditional", lambda: objectives.conditional_value_at_risk(share=0)),
     ("share of conditional", lambda: objectives.conditional_value_at_risk(share=1.2)),
     ("max_length of ppo", lambda: objectives.ppo(aggregation="fixed_length", max_length=0)),
+    ("step_count of ppo", lambda: objectives.ppo(aggregation="token_mean", step_count=-3)),
     ("group_size must be", lambda: objectives.ppo(aggregation="prompt_mean", group_size=0)),
     ("group_size of plackett", lambda: objectives.plackett_luce(group_size=1)),
     ("aggregation must be one of", lambda: objectives.ppo(aggregation="token-mean")),
