@@ -36,15 +36,14 @@ def batch(seed, sizes, shift=0.4):
 
 
 def sum_of(loss_fn, data, rows, config):
-    function, total = getattr(losses, loss_fn), 0.0
-    for datum, row in zip(data, rows, strict=True):
-        columns = datum.loss_fn_inputs
-        if loss_fn == "cross_entropy":
-            given = function(row, columns["weights"])
-        else:
-            given = function(row, columns["logprobs"], columns["advantages"], **(config or {}))
-        total += float(np.asarray(given, np.float64).sum())
-    return total
+    """The sum by mintjax's own loss, of arrays of one length, so that it compiles once."""
+    names = ("weights",) if loss_fn == "cross_entropy" else ("logprobs", "advantages")
+    columns = [[datum.loss_fn_inputs[name] for datum in data] for name in names]
+    joined = [np.concatenate(one) for one in (rows, *columns)]
+    length = len(joined[0])
+    padded = [np.pad(one, (0, 40 - length)) for one in joined]
+    given = getattr(losses, loss_fn)(*padded, **(config or {}))
+    return float(np.asarray(given, np.float64)[:length].sum())
 
 
 def output(rows, total):
