@@ -36,6 +36,9 @@ class Lane:
     Args:
         connection: the session; every future keeps it, so that it outlives its requests.
         model_id: the model.
+
+    Attributes:
+        changes: how often something that changes the model was submitted.
     """
 
     def __init__(self, connection: Connection, model_id: str) -> None:
@@ -43,6 +46,7 @@ class Lane:
         self.model_id = model_id
         self.line = asyncio.Lock()  # first come, first served
         self.under_way: set[asyncio.Task[Any]] = set()
+        self.changes = 0
         self._next_seq = 1
         self._unsettled: Request | None = None
         self._doubt: str | None = None
@@ -75,6 +79,7 @@ class Lane:
         if self._closed:
             raise ClosedError(f"model {self.model_id} was unloaded; create a new training client")
         self._raise_doubt()
+        self.changes += mutates
         seen = self._failures_seen
 
         async def in_line(future: APIFuture[T]) -> T:

@@ -89,6 +89,11 @@ class TrainingClient(MadeClient):
         self._gradients = AccumulatedGradients(connection, model_id, measure)
         self._inflight: SamplingSession | None = None
 
+    @property
+    def changes(self) -> int:
+        """Counts the calls so far that change the model: its weights, or what accumulates."""
+        return self._lane.changes
+
     def forward(
         self,
         data: Sequence[Datum] | Batch,

@@ -83,7 +83,8 @@ class RemoteLogprobs:
     def params(self) -> jax.Array:
         """The token that stands for the model's weights as they are now: a float32 scalar.
 
-        It counts the optimizer steps taken through :func:`mintjax.remote_optimizer`.
+        It counts the optimizer steps taken through :func:`mintjax.remote_optimizer`, and what the
+        training client's own methods have changed in between.
         """
         jax.effects_barrier()  # a compiled program may still be on its way to its callbacks
         return jax.device_put(self._versions.token)
@@ -175,7 +176,8 @@ class RemoteLogprobs:
         found = first_row_not_finite(grads)
         if found is not None:
             raise not_finite("the loss", batch, logprobs, grads, found)
-        self._output = self._trainer.backward(list(batch), logprobs, grads)
+        with self._versions.own_change():
+            self._output = self._trainer.backward(list(batch), logprobs, grads)
         return self._versions.receipt()
 
 

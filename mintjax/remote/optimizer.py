@@ -63,9 +63,10 @@ def remote_optimizer(
     only some of the passes, or if ``params`` are not of the present version. It works under
     ``jit``.
 
-    Call ``init`` before the first gradient, and again once a checkpoint was loaded: what has
-    accumulated before is taken as gone. ``params`` may be a pytree with the token as its one leaf,
-    as ``optax.multi_transform`` makes it for params of which only some are remote.
+    Call ``init`` before the first gradient, and again, with ``remote.params``, once a checkpoint
+    was loaded: what has accumulated before is taken as gone. ``params`` may be a pytree with the
+    token as its one leaf, as ``optax.multi_transform`` makes it for params of which only some are
+    remote.
 
     Args:
         trainer: has ``optim_step``, such as a training client.
@@ -111,7 +112,8 @@ def remote_optimizer(
         versions.check_receipts(receipts)
         values = map(float, scheduled)
         now = {**numbers, **dict(zip(schedules, values, strict=True))}
-        trainer.optim_step(AdamParams(**now)).result()
+        with versions.own_change():
+            trainer.optim_step(AdamParams(**now)).result()
         versions.step()
         return np.float32(1)
 

@@ -14,7 +14,9 @@ from mintjax.types import AdamParams, Datum, ForwardBackwardOutput
 class Trainer(Protocol):
     """A model that trains elsewhere: a forward pass, and a backward pass.
 
-    Both block. It must be hashable, by identity as a rule: versions are counted for each.
+    Both block. It must be hashable, by identity as a rule: versions are counted for each. Where it
+    has an attribute ``changes``, a count of what has changed its model or what accumulates there, a
+    change that did not go through the bridge makes params and gradients stale.
     """
 
     def logprobs(self, data: Sequence[Datum]) -> Sequence[npt.NDArray[np.float32]]:

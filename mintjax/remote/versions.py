@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,13 +29,21 @@ def _numbers(bits: int) -> Iterator[int]:
 class Versions:
     """The count for one trainer, of what went through the bridge.
 
+    Where the trainer counts its own changes, one that did not go through the bridge, such as an
+    optimizer step of the training client's, is another version too.
+
     A token is the version as a float32. A receipt is what a backward pass has for a gradient: an
     integer of its own, above 1000, as a float32. Sums of receipts are exact, so that the sum of all
     passes can be told from one that lacks a pass, has one twice, or was scaled, clipped or
     averaged, by however little.
+
+    Args:
+        changes: gives the trainer's count of changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, changes: Callable[[], int]) -> None:
+        self._changes = changes
+        self._seen = changes()
         self._lock = threading.Lock()
         self._version = 0
         self._passes = 0
@@ -42,7 +52,23 @@ class Versions:
     @property
     def token(self) -> np.float32:
         """The present version."""
+        self._look()
         return np.float32(self._version)
+
+    @contextlib.contextmanager
+    def own_change(self) -> Generator[None]:
+        """Marks what the trainer does meanwhile as the bridge's."""
+        try:
+            yield
+        finally:
+            self._seen = self._changes()
+
+    def _look(self) -> None:
+        """Counts a change that did not go through the bridge."""
+        now = self._changes()
+        if now != self._seen:
+            self._seen = now
+            self.step()
 
     def check(self, token: Any) -> None:
         """See that a token is of the present version.
@@ -50,11 +76,13 @@ class Versions:
         Raises:
             StaleError: it is not.
         """
+        self._look()
         if float(token) != self._version:
             raise StaleError(
                 f"params of version {float(token):g}, where the trainer's model is at version "
-                f"{self._version}; nothing was sent. Go on with what optax.apply_updates returned "
-                "for the last update, or with remote.params"
+                f"{self._version}, because of updates, or of calls of the training client itself; "
+                "nothing was sent. Go on with what optax.apply_updates returned for the last "
+                "update, or with remote.params"
             )
 
     def receipt(self) -> np.float32:
@@ -116,4 +144,7 @@ _lock = threading.Lock()
 def versions_of(trainer: Any) -> Versions:
     """The one count there is for a trainer."""
     with _lock:
-        return _versions.setdefault(trainer, Versions())
+        if trainer not in _versions:
+            alive = weakref.ref(trainer)
+            _versions[trainer] = Versions(lambda: getattr(alive(), "changes", 0))
+        return _versions[trainer]

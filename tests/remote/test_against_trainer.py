@@ -8,6 +8,7 @@ import pytest
 
 import mintjax
 from mintjax import AdamParams, Batch, objectives
+from mintjax.errors import StaleError
 from mintjax.local import trainer
 from mintjax.remote.logprobs import remote_logprobs
 from mintjax.remote.optimizer import remote_optimizer
@@ -104,6 +105,32 @@ def test_training_through_the_bridge_is_training(compiled, client, data):
         losses.append(loss)  # not waited for: steps line up behind each other
     assert params == 8
     assert losses[-1] < 0.5 * losses[0]
+
+
+CHANGES = {
+    "an optimizer step": lambda client, data: client.optim_step(AdamParams(learning_rate=1e-2)),
+    "a backward pass": lambda client, data: client.forward_backward(data),
+    "a custom step": lambda client, data: client.forward_backward_custom(data, objectives.dro()),
+    "a checkpoint": lambda client, data: client.load_state(client.save_state("a").result().path),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_client_changes_itself_makes_params_and_gradients_stale(name, client, data):
+    remote, optimizer = remote_logprobs(client, data), remote_optimizer(client, 1e-2)
+    params = remote.params
+    state = optimizer.init(params)
+    client.forward(data).result()
+    client.logprobs(data)
+    grads = jax.grad(lambda params: remote(params).total())(params)
+    CHANGES[name](client, data).result()
+    with pytest.raises(StaleError, match="or of calls of the training client itself"):
+        optimizer.update(grads, state, params)
+    with pytest.raises(StaleError, match="version 0, where the trainer's model is at version 1"):
+        remote(params)
+    state = optimizer.init(remote.params)
+    grads = jax.grad(lambda params: remote(params).total())(remote.params)
+    assert optimizer.update(grads, state, remote.params)[0] == 1
 
 
 def test_what_the_trainer_refuses_is_its_own_error(client):
