@@ -237,8 +237,8 @@ def remote_logprobs(
 
     Args:
         trainer: a :class:`~mintjax.remote.trainer.Trainer`, such as a training client.
-        data: at least one datum, each with ``target_tokens``. Pass ``remote.batch`` to the
-            objective to have its columns laid out once.
+        data: at least one datum, each with ``target_tokens``. ``remote.batch`` is what objectives
+            of one's own read.
 
     Returns:
         A function from ``params`` to the logprobs, in nats, as a Ragged; its own ``params`` is

@@ -365,4 +365,6 @@ def test_versions_do_not_keep_a_trainer_alive(data):
 
 def test_its_batch_is_the_data_that_it_was_made_of(remote, data):
     assert list(remote.batch) == list(data)
-    assert remote.batch["weights"] is remote.batch["weights"]  # laid out once
+    rows = [datum.loss_fn_inputs["weights"] for datum in data]
+    for row, expected in zip(remote.batch["weights"], rows, strict=True):
+        np.testing.assert_array_equal(row, expected)
