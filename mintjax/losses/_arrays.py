@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,17 @@ def _hide(values: jax.Array | np.ndarray, mask: jax.Array) -> jax.Array:
 
 
 def _array(values: ArrayLike) -> jax.Array | np.ndarray:
-    return values if isinstance(values, jax.Array) else np.asarray(values)
+    if isinstance(values, jax.Array):
+        return values
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(cast("Any", values)):
+        raise ValueError(
+            "a masked array hides some of its numbers, which would be taken for numbers: give "
+            "array.filled(0), and where=~array.mask"
+        )
+    array = np.asarray(values)
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(f"a loss is computed of numbers, not {array.dtype}; is one of them None?")
+    return array
 
 
 def _float_dtype(array: jax.Array | np.ndarray) -> Any:

@@ -142,6 +142,16 @@ def test_a_shape_that_does_not_fit_is_named(name):
         case.loss(first, others[0][0], *others[1:])
 
 
+@pytest.mark.parametrize("name", cases.ALL)
+def test_numbers_that_are_hidden_or_missing_are_refused(name):
+    case = cases.ALL[name]
+    first, *others = cases.arrays(case, (2, 2))
+    with pytest.raises(ValueError, match="masked array hides"):
+        case.loss(np.ma.array(first, mask=[[False, True], [False, False]]), *others)
+    with pytest.raises(TypeError, match="is one of them None"):
+        case.loss([[None, -1.0], [-1.0, -1.0]], *others)
+
+
 @pytest.mark.parametrize("loss", [losses.ppo, losses.cispo, losses.dual_clip_ppo])
 def test_thresholds_may_differ_from_token_to_token(loss):
     case = cases.Case(loss, cases.POLICY)
