@@ -33,7 +33,7 @@ from mintjax.local.answers import RepeatKeys
 from mintjax.local.checkpoints import CheckpointPath, StorageError
 from mintjax.local.custom_steps import STEP1, STEP2, CustomSteps
 from mintjax.local.dialects import OWN, Dialect, NoNumberError, Player
-from mintjax.local.endpoints import Answer, Endpoints, Run, model_made_by_load
+from mintjax.local.endpoints import Answer, Endpoints, Run, model_made_by_load, no_other_format
 from mintjax.local.engine import Engine
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.sequencer import (
@@ -163,6 +163,11 @@ class _Http:
             self._queued("save_weights", messages.SaveWeightsRequest, do.save_weights),
             self._queued("load_weights", messages.LoadWeightsRequest, do.load_weights),
             self._queued(
+                "save_weights_external",
+                messages.SaveWeightsExternalRequest,
+                do.save_weights_external,
+            ),
+            self._queued(
                 "save_weights_for_sampler",
                 messages.SaveWeightsForSamplerRequest,
                 do.save_weights_for_sampler,
@@ -217,7 +222,6 @@ class _Http:
             self._route("sessions/{session_id}/project", "PUT", assign_project),
             self._route("copy_weights", "POST", copy_weights),
             self._route(f"{run}/{checkpoint}/archive", "GET", _no_archives),
-            self._route("save_weights_external", "POST", _no_archives),
             self._listing("sessions", do.list_sessions),
             self._get("sessions/{session_id}", do.get_session),
             self._listing("training_runs", do.list_training_runs),
@@ -544,12 +548,7 @@ def _said(error: BaseException) -> str:
 
 
 async def _no_archives(request: Request) -> Response:
-    return _refusal(
-        501,
-        "this trainer makes no archives and no external weights, because its models are in no "
-        "library; its checkpoints are safetensors files in the folder that `mintjax serve "
-        "--directory` names",
-    )
+    raise no_other_format()  # 400, because clients send again what is answered with a 501
 
 
 async def _not_found(request: Request) -> Response:

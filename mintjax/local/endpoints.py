@@ -316,6 +316,10 @@ class Endpoints:
             )
         )
 
+    def save_weights_external(self, request: messages.SaveWeightsExternalRequest) -> Run:
+        """``save_weights_external``: refused."""
+        raise no_other_format()
+
     def _note(
         self, request: messages.SaveWeightsRequest | messages.SaveWeightsForSamplerRequest
     ) -> Note:
@@ -427,6 +431,16 @@ class Endpoints:
         if source in BASE_MODELS:
             return source
         return self.engine.describe_checkpoint(source, field="model_path").base_model
+
+
+def no_other_format() -> BadRequestError:
+    """Makes the refusal of archives and of weights for other libraries."""
+    return BadRequestError(
+        400,
+        "this trainer makes no archives and no external weights, because its models are in no "
+        "other library; its checkpoints are safetensors files in the folder that `mintjax serve "
+        "--directory` names",
+    )
 
 
 def model_made_by_load(request: messages.LoadWeightsRequest) -> tuple[str, str] | None:

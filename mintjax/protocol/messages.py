@@ -254,6 +254,14 @@ class WeightsInfoRequest(msgspec.Struct):
     tinker_path: str
 
 
+class SaveWeightsExternalRequest(msgspec.Struct):
+    """``POST save_weights_external``, as far as it is read."""
+
+    model_id: str
+    path: str
+    seq_id: int | None = None
+
+
 class CopyWeightsRequest(msgspec.Struct, omit_defaults=True):
     """``POST copy_weights``: into a project, or as the model of that number of a session."""
 

@@ -237,14 +237,16 @@ class TestCheckpoints:
             assert "destination_project_id" in answer.json()["detail"]
 
     def test_are_in_no_archive_and_in_no_other_format(self, client):
-        path = "training_runs/m/checkpoints/weights/a/archive"
-        for method, at, body in (
-            ("GET", path, None),
-            ("POST", "save_weights_external", {"model_id": "m", "path": "a"}),
-        ):
+        """Clients do not ask again what is answered with 400, and what follows has its turn."""
+        model_id = client.create_model()
+        path = f"training_runs/{model_id}/checkpoints/weights/a/archive"
+        saved = {"model_id": model_id, "path": "a", "seq_id": 1, "type": "save_weights_external"}
+        for method, at, body in (("GET", path, None), ("POST", "save_weights_external", saved)):
             answer = client.send(at, body, method)
-            assert answer.status_code == 501
+            assert answer.status_code == 400
             assert "safetensors files in the folder" in answer.json()["detail"]
+        request = {"model_id": model_id, "path": "a", "seq_id": 2, "type": "save_weights"}
+        assert client.call("save_weights", request)["path"].endswith("/weights/a")
 
     def test_of_runs_of_one_project(self, runs):
         client, model_id = runs
