@@ -73,7 +73,8 @@ def warn_of_no_gradient(objective: Any) -> None:
     warnings.warn(
         f"the gradient of {name_of(objective)} is 0 whatever the logprobs are, so that the step "
         "changes nothing: its loss is not computed from the logprobs that it is called with, but "
-        'perhaps from a column, such as data["logprobs"], or behind jax.lax.stop_gradient',
+        'perhaps from a column, such as data["logprobs"], or behind jax.lax.stop_gradient or '
+        "detach()",
         stacklevel=2,
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import ObjectiveError
+from mintjax.gradients.contract import warn_of_no_gradient
 from mintjax.ragged.batch import Batch
 from mintjax.tensors import numbers_of
 
@@ -132,17 +133,24 @@ class torch_objective:
             for a row that the loss does not read.
 
         Raises:
-            ObjectiveError: the loss is no scalar tensor, or a metric no number.
+            ObjectiveError: the loss is no scalar tensor, or there is no dict of numbers beside it.
         """
         import torch as untyped  # pyright: ignore
 
         torch = cast("Any", untyped)
         leaves = [torch.tensor(row, requires_grad=True) for row in rows]
-        loss, metrics = self.fn(list(data), leaves)
+        returned: Any = self.fn(list(data), leaves)
+        if not (isinstance(returned, tuple) and len(cast("tuple[Any, ...]", returned)) == 2):
+            raise ObjectiveError(f"{self!r} must return (loss, metrics), not {returned!r:.80}")
+        loss, metrics = cast("tuple[Any, Mapping[Any, Any]]", returned)
+        if not isinstance(cast("object", metrics), Mapping):
+            raise ObjectiveError(f"the metrics of {self!r} must be a dict, not {metrics!r:.80}")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ObjectiveError(f"the loss of {self!r} must be a torch scalar, not {loss!r:.80}")
         if loss.requires_grad:
             loss.sum().backward()
+        else:
+            warn_of_no_gradient(self)
         grads = [
             np.zeros_like(row) if leaf.grad is None else leaf.grad.numpy()
             for row, leaf in zip(rows, leaves, strict=True)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import numpy as np
@@ -86,9 +87,25 @@ def test_a_row_that_a_torch_loss_does_not_read_has_a_gradient_of_zeros(
         return (rows[0] if reads_the_first else small_torch.tensor([2.0])).sum(), {}
 
     data, logprobs = make([3, 5])
-    result = mintjax.value_and_logprob_grads(torch_objective(loss), data, logprobs)
+    told = contextlib.nullcontext() if reads_the_first else pytest.warns(match="is 0 whatever")
+    with told:
+        result = mintjax.value_and_logprob_grads(torch_objective(loss), data, logprobs)
     assert result.loss == pytest.approx(logprobs[0].sum() if reads_the_first else 2.0)
     assert [grad.tolist() for grad in result.grads] == [[float(reads_the_first)] * 3, [0.0] * 5]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda loss: loss, r"must return \(loss, metrics\)"),
+        (lambda loss: (loss, {}, 1), r"must return \(loss, metrics\)"),
+        (lambda loss: (loss, None), "metrics of .* must be a dict, not None"),
+    ],
+)
+def test_a_torch_loss_that_returns_something_else_is_refused(small_torch, returned, message):
+    objective = torch_objective(lambda data, rows: returned(rows[0].sum()))
+    with pytest.raises(ObjectiveError, match=message):
+        mintjax.value_and_logprob_grads(objective, *make([3]))
 
 
 @pytest.mark.parametrize("kind", ["row", "float"])
