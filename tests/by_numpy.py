@@ -30,8 +30,16 @@ def evaluate(function: Callable[..., Any], *args: Any) -> Any:
         function: of pytrees of arrays, which may differentiate or map.
         args: its arguments.
     """
-    if THOROUGH:
-        return function(*args)
+    return function(*args) if THOROUGH else interpret(function, *args)
+
+
+def interpret(function: Callable[..., Any], *args: Any) -> Any:
+    """Does what :func:`evaluate` does by default, under every profile.
+
+    Args:
+        function: of pytrees of arrays, which may differentiate or map.
+        args: its arguments.
+    """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     flat = flatten(closed)
     values = dict(flat.constants)

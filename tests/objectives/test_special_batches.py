@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mintjax import objectives
 
-from ..by_numpy import evaluate
+from ..by_numpy import interpret
 from ..examples import examples, some
 
 LOGPROBS = np.array([0.0, -0.0, -1e-8, -1.2e-7, -1e-4, -0.5, -0.7, -1.0, -5.0, -80.0])
@@ -87,7 +87,7 @@ def everything(objective: Any, data: Any, rows: list, dtype: Any) -> dict[str, n
         flat = jnp.concatenate([slope.reshape(-1) for slope in slopes])
         return {"loss": loss, "gradient": flat, **metrics}
 
-    found = evaluate(compute, [row.astype(dtype) for row in rows])
+    found = interpret(compute, [row.astype(dtype) for row in rows])
     return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
