@@ -7,18 +7,21 @@ import pytest
 from mintjax.client import ServiceClient
 from mintjax.errors import ClosedError
 
+from ..examples import THOROUGH
 from .data import DATA
 from .double import Hold
 from .stress import Crowd, Forgetful, serving, stress
 
 
 def test_a_crowd_on_one_service_client_gets_its_own_answers():
-    report = stress(requests=200, threads=32, tasks=32, models=8)
+    requests = 3000 if THOROUGH else 200
+    report = stress(requests=requests, threads=32, tasks=32, models=8)
     assert report.errors == []
-    assert report.requests >= 200
+    assert report.requests >= requests
     assert report.steps > 0
     assert report.futures_left == 0
-    assert report.end - report.warm < 32 * 2**20
+    if THOROUGH:  # a few requests are no warm-up of so many threads
+        assert report.end - report.warm < 32 * 2**20
 
 
 def test_closing_in_the_middle_ends_everything():

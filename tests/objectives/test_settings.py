@@ -18,12 +18,12 @@ from mintjax.errors import DataError, NonFiniteError
 from ..by_numpy import evaluate
 from .specimens import SPECIMENS
 
+# What is found is not shrunk, because nobody reads it.
+FIRST = settings(max_examples=500, database=None, derandomize=True, phases=[Phase.generate])
 EXAMPLE = find(
     testing.batches(max_blocks=6, max_length=20, log_ratios=("small",)),
     lambda e: len(e.data) == 6 and min(map(len, e.logprobs)) > 2,
-    settings=settings(
-        max_examples=500, database=None, derandomize=True, phases=[Phase.generate]
-    ),  # not shrunk, because nobody reads it
+    settings=FIRST,
 )
 
 
@@ -241,8 +241,7 @@ def test_a_loss_of_ones_own_is_an_objective_in_one_line():
 def smallest(block: int, batches: tuple[tuple[str, Any], ...]) -> testing.Example:
     """The smallest batch of a kind."""
     kinds = testing.batches(block=block, max_blocks=1, max_length=9, **dict(batches))
-    first = settings(database=None, derandomize=True, phases=[Phase.generate])
-    return find(kinds, lambda e: True, settings=first)
+    return find(kinds, lambda e: True, settings=FIRST)
 
 
 @pytest.mark.parametrize("name", SPECIMENS)

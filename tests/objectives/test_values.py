@@ -23,12 +23,12 @@ OBJECTIVES = {
     for name, value in vars(objectives).items()
     if isinstance(value, type) and dataclasses.is_dataclass(value) and name != "WeightedSum"
 }
+# What is found is not shrunk, because nobody reads it.
+FIRST = settings(max_examples=500, database=None, derandomize=True, phases=[Phase.generate])
 EXAMPLE = find(
     testing.batches(max_blocks=4, max_length=20, log_ratios=("small",)),
     lambda e: len(e.data) == 4 and min(map(len, e.logprobs)) > 2,
-    settings=settings(
-        max_examples=500, database=None, derandomize=True, phases=[Phase.generate]
-    ),  # not shrunk, because nobody reads it
+    settings=FIRST,
 )
 
 
@@ -109,7 +109,7 @@ def pair_without(column: str) -> testing.Example:
     return find(
         testing.batches(block=2, max_blocks=1, columns=sorted(made)),
         lambda e: True,
-        settings=settings(database=None),
+        settings=FIRST,
     )
 
 
