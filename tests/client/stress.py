@@ -42,7 +42,7 @@ class Forgetful(Trainer):
         self._another = threading.Condition()
 
     def wait_for(self, requests: int) -> None:
-        """Wait until so many requests have come, or none for a minute, as those who ask may fail."""
+        """Wait until so many requests have come, or none for a minute: who asks may have failed."""
         with self._another:
             while self.number < requests and self._another.wait(60):
                 pass
