@@ -96,9 +96,9 @@ def _numbers(name: str, kind: str, size: int) -> st.SearchStrategy[list[float]]:
 
 FLOATS_ONLY = ("logprobs", "ref_logprobs", "teacher_logprobs")
 
-SHAPES = 12
-"""Shapes of a batch for each case. Each has programs of its own, so that many examples of a few
-shapes cost less than as many shapes."""
+SHAPES = 4
+"""Shapes of a batch for each case and number of candidates. Each has programs of its own, so that
+many examples of a few shapes cost less than as many shapes."""
 SEED = os.environ.get("SHAPES_SEED", "0")
 
 

@@ -82,7 +82,7 @@ WAYS: dict[str, Callable[[Any, Situation], Any]] = {
 }
 if THOROUGH:  # XLA compiles each operation of these
     WAYS |= {"eager": eagerly, "rows": of_rows(jit=False)}
-OFTEN = ["lists", "packed"] * 4 * THOROUGH
+OFTEN = ["lists", "packed"] * 20 * THOROUGH
 """Ways that find what is compiled are drawn more often where there are many examples."""
 
 
