@@ -336,8 +336,10 @@ def _choose(which: Array, no: Array, yes: Array) -> Array:
         # JAX's derivatives choose between 0, 1 and 2, of which sums are exact.
         if low in _WHOLE and high in _WHOLE and min(math.copysign(1, x) for x in (low, high)) > 0:
             out = which.astype(no.dtype)
-            out *= high - low
-            out += low
+            if high - low != 1:
+                out *= high - low
+            if low:
+                out += low
             return out
     bits, others = no.view(kind), yes.view(kind)
     mask = np.negative(which.view(np.int8)).astype(kind)

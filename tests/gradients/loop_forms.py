@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -316,6 +317,38 @@ def of_lengths_columns(data: Any, logprobs: Any) -> Any:
     return total / lengths.sum(), {"tokens": lengths.sum(), "longest": lengths.max()}
 
 
+def containers(data: Any, logprobs: Any) -> Any:
+    total, by_parity, rows = [0.0], {}, list(logprobs)
+    for i, lp in enumerate(logprobs):
+        total[0] = total[0] + lp.sum()
+        by_parity.setdefault(i % 2, []).append(lp.max())
+    for parity, found in by_parity.items():
+        total.append(jnp.stack(found).mean() * parity)
+    for a, b in itertools.zip_longest(logprobs[::2], logprobs[1::3]):
+        total.append(a.mean() * (1.0 if b is None else b.max()))
+    rows[0] = rows[0] * 2
+    rows.reverse()
+    last = rows.pop()
+    total += [jax.nn.softplus(a.mean() - b.mean()) for a, b in itertools.combinations(rows, 2)]
+    return sum(total) + (last**2).mean(), {}
+
+
+def dtypes(data: Any, logprobs: Any) -> Any:
+    rewards = jnp.array([datum.loss_fn_inputs["reward"] for datum in data])
+    order, total = jnp.argsort(rewards), 0.0
+    for datum, lp, reward in zip(data, logprobs, rewards - rewards.mean(), strict=True):
+        half = jnp.round(lp * 8).astype(jnp.bfloat16) * weights(datum).astype(jnp.float16)
+        total = total + half.astype(jnp.float32).sum() / 8 * reward + (lp > -1).sum() * lp[0]
+        total = total + jnp.where(reward > 0, lp.max(), (lp * (lp < 0)).mean())
+    scores = jnp.stack([lp.mean() for lp in logprobs])
+    return total + (scores[order] * jnp.arange(len(data))).sum(), {}
+
+
+def by_reward(data: Any, logprobs: Any) -> Any:
+    pairs = sorted(zip(data, logprobs, strict=True), key=lambda p: p[0].loss_fn_inputs["reward"])
+    return sum(lp.sum() * k for k, (_, lp) in enumerate(pairs)) + logprobs[0].sum(), {}
+
+
 def indexed_tokens(data: Any, logprobs: Any) -> Any:
     total = 0.0
     for datum, lp in zip(data, logprobs, strict=True):
@@ -456,6 +489,9 @@ FORMS = {
     "running totals": Form(running_totals),
     "vectors": Form(vectors),
     "of lengths": Form(of_lengths, of_lengths_columns),
+    "containers": Form(containers),
+    "dtypes": Form(dtypes),
+    "by reward": Form(by_reward, traced=True),
     "indexed tokens": Form(indexed_tokens),
     "changed tokens": Form(changed_tokens),
     "chosen candidates": Form(chosen_candidates, candidates=True),
@@ -466,7 +502,7 @@ FORMS = {
     "a length compared": Form(alone_is_dear, traced=True, if_short=True),
     "the truth of a length": Form(long_is_dear, traced=True, if_short=True),
     "the truth of a remainder": Form(odd_is_dear, traced=True),
-    "counted down": Form(counted_down, traced=True),
+    "counted down": Form(counted_down, traced=True, if_short=True),
     "by value": Form(by_value, traced=True),
     "big numbers": Form(big_numbers, traced=True),
 }
