@@ -345,8 +345,9 @@ def dtypes(data: Any, logprobs: Any) -> Any:
 
 
 def by_reward(data: Any, logprobs: Any) -> Any:
-    pairs = sorted(zip(data, logprobs, strict=True), key=lambda p: p[0].loss_fn_inputs["reward"])
-    return sum(lp.sum() * k for k, (_, lp) in enumerate(pairs)) + logprobs[0].sum(), {}
+    rewards = [float(datum.loss_fn_inputs["reward"]) for datum in data]
+    order = sorted(range(len(data)), key=rewards.__getitem__)
+    return sum(logprobs[i].sum() * k for k, i in enumerate(order)) + logprobs[0].sum(), {}
 
 
 def indexed_tokens(data: Any, logprobs: Any) -> Any:
