@@ -224,20 +224,22 @@ def as_datums(data: Sequence[Any]) -> Sequence[Datum]:
     if isinstance(cast("Any", data), Datum) or not isinstance(cast("Any", data), Iterable):
         raise DataError(f"pass a list of datums, not {type(data).__name__}")
     data = list(data)
-    if all(isinstance(datum, Datum) for datum in data) and all(map(_holds_tensors, data)):
+    if all(isinstance(datum, Datum) for datum in data) and _hold_tensors(data):
         return data
     taken: list[Datum] = []
     for i, datum in enumerate(data):
         try:
             one = as_datum(datum)
-            taken.append(one if _holds_tensors(one) else Datum(one.model_input, one.loss_fn_inputs))
+            taken.append(
+                one if _hold_tensors([one]) else Datum(one.model_input, one.loss_fn_inputs)
+            )
         except DataError as error:
             raise DataError(error.reason, datum=i, field=error.field) from None
     return taken
 
 
-def _holds_tensors(datum: Datum) -> bool:
-    return {*map(type, datum.loss_fn_inputs.values())} <= {TensorData}
+def _hold_tensors(data: Sequence[Datum]) -> bool:
+    return {type(column) for d in data for column in d.loss_fn_inputs.values()} <= {TensorData}
 
 
 def datum(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,16 @@ import numpy as np
 from mintjax import Datum, ModelInput
 
 
-def make_datums(seed: int = 0, sizes: Sequence[int] = (5, 17, 9, 12)) -> list[Datum]:
-    """Makes datums of so many tokens, with the columns that most objectives read."""
+def make_datums(
+    seed: int = 0, sizes: Sequence[int] = (5, 17, 9, 12), **columns: Callable[[int], Any]
+) -> list[Datum]:
+    """Makes datums of so many tokens, with the columns that most objectives read.
+
+    Args:
+        seed: of the numbers.
+        sizes: tokens of each datum.
+        columns: further columns, or others in the place of these, as functions of the size.
+    """
     rng = np.random.default_rng(seed)
     return [
         Datum(
@@ -23,6 +31,7 @@ def make_datums(seed: int = 0, sizes: Sequence[int] = (5, 17, 9, 12)) -> list[Da
                 "advantages": rng.standard_normal(n),
                 "logprobs": -5.5 + 0.3 * rng.standard_normal(n),
                 "ref_logprobs": -5.5 + 0.3 * rng.standard_normal(n),
+                **{name: make(n) for name, make in columns.items()},
             },
         )
         for n in sizes

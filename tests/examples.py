@@ -40,3 +40,13 @@ def parts(cases: Iterable[T]) -> list[list[T]]:
     few = settings.default.max_examples < 1000
     number = 1 if few else -(-len(listed) // 5)
     return [listed[part::number] for part in range(number)]
+
+
+def share(few: int, cases: Iterable[object]) -> settings:
+    """Gives each part of a law its share of the examples.
+
+    Args:
+        few: of all parts together under the default profile; the thorough one has its own number.
+        cases: as :func:`parts` takes them.
+    """
+    return settings(max_examples=max(1, examples(few) // len(parts(cases))))

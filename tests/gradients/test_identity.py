@@ -540,6 +540,7 @@ def test_a_function_that_gives_another_value_at_each_call_is_named_once(objectiv
 def test_random_numbers_of_jax_are_no_concern():
     import jax as np  # a name that NumPy has elsewhere
 
+    # warnings are errors here
     identify(lambda data, logprobs: (np.random.uniform(np.random.key(0)) * logprobs.total(), {}))
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mintjax import Batch, Ragged, value_and_logprob_grads
 from mintjax.errors import MintjaxError
-from mintjax.gradients import compiled
 
-from ..examples import THOROUGH, examples, parts
+from ..examples import THOROUGH, parts, share
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
 TOLERANCE = 2e-5
@@ -128,37 +127,22 @@ def law(data: st.DataObject, case: Case) -> None:
         assert_same(outcome(WAYS[way], objective, situation), expected, way)
 
 
-# Each example compiles, so the default profile tries a few and the thorough one all. So many
-# examples are those of all parts together.
-def few(cases: Any) -> settings:
-    return settings(max_examples=max(1, examples(3) // len(parts(cases))))
+def check(names: list[str], cases: Mapping[str, Case]) -> None:
+    """Holds the law for some of the cases, with their share of the examples."""
 
+    @share(3, cases)  # each example compiles
+    @given(data=st.data(), name=st.sampled_from(names))
+    def holds(data: st.DataObject, name: str) -> None:
+        law(data, cases[name])
 
-@pytest.fixture(autouse=True)
-def _keeps_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keeps the programs of all cases of a test, and forgets them after it."""
-    monkeypatch.setattr(compiled, "_KEPT", 1000)
-    yield
-    if THOROUGH:
-        compiled._programs.clear()
-        jax.clear_caches()
+    holds()
 
 
 @pytest.mark.parametrize("names", parts(OWN))
 def test_a_users_function_has_the_gradient_of_float64_in_every_layout(names: list[str]) -> None:
-    @few(OWN)
-    @given(st.data(), st.sampled_from(names))
-    def holds(data: st.DataObject, name: str) -> None:
-        law(data, OWN[name])
-
-    holds()
+    check(names, OWN)
 
 
 @pytest.mark.parametrize("names", parts(OURS))
 def test_an_objective_has_the_gradient_of_float64_in_every_layout(names: list[str]) -> None:
-    @few(OURS)
-    @given(st.data(), st.sampled_from(names))
-    def holds(data: st.DataObject, name: str) -> None:
-        law(data, OURS[name])
-
-    holds()
+    check(names, OURS)

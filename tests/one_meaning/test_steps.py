@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mintjax import AdamParams, Datum, TrainingClient, value_and_logprob_grads
 from mintjax.errors import MintjaxError
-from mintjax.gradients import compiled
 from mintjax.local import Engine, trainer
 from mintjax.protocol.messages import ClientConfigResponse
 from mintjax.step.reduction import SUM, Reduction
 
 from ..data import flat
-from ..examples import THOROUGH, examples, parts
+from ..examples import parts, share
 from .situations import OURS, OWN, Case, Situation, candidates_of, situations
 
 NANO = "mintjax/nano"
@@ -128,40 +127,26 @@ def law(data: st.DataObject, case: Case, trainers: dict[str, Trainer]) -> None:
         assert_same(outcome(step, there, objective, situation, single_pass=False), expected)
 
 
-# Each example compiles, so the default profile tries a few and the thorough one all. So many
-# examples are those of all parts together.
-def few(cases: Any) -> settings:
-    return settings(max_examples=max(1, examples(2) // len(parts(cases))))
+def check(names: list[str], cases: Mapping[str, Case], trainers: dict[str, Trainer]) -> None:
+    """Holds the law for some of the cases, with their share of the examples."""
 
+    @share(2, cases)  # each example compiles
+    @given(data=st.data(), name=st.sampled_from(names))
+    def holds(data: st.DataObject, name: str) -> None:
+        law(data, cases[name], trainers)
 
-@pytest.fixture(autouse=True)
-def _keeps_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keeps the programs of all cases of a test, and forgets them after it."""
-    monkeypatch.setattr(compiled, "_KEPT", 1000)
-    yield
-    if THOROUGH:
-        compiled._programs.clear()
+    holds()
 
 
 @pytest.mark.parametrize("names", parts(OWN))
 def test_a_users_function_accumulates_the_gradient_of_float64(
     names: list[str], trainers: dict[str, Trainer]
 ) -> None:
-    @few(OWN)
-    @given(data=st.data(), name=st.sampled_from(names))
-    def holds(data: st.DataObject, name: str) -> None:
-        law(data, OWN[name], trainers)
-
-    holds()
+    check(names, OWN, trainers)
 
 
 @pytest.mark.parametrize("names", parts(OURS))
 def test_an_objective_accumulates_the_gradient_of_float64(
     names: list[str], trainers: dict[str, Trainer]
 ) -> None:
-    @few(OURS)
-    @given(data=st.data(), name=st.sampled_from(names))
-    def holds(data: st.DataObject, name: str) -> None:
-        law(data, OURS[name], trainers)
-
-    holds()
+    check(names, OURS, trainers)

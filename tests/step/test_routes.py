@@ -15,27 +15,10 @@ from mintjax.step.reduction import Reduction
 from mintjax.step.routes import by_name
 
 from ..by_numpy import evaluate
-from ..data import flat
+from ..data import flat, make_datums
 from ..examples import examples, some
 
 NANO = "mintjax/nano"
-
-
-def make(seed, sizes=(5, 17, 9, 12), **columns):
-    rng = np.random.default_rng(seed)
-    return [
-        Datum(
-            ModelInput.from_ints(rng.integers(0, 256, n)),
-            {
-                "target_tokens": rng.integers(0, 256, n),
-                "weights": (np.arange(n) > 1).astype(np.float32),
-                "advantages": rng.standard_normal(n),
-                "logprobs": -5.5 + 0.3 * rng.standard_normal(n),
-                **{name: make(n) for name, make in columns.items()},
-            },
-        )
-        for n in sizes
-    ]
 
 
 def without(data, name):
@@ -103,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_one_request_does_what_two_did(name, engine, model):
     objective, route, loss_fn = CASES[name]
-    data = make(1)
+    data = make_datums(1)
     if name == "dro":  # its quadratic term cannot be masked through the advantages
         data = without(data, "weights")
     one, direct, passes = gradient(engine, model, data, objective)
@@ -126,23 +109,23 @@ def test_one_request_does_what_two_did(name, engine, model):
     ids=repr,
 )
 def test_what_no_single_request_can_do_takes_two(objective, engine, model):
-    _, output, passes = gradient(engine, model, make(1), objective)
+    _, output, passes = gradient(engine, model, make_datums(1), objective)
     assert output.route == "two_pass"
     assert len(passes) == 2
 
 
 def test_weights_of_any_size_are_carried_in_the_advantages(engine, model):
-    data = make(1, weights=lambda n: np.linspace(0, 2, n))
+    data = make_datums(1, weights=lambda n: np.linspace(0, 2, n))
     one, output, _ = gradient(engine, model, data, objectives.ppo())
     two, _, _ = gradient(engine, model, data, objectives.ppo(), single_pass=False)
     assert output.route == "by_name"
     assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two)
-    negative = make(1, weights=lambda n: np.linspace(-1, 2, n))
+    negative = make_datums(1, weights=lambda n: np.linspace(-1, 2, n))
     assert gradient(engine, model, negative, objectives.ppo())[1].route == "two_pass"
 
 
 def test_what_a_mask_hides_does_not_travel(engine, model):
-    data = make(1, logprobs=lambda n: np.where(np.arange(n) > 1, -5.0, np.nan))
+    data = make_datums(1, logprobs=lambda n: np.where(np.arange(n) > 1, -5.0, np.nan))
     one, output, _ = gradient(engine, model, data, objectives.ppo())
     two, _, _ = gradient(engine, model, data, objectives.ppo(), single_pass=False)
     assert output.route == "by_name"
@@ -164,12 +147,12 @@ def test_a_loss_that_the_trainer_refuses_by_name_is_sent_as_its_gradient(engine,
         trainer(engine, config=ClientConfigResponse()) as service,
         service.create_lora_training_client(NANO, 4, seed=1) as model,
     ):
-        _, first, _ = gradient(engine, model, make(1), objectives.ppo())
-        _, second, passes = gradient(engine, model, make(1), objectives.ppo())
+        _, first, _ = gradient(engine, model, make_datums(1), objectives.ppo())
+        _, second, passes = gradient(engine, model, make_datums(1), objectives.ppo())
         assert (first.route, second.route) == ("two_pass", "two_pass")
         assert len(passes) == 2
         with pytest.raises(BadRequestError, match="not served here"):
-            model.forward_backward(without(make(1), "weights"), "ppo").result()
+            model.forward_backward(without(make_datums(1), "weights"), "ppo").result()
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +166,7 @@ def averaging():
 
 def test_a_trainer_that_averages_is_probed_and_gets_the_true_gradient(averaging, engine, model):
     other, service = averaging
-    data = make(2)
+    data = make_datums(2)
     true, _, _ = gradient(engine, model, data, objectives.bradley_terry())
     reduction = service.probe(NANO)
     assert reduction == Reduction(per_sequence=True, over_datums=True)
@@ -203,7 +186,7 @@ def test_a_trainer_that_averages_is_probed_and_gets_the_true_gradient(averaging,
 def test_several_steps_on_a_trainer_that_averages_are_told_their_number(averaging, engine, model):
     other, service = averaging
     service.probe(NANO)
-    first, second = make(2), make(3)
+    first, second = make_datums(2), make_datums(3)
     want = sum(gradient(engine, model, part, reinforce)[0] for part in (first, second))
     with service.create_lora_training_client(NANO, 4, seed=1) as there:
         for part in (first, second):
@@ -249,7 +232,7 @@ def test_a_request_that_failed_does_not_bend_the_next_gradient(
 ):
     other, service = averaging
     service.probe(NANO)
-    first, second = make(2), make(3)
+    first, second = make_datums(2), make_datums(3)
     with service.create_lora_training_client(NANO, 4, seed=1) as there:
         if failing == "optim_step":
             there.forward_backward_custom(first, reinforce, datums_in_step=8).result()
@@ -390,7 +373,7 @@ def test_weights_of_tokens_weigh_all_their_candidates(engine, model):
 def test_one_advantage_for_each_datum_is_enough(engine, model):
     data = [
         Datum(d.model_input, {**d.loss_fn_inputs, "advantages": a})
-        for d, a in zip(make(1), [1.0, -0.5, 2.0, 0.0], strict=True)
+        for d, a in zip(make_datums(1), [1.0, -0.5, 2.0, 0.0], strict=True)
     ]
     one, output, _ = gradient(engine, model, data, objectives.ppo())
     two, _, _ = gradient(engine, model, data, objectives.ppo(), single_pass=False)
@@ -400,16 +383,18 @@ def test_one_advantage_for_each_datum_is_enough(engine, model):
 
 @pytest.mark.parametrize("columns", [{"logprobs": -95.0}, {"advantages": 1e30, "weights": 1e30}])
 def test_what_could_overflow_in_a_trainer_does_not_go_by_name(columns):
-    [datum] = make(1, sizes=(3,), **{k: lambda n, v=v: np.full(n, v) for k, v in columns.items()})
+    [datum] = make_datums(
+        1, sizes=(3,), **{k: lambda n, v=v: np.full(n, v) for k, v in columns.items()}
+    )
     assert by_name("ppo", Batch([datum])) is None
 
 
 def test_thresholds_that_no_request_can_hold_do_not_go_by_name(engine, model):
     for threshold in (np.float32(0.9), np.array(0.9)):
         objective = objectives.ppo(clip_low_threshold=threshold)
-        one, output, _ = gradient(engine, model, make(1), objective)
+        one, output, _ = gradient(engine, model, make_datums(1), objective)
         assert output.route == "two_pass"
-        two, _, _ = gradient(engine, model, make(1), objectives.ppo(clip_low_threshold=0.9))
+        two, _, _ = gradient(engine, model, make_datums(1), objectives.ppo(clip_low_threshold=0.9))
         assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two)
 
 
@@ -422,7 +407,7 @@ class MyPPO(type(objectives.ppo())):
 
 
 def test_a_subclass_with_a_loss_of_its_own_does_not_go_by_its_bases_name(engine, model):
-    mine, output, _ = gradient(engine, model, make(1), MyPPO())
-    theirs, _, _ = gradient(engine, model, make(1), objectives.ppo())
+    mine, output, _ = gradient(engine, model, make_datums(1), MyPPO())
+    theirs, _, _ = gradient(engine, model, make_datums(1), objectives.ppo())
     assert output.route == "two_pass"
     assert np.linalg.norm(mine - 3 * theirs) <= 1e-5 * np.linalg.norm(3 * theirs)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mintjax import Datum, ModelInput, objectives, value_and_logprob_grads
 from mintjax.errors import DataError
+from mintjax.gradients.lengths import kind_of
 from mintjax.local.loss_graphs import CustomLoss
 from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch
@@ -23,15 +24,12 @@ from mintjax.step.server_loss import METRIC, NotLowered, lower, travelling_names
 from ..examples import examples, some
 from ..one_meaning.situations import OURS, candidates_of, situations
 
-LOWERED = [
+SUMS = {"ppo + kl_k3", "own + cross_entropy"} | {
     name
-    for name in OURS
-    if name
-    not in {
-        *("bradley_terry", "dpo", "ipo", "simpo", "orpo", "kto"),  # pairs
-        *("ppo, token mean", "own + cross_entropy"),
-    }
-]
+    for name, case in OURS.items()
+    if getattr(case.objective(), "couples_datums", "unknown") is None
+}
+"""Objectives that are sums over datums: those that say so, and sums of such."""
 
 
 def through_json(loss):
@@ -140,7 +138,7 @@ def assert_same(found, expected):
 
 
 @settings(max_examples=examples(6))
-@given(draw=st.data(), name=st.sampled_from(LOWERED))
+@given(draw=st.data(), name=st.sampled_from(sorted(SUMS)))
 def test_value_and_gradient_are_those_of_the_objective(draw, name):
     case = OURS[name]
     objective = case.objective()
@@ -150,10 +148,24 @@ def test_value_and_gradient_are_those_of_the_objective(draw, name):
     except (DataError, ValueError):
         return  # it takes no such batch
     batch = Batch(situation.data)
+    if any(kind_of(batch, column) is None for column in case.columns):
+        with pytest.raises(NotLowered, match="differ in the kind of the column"):
+            server_loss(objective, batch)
+        return
     loss = server_loss(objective, batch)
     data = data_for(loss, batch)
     assert_same(summed(loss, data, situation.logprobs), expected)
     assert_same(summed_by_torch(loss, data, situation.logprobs), expected)
+
+
+@pytest.mark.parametrize("name", some(sorted(set(OURS) - SUMS), 6))
+@settings(max_examples=1)
+@given(draw=st.data())
+def test_what_couples_datums_is_refused(draw, name):
+    case = OURS[name]
+    situation = draw.draw(situations(case, draw.draw(candidates_of(case))))
+    with pytest.raises(NotLowered):
+        server_loss(case.objective(), Batch(situation.data))
 
 
 def batch(seed=0, sizes=(3, 1, 5), **columns):

@@ -221,6 +221,8 @@ class Arrays:
 
 
 def member_of(index: int) -> Compute:
+    """Makes the operation that takes one member of a group: ``[rows, ...]`` to ``[...]``."""
+
     def compute(_: Sizes, x: Array) -> Array:
         return x[index]
 
@@ -228,6 +230,8 @@ def member_of(index: int) -> Compute:
 
 
 def shaped_as(shape: tuple[int, ...]) -> Compute:
+    """Makes the operation that gives an array of fixed size another shape, ``shape``."""
+
     def compute(_: Sizes, x: Array) -> Array:
         return x.reshape(shape)
 

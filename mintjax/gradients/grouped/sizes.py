@@ -105,6 +105,12 @@ def without_row(value: Any) -> tuple[int, Any]:
 
 
 def filled(value: Any, size: Callable[[str], int]) -> Any:
+    """Puts numbers in the place of symbolic sizes, in a parameter of an operation.
+
+    Args:
+        value: the parameter, as :func:`without_row` gives it: tuples are looked into.
+        size: gives the number that a size's text stands for.
+    """
     if type(value) is Text:
         return size(value)
     if type(value) is tuple:
@@ -113,6 +119,7 @@ def filled(value: Any, size: Callable[[str], int]) -> Any:
 
 
 def has_text(value: Any) -> bool:
+    """Tells whether a parameter holds a symbolic size, which :func:`filled` would replace."""
     if type(value) is tuple:
         return any(map(has_text, cast("tuple[Any, ...]", value)))
     return type(value) is Text
