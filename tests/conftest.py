@@ -47,6 +47,13 @@ def pytest_sessionstart():
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
+def pytest_collection_finish():
+    """Checks that no conftest has asked for the profile before it was loaded."""
+    examples = sys.modules.get("tests.examples")
+    if examples is not None and examples.THOROUGH == settings.default.derandomize:
+        raise pytest.UsageError("tests.examples was imported by a conftest, which is too early")
+
+
 def pytest_sessionfinish():
     """Collects garbage once, because pytest does it twice at the end, and each takes a second."""
     gc.collect()

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from hypothesis import settings
 
 from mintjax.gradients import compiled
-
-from ..examples import THOROUGH
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +14,6 @@ def _keeps_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keeps the programs of all cases of a test, and forgets them after it."""
     monkeypatch.setattr(compiled, "_KEPT", 1000)
     yield
-    if THOROUGH:
+    if not settings.default.derandomize:
         compiled._programs.clear()
         jax.clear_caches()
