@@ -50,7 +50,7 @@ def pytest_sessionstart():
 def pytest_collection_finish():
     """Checks that no conftest has asked for the profile before it was loaded."""
     examples = sys.modules.get("tests.examples")
-    if examples is not None and examples.THOROUGH == settings.default.derandomize:
+    if examples is not None and settings.default.derandomize == examples.THOROUGH:
         raise pytest.UsageError("tests.examples was imported by a conftest, which is too early")
 
 
