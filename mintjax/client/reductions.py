@@ -208,6 +208,16 @@ async def measured(connection: Connection, measure: Measure, *, anew: bool = Fal
     return found.reduction
 
 
+async def measured_anew(connection: Connection, measure: Measure) -> Reduction:
+    """Measures what the trainer divides losses by, whatever is known of it, and remembers it.
+
+    Raises:
+        UnknownReductionError: it cannot be told.
+    """
+    async with connection.measuring:
+        return await measured(connection, measure, anew=True)
+
+
 def _earlier(connection: Connection) -> tuple[Reduction, str] | None:
     """Finds what was measured before, and when."""
     if connection.facts.measured is not None:

@@ -13,10 +13,12 @@ import msgspec
 
 from mintjax.client.connection import Connection, SessionStatus
 from mintjax.client.futures import APIFuture, Limited, NotCopyable, awaited, both, wait
+from mintjax.client.models import make_model, measure_on
+from mintjax.client.reductions import measured_anew
 from mintjax.client.rest import RestClient
 from mintjax.client.sampling import SamplingClient
 from mintjax.client.settings import Progress, RetryPolicy, Settings, from_environment, resolve
-from mintjax.client.training import TrainingClient, make_model, measure_on, probe
+from mintjax.client.training import TrainingClient
 from mintjax.errors import APIStatusError, ConfigError, DataError
 from mintjax.left_out import SdkMethods, refuse
 from mintjax.protocol import messages
@@ -328,7 +330,7 @@ class ServiceClient(NotCopyable, SdkMethods):
             if not answer.supported_models:
                 raise DataError("the trainer names none; pass one", field="base_model")
             name = answer.supported_models[0].model_name
-        return await probe(self._connection, partial(measure_on, self._connection, name))
+        return await measured_anew(self._connection, partial(measure_on, self._connection, name))
 
     def submit(self, path: str, message: Any, as_type: type[T]) -> APIFuture[T]:
         """Sends a request of a trainer's own that concerns no model in training.

@@ -6,14 +6,12 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mintjax.client.background import in_daemon_thread
 from mintjax.client.connection import Connection
 from mintjax.client.custom_step import custom_step
 from mintjax.client.custom_step import logprobs as logprobs_of
@@ -22,7 +20,7 @@ from mintjax.client.gradient_steps import GradientStep
 from mintjax.client.gradients import AccumulatedGradients
 from mintjax.client.lane import Lane, PlaceInLine
 from mintjax.client.passes import Pass
-from mintjax.client.reductions import GRADIENTS, Measure, check_sum, measured
+from mintjax.client.reductions import Measure, check_sum, measured_anew
 from mintjax.client.sampling import SamplingClient, SamplingSession, open_sampling
 from mintjax.errors import APIResponseError, DataError, MintjaxError
 from mintjax.gradients import Objective
@@ -32,13 +30,6 @@ from mintjax.protocol import messages
 from mintjax.ragged.batch import Batch, as_batch
 from mintjax.ragged.checks import check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
-from mintjax.step.probe import (
-    Measurement,
-    SteepError,
-    confirm_gradients,
-    confirm_reduction,
-    measure_reduction,
-)
 from mintjax.step.reduction import Reduction
 from mintjax.step.routes import Backward
 from mintjax.types import (
@@ -48,7 +39,6 @@ from mintjax.types import (
     ForwardBackwardOutput,
     GetInfoResponse,
     LoadWeightsResponse,
-    LoraConfig,
     OptimStepResponse,
     SaveWeightsResponse,
     as_params,
@@ -56,8 +46,8 @@ from mintjax.types import (
 
 T = TypeVar("T")
 
-_SECONDS_TO_UNLOAD = 30.0
-_RANKS = (8, 64)  # of throwaway models; the second where gradients of the first are not small
+SECONDS_TO_UNLOAD = 30.0
+"""Nobody waits longer for a model to be unloaded."""
 
 
 class TrainingClient(MadeClient):
@@ -78,13 +68,10 @@ class TrainingClient(MadeClient):
         model_id: the trainer's name of the model.
     """
 
-    def __init__(
-        self, connection: Connection, model_id: str, base_model: str | None = None
-    ) -> None:
+    def __init__(self, connection: Connection, model_id: str, measure: Measure) -> None:
         self.model_id = model_id
         self._connection = connection
         self._lane = Lane(connection, model_id)
-        measure = partial(_measure_beside, connection, model_id, base_model)
         self._measure = measure
         self._gradients = AccumulatedGradients(connection, model_id, measure)
         self._inflight: SamplingSession | None = None
@@ -302,7 +289,9 @@ class TrainingClient(MadeClient):
         Raises:
             UnknownReductionError: it cannot be told; the message says what was measured.
         """
-        return wait(self._connection.limited(timeout, probe, self._connection, self._measure))
+        return wait(
+            self._connection.limited(timeout, measured_anew, self._connection, self._measure)
+        )
 
     def save_state(
         self,
@@ -506,7 +495,7 @@ class TrainingClient(MadeClient):
         with suppress(MintjaxError):  # a trainer may have no such endpoint, or the client be closed
             future = self.unload()
             if kind is None:
-                future.result(_SECONDS_TO_UNLOAD)
+                future.result(SECONDS_TO_UNLOAD)
 
     async def __aenter__(self) -> Self:
         return self
@@ -561,90 +550,6 @@ class TrainingClient(MadeClient):
             return await self._gradients.clear(place, path_of_load, request, LoadWeightsResponse)
 
         return self._lane.submit(run, mutates=True)
-
-
-async def make_model(
-    connection: Connection,
-    base_model: str,
-    config: LoraConfig,
-    user_metadata: dict[str, str] | None = None,
-) -> TrainingClient:
-    """Have the trainer make a model, within the client's loop."""
-    session, number = await connection.session(), next(connection.model_numbers)
-    metadata = msgspec.UNSET if user_metadata is None else user_metadata  # some refuse a null
-    request = messages.CreateModelRequest(session, number, base_model, config, metadata)
-    made = await connection.run("create_model", request, messages.CreateModelResponse)
-    return TrainingClient(connection, made.model_id, base_model)
-
-
-async def probe(connection: Connection, measure: Measure) -> Reduction:
-    """Measures what the trainer divides losses by, whatever is known of it, and remembers it.
-
-    Raises:
-        UnknownReductionError: it cannot be told.
-    """
-    async with connection.measuring:
-        return await measured(connection, measure, anew=True)
-
-
-async def measure_on(
-    connection: Connection,
-    base_model: str,
-    known: Reduction | Literal["gradients"] | None = None,
-) -> Measurement:
-    """Measures on a throwaway model, which is unloaded whatever happens.
-
-    Args:
-        connection: the session.
-        base_model: of the model.
-        known: check only whether the trainer has this reduction, or takes gradients of logprobs.
-
-    Raises:
-        UnknownReductionError: it cannot be told, or the trainer has another.
-    """
-    for rank in _RANKS:
-        try:
-            return await _measure_with(connection, base_model, known, rank)
-        except SteepError:
-            if rank == _RANKS[-1]:
-                raise
-    raise AssertionError
-
-
-async def _measure_with(
-    connection: Connection,
-    base_model: str,
-    known: Reduction | Literal["gradients"] | None,
-    rank: int,
-) -> Measurement:
-    model = await make_model(connection, base_model, LoraConfig(rank, 0))
-
-    def work() -> Measurement:
-        if known is None:
-            return measure_reduction(model)
-        if known == GRADIENTS:
-            return confirm_gradients(model, model._add_gradient)  # pyright: ignore[reportPrivateUsage]
-        return confirm_reduction(model, known)
-
-    try:
-        return await in_daemon_thread(work, "mintjax-measurement")
-    finally:
-        with suppress(MintjaxError, TimeoutError):  # a trainer may have no such endpoint
-            await asyncio.wait_for(asyncio.wrap_future(model.unload()), _SECONDS_TO_UNLOAD)
-
-
-async def _measure_beside(
-    connection: Connection,
-    model_id: str,
-    base_model: str | None,
-    known: Reduction | Literal["gradients"] | None,
-) -> Measurement:
-    """Measures on a throwaway model of the base of another model."""
-    if base_model is None:
-        request = messages.ModelRequest(model_id, "get_info")
-        info = await connection.ask("get_info", request, GetInfoResponse)
-        base_model = info.model_data.model_name
-    return await measure_on(connection, base_model, known)
 
 
 def _finite_floats(numbers: Mapping[str, Any]) -> dict[str, float]:

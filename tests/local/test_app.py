@@ -331,6 +331,7 @@ class TestFutures:
         assert "no longer kept" in answer.json()["detail"]
 
 
+IMAGE = {"type": "image", "data": "YQ==", "format": "png", "expected_tokens": 3}
 BAD_PASSES = {
     "no data": (lambda m: m["data"].clear(), 400, "datum"),
     "no tokens": (lambda m: m["data"][1]["model_input"]["chunks"].clear(), 400, "model_input"),
@@ -350,10 +351,15 @@ BAD_PASSES = {
         422,
         "tokens",
     ),
-    "an image": (
-        lambda m: m["data"][1]["model_input"]["chunks"][0].update(type="image"),
+    "sound": (
+        lambda m: m["data"][1]["model_input"]["chunks"][0].update(type="dmel"),
         422,
         "chunks",
+    ),
+    "an image": (
+        lambda m: m["data"][1]["model_input"].update(chunks=[IMAGE]),
+        400,
+        "datum 1, field 'model_input': this trainer reads text only",
     ),
     "no targets": (
         lambda m: m["data"][1]["loss_fn_inputs"].pop("target_tokens"),
