@@ -12,8 +12,8 @@ _ADMINISTRATION = (
     "trainer's own command line; RestClient lists and changes runs, checkpoints and sessions"
 )
 _ADAM = "AdamParams are the one kind of optimizer parameters"
-_IMAGES = (
-    "this client sends text; train on images with the official SDK, and pass it "
+_NO_TEXT = (
+    "this client sends text and the bytes of images; for others take the official SDK, and pass it "
     "mintjax.interop.sdk_loss(objective)"
 )
 _WIRE = "the client makes its requests itself; call the client's methods"
@@ -32,10 +32,9 @@ NAMES: Mapping[str, str] = {
     "BackcompatTrainingClientFuture": "TrainingClient, which is made when the call returns",
     "DimuonOptimizerConfig": _ADAM,
     "DimuonParams": _ADAM,
-    "DmelChunk": _IMAGES,
+    "DmelChunk": _NO_TEXT,
     "ExperimentalWarning": "nothing here warns so",
-    "ImageAssetPointerChunk": _IMAGES,
-    "ImageChunk": _IMAGES,
+    "ImageAssetPointerChunk": _NO_TEXT,
     "LossHandle": _OBJECTIVE,
     "OptimParams": _ADAM,
     "OptimStepRequest": _WIRE,

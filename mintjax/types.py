@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
@@ -48,17 +50,97 @@ class EncodedTextChunk(msgspec.Struct, frozen=True):
         return len(self.tokens)
 
 
-ModelInputChunk: TypeAlias = EncodedTextChunk
+class ImageChunk(msgspec.Struct, frozen=True):
+    """An image in a prompt, which is sent to the trainer as it is.
+
+    Args:
+        data: the file's bytes; base64 text is decoded.
+        format: what kind of file it is.
+        expected_tokens: how many tokens the trainer makes of it, as the model's renderer says. A
+            datum needs it, because each column has one entry for each of them too; the trainer
+            refuses a wrong number.
+        type: what the protocol calls such a chunk.
+
+    Raises:
+        DataError: no bytes, another format, or a number of tokens below 1.
+    """
+
+    data: bytes
+    format: Literal["png", "jpeg"]
+    expected_tokens: int | None = None
+    type: Literal["image"] = "image"
+
+    def __post_init__(self) -> None:
+        data = cast("Any", self.data)
+        if isinstance(data, str):
+            try:
+                data = base64.b64decode(data, validate=True)
+            except (binascii.Error, ValueError):
+                raise _no_image("its text is not base64") from None
+            msgspec.structs.force_setattr(self, "data", data)
+        if not isinstance(data, bytes) or not data:
+            raise _no_image("it needs the bytes of a file")
+        if self.format not in ("png", "jpeg"):
+            raise _no_image(f"format {self.format!r} is neither 'png' nor 'jpeg'")
+        if self.expected_tokens is not None and self.expected_tokens < 1:
+            raise _no_image(f"expected_tokens is {self.expected_tokens}; it is at least 1")
+
+    def __repr__(self) -> str:
+        about = f"format={self.format!r}, expected_tokens={self.expected_tokens}"
+        return f"ImageChunk(<{len(self.data)} bytes>, {about})"
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that the trainer makes of it.
+
+        Raises:
+            DataError: ``expected_tokens`` is not set.
+        """
+        if self.expected_tokens is None:
+            raise _no_image("set expected_tokens, because its number of tokens is not known")
+        return self.expected_tokens
+
+
+def _no_image(reason: str) -> DataError:
+    return DataError(f"an image: {reason}", field="model_input")
+
+
+ModelInputChunk: TypeAlias = EncodedTextChunk | ImageChunk
+
+
+class _AnyChunk(msgspec.Struct):
+    """A chunk as JSON has it; ``type`` may be missing, so it is no union that msgspec decodes."""
+
+    type: Literal["encoded_text", "image"] = "encoded_text"
+    tokens: list[int] | None = None
+    data: str = ""
+    format: Literal["png", "jpeg"] = "png"
+    expected_tokens: int | None = None
+
+    def own(self) -> ModelInputChunk:
+        if self.type == "image":
+            return ImageChunk(cast("Any", self.data), self.format, self.expected_tokens)
+        if self.tokens is None:
+            raise DataError("a chunk of text has no tokens", field="model_input")
+        return EncodedTextChunk(self.tokens)
 
 
 class ModelInput(msgspec.Struct, frozen=True):
     """The tokens that the model reads, in chunks.
 
     Args:
-        chunks: the chunks, in order.
+        chunks: the chunks of text and images, in order. The embedded trainer reads text only.
     """
 
-    chunks: list[EncodedTextChunk]
+    if TYPE_CHECKING:
+        chunks: list[ModelInputChunk]
+    else:
+        chunks: list[_AnyChunk]
+
+    def __post_init__(self) -> None:
+        if any(type(chunk) is _AnyChunk for chunk in cast("list[object]", self.chunks)):
+            decoded = [cast("_AnyChunk", chunk).own() for chunk in self.chunks]
+            msgspec.structs.force_setattr(self, "chunks", decoded)
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> ModelInput:
@@ -81,24 +163,33 @@ class ModelInput(msgspec.Struct, frozen=True):
         """No token."""
         return cls([])
 
-    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+    def append(self, chunk: ModelInputChunk) -> ModelInput:
         """The same tokens, and those of another ``chunk`` behind them."""
-        return ModelInput([*self.chunks, _as_text(chunk)])
+        return ModelInput([*self.chunks, _as_chunk(chunk)])
 
     def append_int(self, token: int) -> ModelInput:
         """The same tokens, and another ``token`` behind them."""
         return self.append(EncodedTextChunk([token]))
 
     def to_ints(self) -> list[int]:
-        """All tokens as one list."""
-        return [token for chunk in self.chunks for token in chunk.tokens]
+        """All tokens as one list.
+
+        Raises:
+            DataError: there is an image among them, which has no token ids.
+        """
+        tokens: list[int] = []
+        for chunk in self.chunks:
+            if isinstance(chunk, ImageChunk):
+                raise _no_image("it has no token ids, which are needed here")
+            tokens += chunk.tokens
+        return tokens
 
     @property
     def length(self) -> int:
         """The number of tokens."""
         if len(self.chunks) == 1:  # nearly always, and asked of every datum at every step
-            return len(self.chunks[0].tokens)
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+            return self.chunks[0].length
+        return sum(chunk.length for chunk in self.chunks)
 
 
 class Datum(msgspec.Struct, frozen=True, eq=False):
@@ -137,17 +228,17 @@ class Datum(msgspec.Struct, frozen=True, eq=False):
 
 
 def as_model_input(value: Any) -> ModelInput:
-    """Takes the tokens of another library's model input, by its ``chunks`` and their ``tokens``.
+    """Takes another library's model input, by its ``chunks``.
 
     Args:
         value: a :class:`ModelInput`, which stays itself, or what is built alike, such as the
             official SDK's.
 
     Returns:
-        The same tokens; a chunk's list of tokens is shared.
+        The same tokens and images; a chunk's list of tokens is shared.
 
     Raises:
-        DataError: it has no chunks, or one of them is an image or sound, which has no tokens.
+        DataError: it has no chunks, or one of them is neither text nor an image's bytes.
     """
     if isinstance(value, ModelInput):
         return value
@@ -158,17 +249,19 @@ def as_model_input(value: Any) -> ModelInput:
             "model input of a list",
             field="model_input",
         )
-    return ModelInput([_as_text(chunk) for chunk in chunks])
+    return ModelInput([_as_chunk(chunk) for chunk in chunks])
 
 
-def _as_text(chunk: Any) -> EncodedTextChunk:
-    if isinstance(chunk, EncodedTextChunk):
+def _as_chunk(chunk: Any) -> ModelInputChunk:
+    if isinstance(chunk, EncodedTextChunk | ImageChunk):
         return chunk
+    if getattr(chunk, "type", None) == "image":
+        return ImageChunk(chunk.data, chunk.format, chunk.expected_tokens)
     tokens = getattr(chunk, "tokens", None)
     if tokens is None:
         raise DataError(
-            f"a chunk is a {type(chunk).__name__}, which has no tokens; this client sends text. "
-            "Train on it with the official SDK, which takes an objective of mintjax as "
+            f"a chunk is a {type(chunk).__name__}, which has no tokens; this client sends text "
+            "and images. Train on it with the official SDK, which takes an objective of mintjax as "
             "forward_backward_custom(data, mintjax.interop.sdk_loss(objective))",
             field="model_input",
         )

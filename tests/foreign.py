@@ -27,12 +27,19 @@ class EncodedTextChunk:
 @dataclass(frozen=True)
 class ImageChunk:
     expected_tokens: int
-    data: bytes = b""
+    data: bytes = b"\x89PNG"
+    format: str = "png"
     type: str = "image"
 
     @property
     def length(self) -> int:
         return self.expected_tokens
+
+
+@dataclass(frozen=True)
+class DmelChunk:
+    dmel: bytes = b"sound"
+    type: str = "dmel"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import mintjax
-from mintjax import Batch, ModelInput, Ragged, TensorData
+from mintjax import Batch, EncodedTextChunk, ModelInput, Ragged, TensorData
 from mintjax.errors import DataError
 from mintjax.protocol import messages
 from mintjax.types import AdamParams, SamplingParams, as_datum, as_model_input, as_params
 
-from .foreign import IMITATION, ImageChunk
+from .foreign import IMITATION, DmelChunk, ImageChunk
 
 FINITE = st.floats(-1e6, 1e6, width=32)
 
@@ -155,9 +155,9 @@ def test_parameters_travel_as_mintjaxs(foreign, numbers, top_k):
 
 def test_what_cannot_travel_is_refused_and_says_what_to_do():
     text = IMITATION.ModelInput.from_ints([1, 2])
-    image = IMITATION.ModelInput([*text.chunks, ImageChunk(3)])
-    with pytest.raises(DataError, match=r"datum 1, field 'model_input': .*ImageChunk.*sdk_loss"):
-        Batch([IMITATION.Datum(text), IMITATION.Datum(image)])
+    sound = IMITATION.ModelInput([*text.chunks, DmelChunk()])
+    with pytest.raises(DataError, match=r"datum 1, field 'model_input': .*DmelChunk.*sdk_loss"):
+        Batch([IMITATION.Datum(text), IMITATION.Datum(sound)])
     with pytest.raises(DataError, match=r"datum 0, field 'model_input_spans': .*provenance"):
         Batch([IMITATION.Datum(text, {}, model_input_spans=[(0, 2)])])
     with pytest.raises(DataError, match=r"datum 0: list is no datum"):
@@ -168,6 +168,19 @@ def test_what_cannot_travel_is_refused_and_says_what_to_do():
         as_params(AdamParams, SimpleNamespace(type="dimuon", learning_rate=1e-3, beta1=0.9))
     with pytest.raises(DataError, match=r"0.1 has nothing of AdamParams"):
         as_params(AdamParams, 0.1)
+
+
+def test_an_image_of_another_library_is_taken_with_all_it_says():
+    text = IMITATION.ModelInput.from_ints([1, 2])
+    taken = as_model_input(IMITATION.ModelInput([*text.chunks, ImageChunk(3, b"bytes", "jpeg")]))
+    assert taken == ModelInput([EncodedTextChunk([1, 2]), mintjax.ImageChunk(b"bytes", "jpeg", 3)])
+
+
+def test_an_image_is_written_as_the_sdk_writes_it():
+    types = pytest.importorskip("tinker", reason="needs the official SDK: pip install tinker").types
+    theirs = types.ImageChunk(data=b"\x89PNG\x00\xff", format="png", expected_tokens=3)
+    own = as_model_input(types.ModelInput(chunks=[theirs]))
+    assert json.loads(messages.encode(own)) == {"chunks": [json.loads(theirs.model_dump_json())]}
 
 
 def test_no_field_of_the_sdks_is_forgotten(foreign):

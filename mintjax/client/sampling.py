@@ -18,6 +18,7 @@ from mintjax.errors import APIResponseError, DataError
 from mintjax.protocol import messages
 from mintjax.tensors import ArrayLike, TensorData, to_tensor
 from mintjax.types import (
+    ImageChunk,
     ModelInput,
     SampleResponse,
     SamplingParams,
@@ -290,9 +291,8 @@ def _check_probable(logprobs: Sequence[float]) -> None:
 
 
 def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None:
-    tokens = prompt.to_ints()
-    if not tokens or min(tokens) < 0:
-        raise DataError("it needs at least one token, and none below 0", field="prompt")
+    if not any(isinstance(chunk, ImageChunk) or chunk.tokens for chunk in prompt.chunks):
+        raise DataError("it needs at least one token", field="prompt")
     if num_samples < 1:
         raise DataError(f"{num_samples}; ask for at least one", field="num_samples")
     if not (math.isfinite(params.temperature) and params.temperature >= 0):

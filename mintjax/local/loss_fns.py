@@ -18,7 +18,7 @@ from mintjax.errors import DataError
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.ragged.checks import check_data
 from mintjax.step.reduction import Unit, amount
-from mintjax.types import Datum
+from mintjax.types import Datum, ImageChunk
 
 _RL_INPUTS = ("target_tokens", "logprobs", "advantages")
 
@@ -133,6 +133,8 @@ def check_request(
 def _check_sizes(data: Sequence[Datum], max_context_length: int, limits: Limits) -> None:
     num_targets = 0
     for i, datum in enumerate(data):
+        if any(isinstance(chunk, ImageChunk) for chunk in datum.model_input.chunks):
+            raise DataError("this trainer reads text only", datum=i, field="model_input")
         length = datum.model_input.length
         if length > max_context_length:
             raise DataError(

@@ -16,7 +16,7 @@ from mintjax.ragged import padding, tiling
 from mintjax.ragged.rows import Ragged, RowAccessError
 from mintjax.ragged.tiling import Sealed
 from mintjax.ragged.transfers import transfers_allowed
-from mintjax.types import Datum, EncodedTextChunk, ModelInput, as_datums
+from mintjax.types import Datum, EncodedTextChunk, ImageChunk, ModelInput, as_datums
 
 Column: TypeAlias = Any  # Ragged, or an array [B] where every datum holds one number
 
@@ -255,6 +255,7 @@ class Batch(Sequence[Datum]):
 
         Raises:
             RowAccessError: the batch was made of columns.
+            DataError: a datum holds an image, which has no token ids.
         """
         if self._tokens is None:
             raise RowAccessError
@@ -478,7 +479,10 @@ def _check_fits_32_bits(name: str, rows: Sequence[Any]) -> None:
 
 
 def _copy(datum: Datum) -> Datum:
-    chunks = [EncodedTextChunk(list(chunk.tokens)) for chunk in datum.model_input.chunks]
+    chunks = [
+        chunk if isinstance(chunk, ImageChunk) else EncodedTextChunk(list(chunk.tokens))
+        for chunk in datum.model_input.chunks
+    ]
     columns = {name: value.copy() for name, value in datum.loss_fn_inputs.items()}
     for column in columns.values():
         column.flags.writeable = False

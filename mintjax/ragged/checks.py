@@ -8,7 +8,7 @@ import numpy as np
 
 from mintjax.errors import DataError
 from mintjax.ragged.batch import Batch, as_batch
-from mintjax.types import Datum
+from mintjax.types import Datum, ImageChunk
 
 
 def check_data(
@@ -48,14 +48,18 @@ def check_data(
 
 
 def _check_vocabulary(i: int, datum: Datum, vocab_size: int) -> None:
-    tokens = datum.model_input.to_ints()
-    if max(tokens) >= vocab_size:
-        at = next(t for t, token in enumerate(tokens) if token >= vocab_size)
-        raise DataError(
-            f"token {tokens[at]} at position {at} is outside the vocabulary of {vocab_size}",
-            datum=i,
-            field="model_input",
-        )
+    start = 0
+    for chunk in datum.model_input.chunks:
+        tokens = () if isinstance(chunk, ImageChunk) else chunk.tokens
+        if tokens and max(tokens) >= vocab_size:
+            at = next(t for t, token in enumerate(tokens) if token >= vocab_size)
+            raise DataError(
+                f"token {tokens[at]} at position {start + at} is outside the vocabulary of "
+                f"{vocab_size}",
+                datum=i,
+                field="model_input",
+            )
+        start += chunk.length
 
 
 def _check_column(name: str, batch: Batch, *, optional: bool, vocab_size: int | None) -> None:

@@ -251,7 +251,12 @@ def logprob(token: int, target: int) -> float:
 
 
 def _tokens(model_input: dict[str, Any]) -> list[int]:
-    return [token for chunk in model_input["chunks"] for token in chunk["tokens"]]
+    """All tokens; an image counts as so many zeros as it has."""
+    return [
+        token
+        for chunk in model_input["chunks"]
+        for token in (chunk["tokens"] if "tokens" in chunk else [0] * chunk["expected_tokens"])
+    ]
 
 
 def _loss(loss_fn: str, logprobs: list[float], columns: dict[str, list[float]]) -> float:

@@ -18,7 +18,7 @@ from mintjax.client import ServiceClient
 from mintjax.errors import AuthenticationError, BadRequestError, MintjaxError, NotFoundError
 from mintjax.local import Engine, running_server
 from mintjax.local.app import application
-from mintjax.types import AdamParams, Datum, ModelInput, SamplingParams
+from mintjax.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams
 
 from ..examples import THOROUGH
 from .double import QUICK
@@ -170,6 +170,16 @@ def test_the_trainers_refusals_are_typed(service, spoil, error, message):
     with pytest.raises(error, match=message):
         client.forward_backward(data, "ppo").result(60)
     client.forward_backward(batch(2), "ppo").result(60)
+
+
+def test_images_are_refused_by_a_trainer_that_reads_text(service):
+    client = service.create_lora_training_client(MODEL, rank=4)
+    tokens = ModelInput([ImageChunk(b"bytes", "png", expected_tokens=2)])
+    data = [Datum(tokens, {"target_tokens": [1, 2], "weights": [1.0, 1.0]})]
+    for loss in ("cross_entropy", lambda data, lp: (lp.total() ** 2, {})):
+        go = client.forward_backward if isinstance(loss, str) else client.forward_backward_custom
+        with pytest.raises(BadRequestError, match=r"datum 0, .*this trainer reads text only"):
+            go(data, loss).result(60)
 
 
 def test_what_the_trainer_does_not_know(service, url):

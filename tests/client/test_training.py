@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import threading
 
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ from mintjax.errors import (
     RequestFailedError,
 )
 from mintjax.tensors import TensorData
-from mintjax.types import AdamParams, Datum, ModelInput, SamplingParams
+from mintjax.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams
 
 from .data import DATA, datum
 from .double import QUICK, Answer, Hold, Trainer, logprob
+
+PASSES = ("forward", "forward_backward")
 
 ADAM = AdamParams(learning_rate=1e-3)
 
@@ -122,6 +125,33 @@ def test_a_custom_step_sends_targets_and_weights_only(client, trainer):
         + logprob(1, 2)
         + logprob(2, 3)
     )
+
+
+@pytest.mark.parametrize("single_pass", [False, True])
+def test_an_image_travels_as_it_is_and_counts_as_its_tokens(client, trainer, single_pass):
+    image = ImageChunk(b"\x89PNG\x00\xff", "png", expected_tokens=2)
+    tokens = ModelInput.from_ints([1]).append(image).append_int(2)
+    inputs = {"target_tokens": [0, 0, 2, 3], "weights": [0.0, 0.0, 1.0, 2.0]}
+    data = [Datum(tokens, inputs), DATA[1]]
+    objective = objectives.bradley_terry()
+    client.forward_backward_custom(data, objective, single_pass=single_pass).result(30)
+    bodies = [(path, body) for path in PASSES for body in trainer.bodies(path)]
+    assert bodies
+    for path, body in bodies:
+        chunks = body[f"{path}_input"]["data"][0]["model_input"]["chunks"]
+        assert [chunk["type"] for chunk in chunks] == ["encoded_text", "image", "encoded_text"]
+        assert base64.b64decode(chunks[1]["data"]) == image.data
+        assert (chunks[1]["format"], chunks[1]["expected_tokens"]) == ("png", 2)
+    ((_, _, (sent, _)),) = trainer.models["model-0"]
+    np.testing.assert_allclose(sent, np.multiply(sent[3] / 2, inputs["weights"]), rtol=1e-6)
+    assert sent[3] != 0
+
+
+def test_an_image_that_does_not_say_its_tokens_is_refused_at_once(client, trainer):
+    tokens = ModelInput([ImageChunk(b"bytes", "png")])
+    with pytest.raises(DataError, match="set expected_tokens"):
+        client.forward_backward([Datum(tokens, {"target_tokens": [1]})])
+    assert not trainer.paths("forward_backward")
 
 
 @pytest.mark.parametrize("single_pass", [False, True])

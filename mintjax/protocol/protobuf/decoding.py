@@ -18,7 +18,7 @@ from mintjax.protocol.protobuf.scalars import (
     widened,
 )
 from mintjax.tensors import TensorData, first_not_finite
-from mintjax.types import Datum, EncodedTextChunk, ModelInput
+from mintjax.types import Datum, EncodedTextChunk, ModelInput, ModelInputChunk
 
 if TYPE_CHECKING:
     from mintjax.protocol.protobuf import messages_pb2 as pb
@@ -106,12 +106,12 @@ def _parse(kind: Any, body: Body) -> Any:
 
 
 def _datum(message: pb.Datum, position: int) -> Datum:
-    chunks: list[EncodedTextChunk] = []
+    chunks: list[ModelInputChunk] = []
     field: str | None = "model_input"
     try:
         for chunk in message.model_input:
             if chunk.WhichOneof("kind") != "encoded_text":
-                raise DataError("only chunks of text tokens can be read here")
+                raise DataError("a chunk is not text; this trainer reads text only")
             tokens = numbers(chunk.encoded_text.tokens, dtype_of(INT32))
             chunks.append(EncodedTextChunk(tokens.tolist()))
         columns: dict[str, TensorData] = {}

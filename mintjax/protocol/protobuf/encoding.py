@@ -24,6 +24,7 @@ from mintjax.types import (
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
+    ImageChunk,
     SampleResponse,
     TopkLogprobs,
     TopkRow,
@@ -206,10 +207,13 @@ def _datum(datum: Datum, position: int) -> list[Part]:
     parts: list[Part] = [b""]
     size = 0
     for chunk in datum.model_input.chunks:
-        tokens = _int32(chunk, position)
-        head = _head_of_tokens(len(tokens))
-        size += len(head) + len(tokens)
-        parts += (head, tokens)
+        if isinstance(chunk, ImageChunk):
+            head, content = _head_of_image(chunk), chunk.data
+        else:
+            content = _int32(chunk, position)
+            head = _head_of_tokens(len(content))
+        size += len(head) + len(content)
+        parts += (head, content)
     for name, column in datum.loss_fn_inputs.items():
         values = np.ascontiguousarray(as_travels(column))
         if first_not_finite(values) is not None:
@@ -256,6 +260,17 @@ def _head_of_tokens(size: int) -> bytes:
     head = b"\x0a" + _varint(size)
     for _ in range(2):
         head = b"\x0a" + _varint(len(head) + size) + head
+    return head
+
+
+def _head_of_image(chunk: ImageChunk) -> bytes:
+    """Makes the head of an image's chunk, whose bytes follow."""
+    head = _text(b"\x12", chunk.format)
+    if chunk.expected_tokens is not None:
+        head += b"\x18" + _varint(chunk.expected_tokens)
+    head += b"\x0a" + _varint(len(chunk.data))
+    for tag in (b"\x12", b"\x0a"):
+        head = tag + _varint(len(head) + len(chunk.data)) + head
     return head
 
 

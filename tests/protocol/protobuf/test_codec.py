@@ -24,6 +24,7 @@ from mintjax.types import (
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
+    ImageChunk,
     ModelInput,
     PromptAltTokens,
     SampledSequence,
@@ -83,6 +84,29 @@ def outputs(draw: st.DrawFn) -> ForwardBackwardOutput:
         metrics=draw(configs) or {},
         loss_fn_output_type=draw(st.sampled_from(["ArrayRecord", "Other"])),
     )
+
+
+def fields_of(message):
+    """Reads a message's fields by hand: numbers, and bytes or integers."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        number = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return number
+
+    while at < len(message):
+        tag = varint()
+        number = varint()
+        if tag & 7 == 2:
+            number, at = message[at : at + number], at + number
+        yield tag >> 3, number
 
 
 def given_of(request):
@@ -154,6 +178,33 @@ class TestRequests:
         tensor = message.loss_fn_inputs["mine"]
         assert tensor.dense == array.tobytes()
         assert tuple(tensor.shape) == array.shape
+
+    @given(
+        st.builds(
+            ImageChunk,
+            st.binary(min_size=1, max_size=300),
+            st.sampled_from(["png", "jpeg"]),
+            st.none() | st.integers(1, 2**31 - 1),
+        )
+    )
+    def test_an_image_is_the_message_that_the_protocol_has(self, image):
+        datum = Datum(ModelInput([EncodedTextChunk([1]), image, EncodedTextChunk([2])]), {})
+        body = protobuf.encode_datum(datum)
+        chunks = pb.ForwardBackwardRequest.FromString(body).data[0].model_input
+        assert [chunk.WhichOneof("kind") for chunk in chunks] == [
+            "encoded_text",
+            None,
+            "encoded_text",
+        ]
+        # The protocol's ImageChunk is field 2 of Chunk: data 1, format 2, expected_tokens 3.
+        fields = dict(fields_of(dict(fields_of(chunks[1].SerializeToString()))[2]))
+        expected = {1: image.data, 2: image.format.encode()}
+        if image.expected_tokens is not None:
+            expected[3] = image.expected_tokens
+        assert fields == expected
+        request = messages.ForwardRequest(messages.ForwardBackwardInput([datum], "x"), "m")
+        with pytest.raises(DataError, match=r"datum 0.*this trainer reads text only"):
+            protobuf.decode_request(protobuf.encode_request(request))
 
     def test_a_scalar_is_read_as_an_array_of_one(self):
         datum = Datum(ModelInput.from_ints([1]), {"outcomes": TensorData(1.0)})
@@ -268,7 +319,7 @@ class TestTensors:
 
     def test_a_chunk_that_is_no_text(self):
         image = b"\x12\x02\x0a\x00"  # field 2 of a chunk
-        with pytest.raises(DataError, match="'model_input': only chunks of text tokens"):
+        with pytest.raises(DataError, match="'model_input': a chunk is not text"):
             protobuf.decode_request(b"\x1a\x06\x0a\x04" + image)
 
     @pytest.mark.parametrize("token", [-1, -(2**31)])
