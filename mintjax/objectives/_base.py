@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -155,6 +156,19 @@ class LossObjective:
         return LossObjective._scale(weight, self)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, number: Any) -> LossObjective:
+        """Makes a weighted sum of this one term, with the weight ``1 / number``.
+
+        Raises:
+            TypeError: it is no real number.
+            ValueError: it is 0 or not finite.
+        """
+        if not is_real(number):
+            raise TypeError(f"an objective is divided by a number, not by {number!r}")
+        if not isinstance(number, jax.core.Tracer) and not (np.isfinite(number) and number):
+            raise ValueError(f"an objective is divided by a finite number but 0, not by {number!r}")
+        return self * (1 / number)
 
     def __neg__(self) -> LossObjective:
         """Makes a weighted sum of this one term, with the weight -1."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -19,6 +19,7 @@ from mintjax.objectives._base import Array, LossObjective, is_real
 from mintjax.objectives._contract import check_callable, check_returned
 from mintjax.ragged import Ragged
 from mintjax.ragged.batch import Batch
+from mintjax.types import Datum
 
 Term: TypeAlias = Callable[[Any, Any], tuple[Any, Mapping[str, Any]]]
 Schedule: TypeAlias = Callable[[Any], Any]
@@ -59,6 +60,32 @@ class WeightedSum(LossObjective):
             term.at_step(step) if isinstance(term, WeightedSum) else term for term in self.terms
         )
         return dataclasses.replace(self, terms=terms, step=step)
+
+    def over_step(self, data: Batch | Sequence[Datum]) -> WeightedSum:
+        """Gives the same sum for a step whose data are sent in several requests.
+
+        Args:
+            data: all datums of the step.
+
+        Returns:
+            The sum of what each term's ``over_step(data)`` gives.
+
+        Raises:
+            ObjectiveError: a term has no ``over_step``, such as a loss of pairs or a function of
+                one's own, whose mean over several requests is not known here.
+            DataError: the datums do not divide into groups.
+        """
+        terms: list[Term] = []
+        for name, term in zip(self.names, self.terms, strict=True):
+            over_step = getattr(term, "over_step", None)
+            if over_step is None:
+                raise ObjectiveError(
+                    f"the term {name!r} has no over_step, because only objectives of tokens know "
+                    "how their mean is made; give it a weight of 1 / (number of requests) instead, "
+                    "where all requests have as many datums"
+                )
+            terms.append(over_step(data))
+        return dataclasses.replace(self, terms=tuple(terms))
 
     def evaluate(self, data: Batch, logprobs: Ragged) -> tuple[Array, dict[str, Array]]:
         """Sums the terms, and reports their metrics under ``name/metric``.

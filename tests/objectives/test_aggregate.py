@@ -61,6 +61,25 @@ def test_a_step_in_two_requests_is_the_same_step(how, step, family):
     np.testing.assert_allclose(sum(map(float, pieces)), float(whole), rtol=2e-5, atol=1e-6)
 
 
+@given(step=steps())
+@settings(max_examples=examples(2))
+def test_a_sum_of_terms_over_the_step_is_the_sum_of_its_requests(step):
+    data, logprobs = step
+    both = objectives.ppo(aggregation="token_mean") + 0.5 * objectives.kl_k2(
+        aggregation="sequence_mean"
+    )
+    part = both.over_step(data)
+    pieces = [part(data[i:j], logprobs[i:j])[0] for i, j in ((0, 3), (3, 6))]
+    whole = float(both(data, logprobs)[0])
+    np.testing.assert_allclose(sum(map(float, pieces)), whole, rtol=2e-5, atol=1e-6)
+
+
+def test_a_sum_with_a_term_that_cannot_be_split_says_which():
+    both = objectives.ppo() + objectives.dpo()
+    with pytest.raises(mintjax.errors.ObjectiveError, match="the term 'dpo' has no over_step"):
+        both.over_step([mintjax.datum([1], [2])] * 2)
+
+
 # What each metric is a mean over; of all but those named, the count of the objective.
 COUNTS = {
     "ppo": "tokens",

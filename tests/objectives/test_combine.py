@@ -77,6 +77,18 @@ def test_a_weight_is_a_real_number(weight):
             make()
 
 
+def test_a_quotient_is_the_product_with_the_inverse():
+    half = (objectives.dpo() + objectives.kl_k3()) / 4
+    assert half.weights == (0.25, 0.25)
+    assert (objectives.dpo() / np.float32(2)).weights == (0.5,)
+    for bad in (0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="divided by a finite number but 0"):
+            objectives.dpo() / bad
+    for bad in ("2", objectives.dpo(), None):
+        with pytest.raises(TypeError, match="divided by a number"):
+            objectives.dpo() / bad
+
+
 @pytest.mark.parametrize("weight", [np.nan, np.float32(np.inf)])
 def test_a_weight_is_finite(weight):
     with pytest.raises(ValueError, match="must be finite"):
