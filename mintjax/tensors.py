@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -280,6 +281,25 @@ def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
             datum=datum,
             position=position,
         )
+
+
+def finite_floats(given: Mapping[str, Any]) -> dict[str, float]:
+    """Takes hyperparameters of any numeric type, such as NumPy's and JAX's, as floats.
+
+    Raises:
+        DataError: one is no number, or not finite.
+    """
+    result: dict[str, float] = {}
+    for name, value in given.items():
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            result[name] = float(value)
+        except (TypeError, ValueError):
+            raise DataError(f"{value!r} is no number; nothing was sent", field=name) from None
+        if not math.isfinite(result[name]):
+            raise DataError(f"{result[name]} is not finite; nothing was sent", field=name)
+    return result
 
 
 _WIRE_DTYPES = ("float32", "int64")

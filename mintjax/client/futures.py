@@ -6,13 +6,15 @@ import asyncio
 import concurrent.futures
 import functools
 import inspect
+import math
+import numbers
 import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from typing import Any, Generic, NoReturn, ParamSpec, Self, TypeVar
 
-from mintjax.errors import APITimeoutError, ClosedError, NotCopyableError
+from mintjax.errors import APITimeoutError, ClosedError, ConfigError, NotCopyableError
 from mintjax.left_out import SdkMethods
 
 P = ParamSpec("P")
@@ -91,6 +93,7 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
         Raises:
             APITimeoutError: no result yet (a ``TimeoutError``). The request goes on; ask again.
             concurrent.futures.CancelledError: it was cancelled.
+            ConfigError: the timeout is no number.
             ClosedError: this process was forked from the one that waits for the result.
             RuntimeError: called in the client's own event loop, which would wait for itself.
         """
@@ -101,13 +104,13 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
         """Waits as :meth:`result` does, and returns the error, or None where there is none.
 
         Raises:
+            ConfigError: the timeout is no number.
             ClosedError: this process was forked from the one that waits for the result.
             RuntimeError: called in the client's own event loop, which would wait for itself.
         """
         if os.getpid() != self._pid and self._state != "FINISHED":  # no lock: its holder is gone
             raise ClosedError("a future does not survive os.fork(); ask in the process it is from")
-        if timeout is not None and timeout > threading.TIMEOUT_MAX:
-            timeout = None
+        timeout = _seconds(timeout)
         if not self.done() and threading.current_thread() is self._thread:
             raise RuntimeError(
                 "in the client's own event loop this would wait for itself for ever; await the "
@@ -138,6 +141,7 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
 
         Cancelling the task that waits leaves the request running, as a timeout does.
         """
+        timeout = _seconds(timeout)
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
 
@@ -170,6 +174,20 @@ class APIFuture(NotCopyable, concurrent.futures.Future[T]):
     def __repr__(self) -> str:
         state = "cancelled" if self.cancelled() else "done" if self.done() else "pending"
         return f"<APIFuture {state}>"
+
+
+def _seconds(timeout: Any) -> float | None:
+    """Reads a timeout, and takes one that threads cannot wait for as none.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    if timeout is None:
+        return None
+    seconds = float(timeout) if isinstance(timeout, numbers.Real) else math.nan
+    if math.isnan(seconds):
+        raise ConfigError(f"timeout must be a number of seconds, or None, not {timeout!r}")
+    return None if seconds > threading.TIMEOUT_MAX else seconds
 
 
 def _late(timeout: float | None) -> APITimeoutError:

@@ -172,9 +172,9 @@ class SamplingClient(MadeClient):
         self, prompt: ModelInput, num_samples: int, params: SamplingParams, prompt_logprobs: bool
     ) -> messages.SampleRequest:
         prompt, params = as_model_input(prompt), as_params(SamplingParams, params)
-        _check(prompt, num_samples, params)
         if isinstance(params.stop, str):  # every trainer takes a list, and SkyRL nothing else
             params = msgspec.structs.replace(params, stop=[params.stop])
+        _check(prompt, num_samples, params)
         session_id, number = self._session.place()
         return messages.SampleRequest(
             prompt, params, session_id, number, num_samples, prompt_logprobs
@@ -301,3 +301,5 @@ def _check(prompt: ModelInput, num_samples: int, params: SamplingParams) -> None
         raise DataError(f"{params.top_p}; it must be in (0, 1]", field="top_p")
     if params.max_tokens is not None and params.max_tokens < 1:
         raise DataError(f"{params.max_tokens}; it must be at least 1", field="max_tokens")
+    if "" in (params.stop or ()):
+        raise DataError("an empty text is never found; leave it out", field="stop")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Self, TypeVar
@@ -32,6 +31,7 @@ from mintjax.ragged.checks import check_data
 from mintjax.step.carrier import FORWARD_LOSS_FN, carrier, forward_data
 from mintjax.step.reduction import Reduction
 from mintjax.step.routes import Backward
+from mintjax.tensors import finite_floats
 from mintjax.types import (
     AdamParams,
     CustomStepOutput,
@@ -270,7 +270,7 @@ class TrainingClient(MadeClient):
         if (optim_params is None) == (adam_params is None):
             raise DataError("pass AdamParams, once; nothing was sent", field="optim_params")
         given = as_params(AdamParams, adam_params if optim_params is None else optim_params)
-        params = _finite_floats(msgspec.structs.asdict(given))
+        params = finite_floats(msgspec.structs.asdict(given))
         request = messages.OptimStepRequest(self.model_id, AdamParams(**params))
 
         async def run(place: PlaceInLine) -> OptimStepResponse:
@@ -523,7 +523,7 @@ class TrainingClient(MadeClient):
         *,
         backward: bool,
     ) -> APIFuture[ForwardBackwardOutput]:
-        config = None if loss_fn_config is None else _finite_floats(loss_fn_config)
+        config = None if loss_fn_config is None else finite_floats(loss_fn_config)
         batch, encoding = check_data(data), self._connection.encoding
         given = Pass(encoding, batch, loss_fn, config, backward=backward)
 
@@ -550,25 +550,6 @@ class TrainingClient(MadeClient):
             return await self._gradients.clear(place, path_of_load, request, LoadWeightsResponse)
 
         return self._lane.submit(run, mutates=True)
-
-
-def _finite_floats(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Takes hyperparameters of any numeric type, such as NumPy's and JAX's, as floats.
-
-    Raises:
-        DataError: one is no number, or not finite.
-    """
-    result: dict[str, float] = {}
-    for name, value in numbers.items():
-        try:
-            if isinstance(value, str):
-                raise TypeError
-            result[name] = float(value)
-        except (TypeError, ValueError):
-            raise DataError(f"{value!r} is no number; nothing was sent", field=name) from None
-        if not math.isfinite(result[name]):
-            raise DataError(f"{value!r} is not finite; nothing was sent", field=name)
-    return result
 
 
 def _check_weights(batch: Batch) -> None:

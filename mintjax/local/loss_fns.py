@@ -16,6 +16,7 @@ from jax import Array
 from mintjax import losses
 from mintjax.errors import DataError
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
+from mintjax.losses._settings import RANGES, check_bounds, check_range
 from mintjax.ragged.checks import check_data
 from mintjax.step.reduction import Unit, amount
 from mintjax.types import Datum, ImageChunk
@@ -63,7 +64,7 @@ def options(loss_fn: str, config: Mapping[str, float] | None) -> dict[str, dict[
     """The options of every loss, those of ``loss_fn`` replaced by what the request says.
 
     Raises:
-        DataError: no such loss, or no such option of it.
+        DataError: no such loss, no such option of it, or one that is out of its range.
     """
     if loss_fn not in _DEFAULTS:
         raise DataError(
@@ -78,12 +79,13 @@ def options(loss_fn: str, config: Mapping[str, float] | None) -> dict[str, dict[
             f"{loss_fn} has no option {unknown[0]!r}; it takes {known}", field="loss_fn_config"
         )
     own = _DEFAULTS[loss_fn] | given
-    if own.get("clip_low_threshold", 0) > own.get("clip_high_threshold", 0):
-        raise DataError(
-            f"clip_low_threshold {own['clip_low_threshold']} is above clip_high_threshold "
-            f"{own['clip_high_threshold']}",
-            field="loss_fn_config",
-        )
+    try:
+        for name, value in given.items():
+            check_range(value, RANGES[name]._replace(below=True), f"{name} of {loss_fn}")
+        if "clip_low_threshold" in own:
+            check_bounds(own["clip_low_threshold"], own["clip_high_threshold"])
+    except ValueError as error:
+        raise DataError(str(error), field="loss_fn_config") from None
     return _DEFAULTS | {loss_fn: own}
 
 

@@ -172,9 +172,10 @@ def check_request(
     for field, (value, fits, allowed) in ranges.items():
         if not fits:
             raise DataError(f"{value} is not in {allowed}", field=field)
-    if not isinstance(params.stop, str | None) and not all(
-        isinstance(stop, str) or 0 <= stop < VOCAB_SIZE for stop in params.stop
-    ):
+    stops = _listed(params.stop)
+    if "" in stops:
+        raise DataError("an empty text is never found", field="sampling_params.stop")
+    if not all(isinstance(stop, str) or 0 <= stop < VOCAB_SIZE for stop in stops):
         raise DataError(
             f"a stop token is outside the vocabulary of {VOCAB_SIZE}",
             field="sampling_params.stop",
@@ -461,7 +462,11 @@ def _drawn_logprob(log_p: npt.NDArray[np.float32], params: SamplingParams, token
 def _stops(tokens: list[int], stop: str | Sequence[str | int] | None) -> bool:
     if tokens[-1] == END:
         return True
-    for one in [stop] if isinstance(stop, str) else stop or []:
-        if tokens[-1] == one if isinstance(one, int) else one and one.encode() in to_bytes(tokens):
+    for one in _listed(stop):
+        if tokens[-1] == one if isinstance(one, int) else one.encode() in to_bytes(tokens):
             return True
     return False
+
+
+def _listed(stop: str | Sequence[str | int] | None) -> Sequence[str | int]:
+    return [stop] if isinstance(stop, str) else stop or []

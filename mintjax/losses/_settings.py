@@ -29,7 +29,7 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         low = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
         if self.most == np.inf:
-            return low
+            return f"{low} and finite" if self.below else low
         return f"{low} and {'below' if self.below else 'at most'} {self.most:g}"
 
     def holds(self, number: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from mintjax.ragged.transfers import transfers_allowed
 from mintjax.remote import callback
 from mintjax.remote.trainer import Optimizer
 from mintjax.remote.versions import versions_of
+from mintjax.tensors import finite_floats
 from mintjax.types import AdamParams
 
 Array: TypeAlias = Any  # a NumPy array, a JAX array or a tracer
@@ -81,6 +82,7 @@ def remote_optimizer(
         optax's ``init`` and ``update``.
 
     Raises:
+        DataError: a hyperparameter is no finite number; from ``update``, one of a schedule.
         TransformationError: from ``init``, inside ``optax.chain``, ``optax.MultiSteps`` and their
             like, which would change the receipt in place of the gradient. ``multi_transform``,
             ``masked`` and ``apply_if_finite`` work.
@@ -94,7 +96,7 @@ def remote_optimizer(
         "grad_clip_norm": grad_clip_norm,
     }
     schedules = {name: value for name, value in given.items() if callable(value)}
-    numbers = {name: float(value) for name, value in given.items() if not callable(value)}
+    numbers = finite_floats({k: v for k, v in given.items() if not callable(v)})
     versions = versions_of(trainer)
 
     def start(token: Array) -> np.int32:
@@ -110,8 +112,7 @@ def remote_optimizer(
     def step(token: Array, receipts: Array, *scheduled: Array) -> np.float32:
         versions.check(token)
         versions.check_receipts(receipts)
-        values = map(float, scheduled)
-        now = {**numbers, **dict(zip(schedules, values, strict=True))}
+        now = {**numbers, **finite_floats(dict(zip(schedules, scheduled, strict=True)))}
         with versions.own_change():
             trainer.optim_step(AdamParams(**now)).result()
         versions.step()

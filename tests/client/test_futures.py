@@ -6,12 +6,14 @@ import asyncio
 import concurrent.futures
 import gc
 import logging
+import math
 import os
 import subprocess
 import sys
 import threading
 import weakref
 
+import numpy as np
 import pytest
 
 from mintjax.client import ServiceClient
@@ -20,6 +22,7 @@ from mintjax.errors import (
     APIStatusError,
     APITimeoutError,
     ClosedError,
+    ConfigError,
     DataError,
     MintjaxError,
     RequestFailedError,
@@ -47,6 +50,20 @@ def held(trainer):
     trainer.faults["retrieve_future/request-1"] = [hold]
     yield hold
     hold.release()
+
+
+@pytest.mark.parametrize("timeout", ["5", math.nan, [5]])
+def test_a_timeout_is_a_number_of_seconds(client, held, timeout):
+    future = client.forward(DATA)
+    for wait in (future.result, future.exception, lambda t: asyncio.run(future.result_async(t))):
+        with pytest.raises(ConfigError, match="timeout must be a number of seconds, or None"):
+            wait(timeout)
+    with pytest.raises(ConfigError, match="timeout"):
+        client.get_info(timeout=timeout)
+    with pytest.raises(APITimeoutError):
+        future.result(np.float32(0.01))
+    held.release()
+    future.result(5)
 
 
 def test_a_timeout_leaves_the_request_running(client, held):

@@ -666,6 +666,14 @@ def test_asyncio_users_are_served(connect):
         client.forward(DATA)
 
 
+@pytest.mark.parametrize("stop", ["", ["end", ""]])
+def test_an_empty_stop_text_is_refused(client, trainer, stop):
+    sampler = client.save_weights_and_get_sampling_client()
+    with pytest.raises(DataError, match="'stop': an empty text is never found"):
+        sampler.sample(ModelInput.from_ints([1]), 1, SamplingParams(stop=stop))
+    assert not trainer.bodies("asample")
+
+
 def test_scalars_of_numpy_make_models_and_samples(service, trainer):
     one = np.int64(1)
     client = service.create_lora_training_client("tiny", np.int32(4), np.uint8(7))

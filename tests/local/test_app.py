@@ -448,6 +448,11 @@ BAD_PASSES = {
         400,
         "loss_fn_config",
     ),
+    "a negative penalty": (
+        lambda m: m.update(loss_fn="dro", loss_fn_config={"beta": -0.1}),
+        400,
+        "beta of dro must be at least 0 and finite, not -0.1",
+    ),
     "an option that is no number": (
         lambda m: m.update(loss_fn="dro", loss_fn_config={"beta": "much"}),
         400,

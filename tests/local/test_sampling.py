@@ -232,7 +232,7 @@ def test_a_stop_string_ends_it():
     tokens = tokenizer.encode("so it ends")
     assert sampling._stops(tokens, "ends")
     assert sampling._stops(tokens, ["nothing", "t en"])
-    assert not sampling._stops(tokens, ["endsx", ""])
+    assert not sampling._stops(tokens, ["endsx"])
     assert not sampling._stops(tokens, None)
     assert sampling._stops(tokenizer.encode("naïve é"), "é")
 
@@ -272,6 +272,8 @@ def test_sampling_up_to_the_end_of_the_context(sample):
         ("sampling_params.top_p", {"top_p": 1.5}),
         ("sampling_params.seed", {"seed": -1}),
         ("sampling_params.stop", {"stop": [VOCAB_SIZE]}),
+        ("sampling_params.stop", {"stop": ""}),
+        ("sampling_params.stop", {"stop": ["end", ""]}),
     ],
 )
 def test_names_what_is_out_of_range(field, change):

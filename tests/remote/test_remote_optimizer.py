@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mintjax import objectives
-from mintjax.errors import StaleError, TransformationError
+from mintjax.errors import DataError, StaleError, TransformationError
 from mintjax.remote.optimizer import RemoteOptimizerState, remote_optimizer
 from mintjax.remote.versions import versions_of
 from mintjax.types import AdamParams
@@ -50,6 +50,23 @@ def test_defaults_are_those_of_adam_params(double, loss, remote):
     state = optimizer.init(remote.params)
     optimizer.update(jax.grad(loss)(remote.params), state, remote.params)
     assert double.steps == [AdamParams()]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "0.1", None])
+def test_a_hyperparameter_is_a_finite_number(double, wrong):
+    with pytest.raises(DataError, match="field 'learning_rate'"):
+        remote_optimizer(double, wrong)
+    with pytest.raises(DataError, match="field 'beta2'"):
+        remote_optimizer(double, beta2=wrong)
+
+
+def test_a_schedule_gives_finite_numbers(double, loss, remote):
+    optimizer = remote_optimizer(double, lambda count: jnp.float32("nan"))
+    state = optimizer.init(remote.params)
+    grads = jax.grad(loss)(remote.params)
+    with pytest.raises(Exception, match="field 'learning_rate': nan is not finite"):
+        optimizer.update(grads, state, remote.params)
+    assert double.steps == []
 
 
 @pytest.mark.parametrize("compiled", [False, True])
