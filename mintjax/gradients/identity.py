@@ -37,7 +37,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any, TypeAlias, cast
 
@@ -59,6 +59,11 @@ _ATTRIBUTE = ("_ATTR", "_METHOD")  # endings of the instructions that name an at
 _LIBRARIES = frozenset({"mintjax", "jax", "jaxlib", "numpy", "optax"})
 _LOOPS = frozenset({"scan", "cond", "switch", "while_loop", "fori_loop"})
 """Functions of JAX that keep a trace of a user's function that they are given."""
+_LOOKUPS = frozenset({"getattr", "attrgetter", "vars", "__dict__"})
+"""Ways to read an attribute by a name that may be made when a function runs."""
+_UNFOLLOWED = frozenset({"eval", "exec", "__import__"})
+"""Functions of Python that read what no name in a function's code tells."""
+_HOLDERS = (dict, list, tuple, set, frozenset, types.SimpleNamespace, argparse.Namespace)
 _CLOCKS = (time.time, time.time_ns, time.monotonic, time.perf_counter)
 _DRAWS = (random.Random, np.random.RandomState, np.random.Generator)
 
@@ -362,7 +367,12 @@ class _Walk:
         free = function.__code__.co_freevars
         cells = zip(free, function.__closure__ or (), strict=True)
         enclosed = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+        by_name = {"sys", "modules"}.issubset(names) or "import_module" in names
+        if by_name or not _UNFOLLOWED.isdisjoint(variables):
+            _say_unfollowed(function)
         named = self._named(enclosed, free, names, [])
+        if "globals" in variables or "__globals__" in names:
+            variables = dict.fromkeys([*variables, *_values_in(function.__globals__)])
         named += self._named(function.__globals__, variables, names, [])
         modules = _imports(function)
         named += self._named(modules, tuple(modules), names, [])
@@ -381,11 +391,15 @@ class _Walk:
     def _named(
         self,
         space: Mapping[str, Any],
-        names: Sequence[str],
+        names: Iterable[str],
         attributes: Sequence[str],
         within: Sequence[types.ModuleType],
     ) -> list[Any]:
-        """Compares the values of names, and of attributes in the user's modules among these."""
+        """Compares the values of names, and of attributes in the user's modules among these.
+
+        Where the attributes may be looked up by names that are made when the function runs, all
+        values of such a module are compared.
+        """
         found: list[Any] = []
         for name in names:
             if name in space:
@@ -395,8 +409,21 @@ class _Walk:
                 if isinstance(value, types.ModuleType) and not _is_library_module(value):
                     inside = [*within, value]
                     if not entered:
-                        found += self._named(vars(value), attributes, attributes, inside)
+                        read: Iterable[str] = attributes
+                        if not _LOOKUPS.isdisjoint(attributes):
+                            read = dict.fromkeys([*attributes, *_values_in(vars(value))])
+                        found += self._named(vars(value), read, attributes, inside)
         return found
+
+
+def _values_in(space: Mapping[str, Any]) -> list[str]:
+    """Lists the names in a module that have values, and not functions, classes or modules."""
+    kinds = (*_VALUES, *_HOLDERS)
+    return [
+        name
+        for name, value in space.items()
+        if not name.startswith("__") and isinstance(value, kinds)
+    ]
 
 
 def _is_record(value: Any) -> bool:
@@ -574,6 +601,18 @@ def _say_changes(function: Any) -> None:
             f"an objective calls {name}, which gives another value at each call. JAX "
             "calls the objective once, to trace it, so that every step has the first value. Call "
             "it outside and pass the numbers as a loss_fn_inputs column.",
+            stacklevel=2,
+        )
+
+
+def _say_unfollowed(function: types.FunctionType) -> None:
+    name = str(function.__qualname__)
+    if name not in _said:
+        _said.add(name)
+        warnings.warn(
+            f"{name} finds values by eval, exec, sys.modules or an import by name, which cannot be "
+            "followed. If such a value changes between steps, the compiled objective will not "
+            "notice. Name the variable in the code, or pass it as a loss_fn_inputs column.",
             stacklevel=2,
         )
 

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import enum
 import functools
+import importlib
 import multiprocessing
 import os
 import random
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 
 from mintjax import Datum, ModelInput, gradients, objectives, value_and_logprob_grads
 from mintjax.errors import NonFiniteError, ObjectiveError
+from mintjax.gradients import identity
 from mintjax.gradients.identity import _identify, identify
 
 SCALE = 1.0
@@ -475,11 +477,24 @@ def imports_a_name(data, logprobs):
     return scale * logprobs.total(), {}
 
 
+def by_an_attribute_of_a_made_name(data, logprobs):
+    import settings_of_a_test
+
+    return getattr(settings_of_a_test, "_".join(["by", "name"]))["scale"] * logprobs.total(), {}
+
+
+def by_the_variables_of_a_module(data, logprobs):
+    import settings_of_a_test
+
+    return vars(settings_of_a_test)["sca" + "le"] * logprobs.total(), {}
+
+
 def changed(scale, monkeypatch):
     """Writes a scale to every place that the objectives of the next test read."""
-    module = types.ModuleType("settings_of_a_test")
-    module.__file__, module.scale = __file__, scale
-    monkeypatch.setitem(sys.modules, "settings_of_a_test", module)
+    name = "settings_of_a_test"
+    module = sys.modules.get(name, types.ModuleType(name))
+    module.__file__, module.scale, module.by_name = __file__, scale, {"scale": scale}
+    monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("SCALE_OF_A_TEST", str(scale))
     monkeypatch.setitem(globals(), "SCALE", scale)
     variable.set(scale)
@@ -493,6 +508,9 @@ def changed(scale, monkeypatch):
         imports_a_module,
         imports_a_name,
         lambda data, logprobs: (globals()["SCALE"] * logprobs.total(), {}),
+        lambda data, logprobs: (globals()["SCALE_"[:-1]] * logprobs.total(), {}),
+        by_an_attribute_of_a_made_name,
+        by_the_variables_of_a_module,
         lambda data, logprobs: (float(os.environ["SCALE_OF_A_TEST"]) * logprobs.total(), {}),
         lambda data, logprobs: (float(os.getenv("SCALE_OF_A_TEST")) * logprobs.total(), {}),
         lambda data, logprobs: (variable.get() * logprobs.total(), {}),
@@ -507,6 +525,21 @@ def test_a_value_outside_of_all_objects_that_changes_is_seen(objective, monkeypa
     for scale in (1.0, 2.0, 1.0):
         changed(scale, monkeypatch)
         assert slope(objective)[0] == scale
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda data, logprobs: (eval("SCALE") * logprobs.total(), {}),
+        lambda data, logprobs: (sys.modules[__name__].SCALE * logprobs.total(), {}),
+        lambda data, logprobs: (importlib.import_module(__name__).SCALE * logprobs.total(), {}),
+    ],
+)
+def test_a_value_that_cannot_be_followed_is_said(objective, monkeypatch):
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    monkeypatch.setattr(identity, "_said", set())
+    with pytest.warns(UserWarning, match=r"<lambda> finds values by eval.*Name the variable"):
+        assert slope(objective)[0] == 1.0
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
