@@ -60,6 +60,21 @@ _WHOLE = (
 )
 
 
+NOT_AN_ARRAY = (
+    "a Ragged is not an array: jnp.sum, jnp.mean and their like would count padding; use its "
+    "methods: x.sum(), x.mean(), x.max(), x.logsumexp() for one value per row, x.total() for one "
+    "in all, x.map(fn) for an element-wise function, such as x.map(jnp.exp) or "
+    "mask.map(jnp.where, x, 0)"
+)
+
+
+class NotAnArray(type):
+    """Gives the class a repr that JAX's own TypeErrors, which name the class, turn into advice."""
+
+    def __repr__(cls) -> str:
+        return f"{super().__repr__()} ({NOT_AN_ARRAY})"
+
+
 def advice(name: str) -> str | None:
     """Says what to write in place of an attribute, or a function, of this name; None if unknown."""
     if name in INSTEAD:

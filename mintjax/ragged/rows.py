@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mintjax.errors import MintjaxError
-from mintjax.losses._arrays import product
-from mintjax.ragged import idioms, padding, tiling
+from mintjax.ragged import alignment, idioms, padding, reductions, tiling
 from mintjax.ragged.operators import Operators
 from mintjax.ragged.tiling import Layout, Sealed
 from mintjax.ragged.tokenwise import check_tokenwise
@@ -40,14 +39,6 @@ class RowAccessError(MintjaxError, TypeError):
             "rows cannot be taken one by one while their lengths are traced; use the row "
             "reductions (x.sum(), x.dot(w), x.mean(), x[0::2], ...), which give one value per row"
         )
-
-
-_ADVICE = (
-    "a Ragged is not an array: jnp.sum, jnp.mean and their like would count padding; use its "
-    "methods: x.sum(), x.mean(), x.max(), x.logsumexp() for one value per row, x.total() for one "
-    "in all, x.map(fn) for an element-wise function, such as x.map(jnp.exp) or "
-    "mask.map(jnp.where, x, 0)"
-)
 
 
 def _moves_data(method: Callable[P, T]) -> Callable[P, T]:
@@ -97,15 +88,8 @@ _ROWS = _Name(
 )
 
 
-class _NotAnArray(type):
-    """Gives the class a repr that JAX's own TypeErrors, which name the class, turn into advice."""
-
-    def __repr__(cls) -> str:
-        return f"{super().__repr__()} ({_ADVICE})"
-
-
 @jax.tree_util.register_pytree_with_keys_class
-class Ragged(Operators, metaclass=_NotAnArray):
+class Ragged(Operators, metaclass=idioms.NotAnArray):
     """Rows of different lengths, each of shape ``[T_i]`` or ``[T_i, K]``, as one value.
 
     Arithmetic and comparison work number by number with another ``Ragged`` of the same lengths,
@@ -469,73 +453,17 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return Ragged(jnp.asarray(self.tiles).astype(dtype), self._layout)
 
     def _lift(self, other: Operand) -> Array:
-        """Bring an operand to a shape that broadcasts against the tiles."""
         if isinstance(other, Ragged):
             return self._align(other)
-        if isinstance(other, (list, tuple)):
-            raise TypeError(
-                "combine a Ragged with another Ragged, a scalar or an array [B]: for a list, "
-                "Ragged.from_rows(rows) gives one value per token, jnp.asarray(values) one per row"
-            )
-        if np.ndim(other) == 0:
-            return other
-        per_row = jnp.asarray(other)
-        if per_row.shape != (self.num_rows,):
-            raise ValueError(
-                f"an array beside a Ragged of {self.num_rows} rows must hold one value per row, "
-                f"shape ({self.num_rows},), not {per_row.shape}"
-            )
-        _check_devices(self.tiles, per_row)
-        tiled = tiling.to_tiles(per_row, self._layout)[:, None]
-        return tiling.widen(tiled, self.tiles)
+        return alignment.lift(other, self.tiles, self._layout)
 
     def _align(self, other: Ragged) -> Array:
-        mine, theirs, tiles = self._layout, other._layout, other.tiles
-        _check_devices(self.tiles, tiles)
-        if not mine.agrees_with(theirs):
-            if self.num_rows != other.num_rows:
-                raise ValueError(f"{self.num_rows} rows do not combine with {other.num_rows}")
-            traced = any(isinstance(x, jax.core.Tracer) for x in (mine.lengths, theirs.lengths))
-            same = mine.tile_row.shape == theirs.tile_row.shape
-            if not traced:
-                a, b = np.asarray(mine.lengths), np.asarray(theirs.lengths)
-                if (a != b).any():
-                    i = int(np.argmax(a != b))
-                    raise ValueError(f"row {i} has {a[i]} tokens here and {b[i]} there")
-                same = same and np.array_equal(mine.row_start, theirs.row_start)
-            elif not same:
-                raise ValueError(
-                    "rows of different lengths do not combine, nor do those of padded arrays of "
-                    "different T, or padded and other rows, while their lengths are traced"
-                )
-            if traced or not same:
-                tiles = tiling.move(tiles, theirs, mine)
-        return tiling.widen(tiles, self.tiles) if tiles.ndim < self.tiles.ndim else tiles
+        return alignment.align(other.tiles, other._layout, self.tiles, self._layout)
 
     def _poison(self, result: Array, *others: Any) -> Array:
-        """Puts NaN into rows whose lengths differ from another's, where both may be traced.
-
-        Raises:
-            TypeError: the lengths cannot be compared before the program runs, and the result has a
-                dtype that holds no NaN.
-        """
-        mine = self._layout
         for other in others:
-            if not isinstance(other, Ragged) or mine.agrees_with(other._layout):
-                continue
-            lengths = mine.lengths, other._layout.lengths
-            if not any(isinstance(n, jax.core.Tracer) for n in lengths):
-                continue
-            if not jnp.issubdtype(result.dtype, jnp.inexact):
-                raise TypeError(
-                    f"the lengths of both Ragged are traced, so that a mismatch could not be seen "
-                    f"in a result of dtype {result.dtype}. Give both the same layout: compute one "
-                    "from the other, or pass one and read the other as a column of the batch; or "
-                    "convert one with .astype(jnp.float32) and combine the floats."
-                )
-            same = tiling.to_tiles(lengths[0] == lengths[1], mine)
-            nan = jnp.asarray(jnp.nan, result.dtype)
-            result = jnp.where(same.reshape(-1, *(1,) * (result.ndim - 1)), result, nan)
+            if isinstance(other, Ragged):
+                result = alignment.poison(result, self._layout, other._layout)
         return result
 
     @_moves_data
@@ -554,26 +482,15 @@ class Ragged(Operators, metaclass=_NotAnArray):
     def cumsum(self, axis: int = -1) -> Ragged:
         """Running sums along each row: ``y[t] = x[0] + ... + x[t]``; -1 is the only axis."""
         idioms.without_axes({"axis": axis}, ())
-        tiles = _wide(self._masked(None, 0))
-        within = jnp.cumsum(tiles, axis=1)
-        starts = self._layout.tile_row[1:] != self._layout.tile_row[:-1]
-        starts = tiling.widen(jnp.concatenate([jnp.ones(1, bool), starts]), within[:, -1])
-
-        def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-            return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
-
-        last = within[:, -1]
-        starts = jnp.broadcast_to(starts, last.shape)
-        ends = jax.lax.associative_scan(add, (starts, last))[1]
-        before = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-        return Ragged(within + jnp.where(starts, 0, before)[:, None], self._layout)
+        sums = reductions.running_sums(self._masked(None, 0), self._layout)
+        return Ragged(sums, self._layout)
 
     # One value per row: [B]
 
     @_reduces_rows
     def sum(self, where: Ragged | None = None) -> Array:
         """The sum of each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
-        return tiling.row_sums(_wide(self._masked(where, 0)), self._layout)
+        return tiling.row_sums(reductions.wide(self._masked(where, 0)), self._layout)
 
     @_reduces_rows
     def count(self, where: Ragged | None = None) -> Array:
@@ -607,14 +524,14 @@ class Ragged(Operators, metaclass=_NotAnArray):
     @_reduces_rows
     def max(self, where: Ragged | None = None) -> Array:
         """The largest number of each row, ``[B]``; -inf (or the least integer) if none."""
-        tiles = self._masked(where, _least(self.dtype))
+        tiles = self._masked(where, reductions.least(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).max(axis=1)
         return jax.ops.segment_max(per_tile, self._layout.tile_row, self.num_rows)
 
     @_reduces_rows
     def min(self, where: Ragged | None = None) -> Array:
         """The smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
-        tiles = self._masked(where, _greatest(self.dtype))
+        tiles = self._masked(where, reductions.greatest(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).min(axis=1)
         return jax.ops.segment_min(per_tile, self._layout.tile_row, self.num_rows)
 
@@ -633,7 +550,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         Where ``other`` is 0 it hides what it meets: an infinite logprob behind a weight of 0 adds 0
         to the value, and has gradient 0.
         """
-        return self._binary(other, _weigh).sum(where)
+        return self._binary(other, reductions.weigh).sum(where)
 
     @_moves_data
     def first(self) -> Array:
@@ -654,21 +571,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
         return self._at(layout.row_start + jnp.maximum(layout.lengths, 1) - 1)
 
     def _at(self, position: Array) -> Array:
-        lengths, flat = self._layout.lengths, jnp.asarray(self.tiles)
-        flat = flat.reshape(-1, *self.trailing_shape)
-        values = jnp.take(flat, position, axis=0, mode="clip")
-        empty = lengths == 0
-        if not isinstance(lengths, jax.core.Tracer):
-            empty = empty & np.asarray(self.row_mask)
-            if empty.any():
-                raise ValueError(
-                    f"row {int(np.argmax(empty))} has no token, so it has no first or last one"
-                )
-            return values
-        fill = jnp.nan if jnp.issubdtype(values.dtype, jnp.inexact) else 0
-        empty = empty & self.row_mask  # rows that pad a batch stay out of every gradient
-        empty = empty.reshape(-1, *(1,) * (values.ndim - 1))
-        return jnp.where(empty, jnp.asarray(fill, values.dtype), values)
+        return reductions.token_at(self.tiles, self._layout, position, self.row_mask)
 
     # One value for all
 
@@ -689,7 +592,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
             terms: at least one, of one dtype, as :meth:`map_terms` gives them.
             where: marks what counts.
         """
-        tiles = [_wide(term._masked(where, 0)) for term in terms.values()]
+        tiles = [reductions.wide(term._masked(where, 0)) for term in terms.values()]
         return dict(zip(terms, tiling.totals(tiles), strict=True))
 
     @_moves_data
@@ -715,22 +618,9 @@ class Ragged(Operators, metaclass=_NotAnArray):
         Raises:
             ValueError: a ``q`` is outside [0, 1].
         """
-        known: list[Any] = [] if isinstance(q, jax.core.Tracer) else np.ravel(q).tolist()
-        if not all(0 <= number <= 1 for number in known):
-            raise ValueError(f"a quantile is of numbers in [0, 1], not {q}")
         floats = Ragged(jnp.asarray(self.tiles, self._float_dtype()), self._layout)
-        numbers = jnp.sort(floats._masked(where, jnp.inf).ravel())
-        count = self.total_count(where)
-        place = jnp.asarray(q, numbers.dtype) * jnp.maximum(count - 1, 0).astype(numbers.dtype)
-        below = jnp.floor(place).astype(jnp.int32)
-        low = jnp.take(numbers, below)
-        high = jnp.take(numbers, jnp.ceil(place).astype(jnp.int32))
-        part = place - below.astype(place.dtype)
-        # Equal infinities have no difference.
-        between = jnp.where(low == high, low, low + part * jnp.where(low == high, 0, high - low))
-        whole = (count > 0) & ~jnp.isnan(floats._masked(where, 0)).any()
-        possible = (place >= 0) & (place <= jnp.maximum(count - 1, 0))
-        return jnp.where(whole & possible, between, jnp.nan)
+        numbers = floats._masked(where, jnp.inf).ravel()
+        return reductions.quantile(q, numbers, self.total_count(where))
 
     def _checked(self, where: Any) -> Ragged | None:
         """A mask; None where torch's ``.sum(-1)`` means what a reduction of rows does anyway."""
@@ -767,7 +657,7 @@ class Ragged(Operators, metaclass=_NotAnArray):
     if not TYPE_CHECKING:  # so that a type checker still knows what there is
 
         def __getattr__(self, name: str) -> NoReturn:
-            known = idioms.advice(name) or ("" if name.startswith("_") else _ADVICE)
+            known = idioms.advice(name) or ("" if name.startswith("_") else idioms.NOT_AN_ARRAY)
             raise AttributeError(
                 f"a Ragged has no attribute {name!r}{known and ': ' + known}", name=name, obj=self
             )
@@ -776,71 +666,16 @@ class Ragged(Operators, metaclass=_NotAnArray):
     def __torch_function__(
         cls, function: Any, _types: Any, _args: Any = (), _kwargs: Any = None
     ) -> NoReturn:
-        idioms.refuse_function(getattr(function, "__name__", str(function)), _ADVICE)
+        idioms.refuse_function(getattr(function, "__name__", str(function)), idioms.NOT_AN_ARRAY)
 
     def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise TypeError(_ADVICE)
+        raise TypeError(idioms.NOT_AN_ARRAY)
 
 
 def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
     """Tile rows that may be traced, whose lengths are known; differentiable in the rows."""
-    _check_devices(*rows, whole=True)
+    alignment.check_devices(*rows, whole=True)
     size = layout.tile_row.shape[0] * tiling.TILE
     lengths = [row.shape[0] for row in rows]
     flat = jnp.concatenate(tiling.pieces(rows, lengths, size, rows[0].dtype))
     return tiling.fill(flat.reshape(-1, tiling.TILE, *rows[0].shape[1:]), layout)
-
-
-def _check_devices(*arrays: Array, whole: bool = False) -> None:
-    """Refuses arrays that do not lie on the same devices.
-
-    Args:
-        arrays: of which those that are not traced are looked at.
-        whole: whether each must lie on one device as a whole.
-
-    Raises:
-        ValueError: names the devices.
-    """
-    placed: list[set[Any]] = [
-        array.devices()
-        for array in arrays
-        if isinstance(array, jax.Array)
-        and not isinstance(array, jax.core.Tracer)
-        and array.committed
-    ]
-    if any(devices != placed[0] or (whole and len(devices) > 1) for devices in placed):
-        names = ", ".join(sorted({str(device) for devices in placed for device in devices}))
-        raise ValueError(
-            f"the rows of a Ragged lie on several devices ({names}); bring them to one by "
-            "jax.device_put, or give padded arrays that are sharded over their rows to "
-            "Ragged.from_padded"
-        )
-
-
-def _weigh(values: Array, weights: Array) -> Array:
-    with jax.numpy_dtype_promotion("standard"):  # a mask is a weight, under a strict promotion too
-        dtype = jnp.promote_types(values.dtype, jnp.result_type(weights))
-    return product(jnp.asarray(weights).astype(dtype), jnp.asarray(values).astype(dtype))
-
-
-def _wide(values: Array) -> Array:
-    """Gives floats of 16 bits 32, because sums would overflow or lose digits."""
-    if jnp.issubdtype(values.dtype, jnp.floating):
-        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    return values.astype(jnp.int32) if values.dtype.itemsize < 4 else values
-
-
-def _least(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return -jnp.inf
-    return False if dtype == np.dtype(bool) else _integers(dtype).min
-
-
-def _greatest(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.inf
-    return True if dtype == np.dtype(bool) else _integers(dtype).max
-
-
-def _integers(dtype: Any) -> Any:
-    return jnp.iinfo(jax.dtypes.canonicalize_dtype(dtype))
