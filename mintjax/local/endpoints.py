@@ -18,12 +18,13 @@ from mintjax.local.access import Access
 from mintjax.local.administration import Administration, check_ttl
 from mintjax.local.checkpoints import CheckpointPath, check_name
 from mintjax.local.custom_losses import LOSS_FN, CustomLosses
-from mintjax.local.engine import Engine, Note, check_create
+from mintjax.local.engine import Engine, check_create
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS
 from mintjax.local.sequencer import Sequencer
 from mintjax.local.sessions import Sessions
 from mintjax.local.slices import Slices
+from mintjax.local.store import Note
 from mintjax.protocol import messages
 from mintjax.runs import GetSamplerResponse, OptimizerConfig, WeightsInfoResponse
 from mintjax.step.reduction import SUM
@@ -117,7 +118,7 @@ class Endpoints:
     def _let_go_of_sampler(self, source: str) -> bytes:
         if source not in BASE_MODELS:
             with suppress(NotFoundError):
-                self.engine.remove_unlisted(source)
+                self.engine.store.remove_unlisted(source)
         return b"{}"
 
     def client_config(self) -> Answer:
@@ -195,7 +196,7 @@ class Endpoints:
     def get_info(self, request: messages.ModelRequest) -> Answer:
         """``get_info``."""
         model = self.engine.model(request.model_id)
-        tokenizer_id = self.engine.tokenizer_folder().as_posix()
+        tokenizer_id = self.engine.store.tokenizer_folder().as_posix()
         return GetInfoResponse(
             model_id=request.model_id,
             model_data=ModelData(

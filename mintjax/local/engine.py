@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import optax  # pyright: ignore[reportMissingTypeStubs]
@@ -24,7 +23,8 @@ from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import BASE_MODELS, ModelConfig, Weights
 from mintjax.local.sampling import NOTHING, Wanted
 from mintjax.local.slices import Slices, each_under, finish
-from mintjax.local.tokenizer import TOKENIZER_ID, VOCAB_SIZE, transformers_files
+from mintjax.local.store import NO_NOTE, Note, Store
+from mintjax.local.tokenizer import VOCAB_SIZE
 from mintjax.step.carrier import carrier
 from mintjax.step.reduction import SUM, Reduction, amount
 from mintjax.tensors import TensorData
@@ -62,25 +62,6 @@ class Model:
     amount: float = 0.0
 
 
-class Note(NamedTuple):
-    """The things that a client wants kept with a checkpoint.
-
-    Args:
-        user_metadata: what it says of the checkpoint.
-        run_metadata: what it said of the model.
-        ttl_seconds: after which it may be removed; never if None.
-    """
-
-    user_metadata: dict[str, str] | None = None
-    run_metadata: dict[str, Any] | None = None
-    ttl_seconds: int | None = None
-
-
-NO_NOTE = Note()
-PURGE_SECONDS = 3600.0
-"""Checkpoints that have expired are removed this often at most, where others are saved."""
-
-
 class Engine:
     """The embedded trainer as a Python object.
 
@@ -96,15 +77,8 @@ class Engine:
 
     def __init__(self, *, reduction: Reduction = SUM, directory: str | Path | None = None) -> None:
         self.reduction = reduction
+        self.store = Store(directory)
         self._models: dict[str, Model] = {}
-        self._temporary = None
-        if directory is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="mintjax-")
-            directory = self._temporary.name
-        self.directory = Path(directory)
-        checkpoints.sweep(self.directory)
-        checkpoints.purge(self.directory)
-        self._purged = time.time()
         self._sampler: tuple[str, ModelConfig, Weights] | None = None
 
     def __enter__(self) -> Engine:
@@ -117,8 +91,12 @@ class Engine:
         """Forget every model, and remove the checkpoints if they were in a temporary directory."""
         self._models.clear()
         self._sampler = None
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self.store.close()
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.store.directory
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -350,41 +328,11 @@ class Engine:
         """
         state = self.model(model_id)
         path = CheckpointPath(model_id, "weights", _checked_name(name))
-        if not overwrite and self._has(path):
-            raise DataError(
-                f"there is a checkpoint {path} already; pass overwrite=True to replace it, or "
-                "another name",
-                field="path",
-            )
+        if not overwrite:
+            self.store.check_free(path)
         whole = {"lora": state.lora, "optimizer": state.optimizer}
-        self._save(path, state, note, whole)
+        self.store.save(path, _describe(state), note, whole)
         return str(path)
-
-    def _has(self, path: CheckpointPath) -> bool:
-        try:
-            checkpoints.find(self.directory, path)
-        except NotFoundError:
-            return False
-        return True
-
-    def _save(
-        self, path: CheckpointPath, state: Model, note: Note, whole: Any, ephemeral: bool = False
-    ) -> None:
-        now = time.time()
-        description = Description(
-            state.config.name,
-            state.lora_config,
-            user_metadata=note.user_metadata,
-            run_metadata=note.run_metadata,
-            created=now,
-            expires=None if note.ttl_seconds is None else now + note.ttl_seconds,
-            ephemeral=ephemeral,
-            key=uuid.uuid4().hex,
-        )
-        if now - self._purged > PURGE_SECONDS:
-            checkpoints.purge(self.directory)
-            self._purged = now
-        checkpoints.save(self.directory, path, description, whole)
 
     @own_settings()
     def save_weights_for_sampler(
@@ -412,7 +360,8 @@ class Engine:
         """
         state = self.model(model_id)
         path = CheckpointPath(model_id, "sampler_weights", _checked_name(name))
-        self._save(path, state, note, {"lora": state.lora}, ephemeral=not listed)
+        description = msgspec.structs.replace(_describe(state), ephemeral=not listed)
+        self.store.save(path, description, note, {"lora": state.lora})
         self._sampler = None  # it may hold the checkpoint that was replaced
         return str(path)
 
@@ -448,35 +397,6 @@ class Engine:
         loaded = checkpoints.load(self.directory, parsed, like)
         moments = loaded["optimizer"] if with_optimizer else optimizer.init(loaded["lora"])
         self._models[model_id] = _fresh(state.config, state.lora_config, loaded["lora"], moments)
-
-    def remove_unlisted(self, path: str) -> None:
-        """Removes a checkpoint that serves a sampling session only; leaves any other alone.
-
-        Args:
-            path: of the checkpoint.
-
-        Raises:
-            NotFoundError: there is no such checkpoint.
-            StorageError: it cannot be removed.
-        """
-        parsed = CheckpointPath.parse(path, field="path")
-        if checkpoints.describe(self.directory, parsed).ephemeral:
-            checkpoints.remove(self.directory, parsed)
-
-    def tokenizer_folder(self) -> Path:
-        """Returns a folder from which transformers reads the tokenizer; it is written if need be.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        folder = self.directory / TOKENIZER_ID
-        for name, content in transformers_files().items():
-            if not (folder / name).is_file():
-                checkpoints.write(
-                    folder / name,
-                    lambda partial, content=content: Path(partial).write_bytes(content),
-                )
-        return folder.resolve()
 
     def describe_checkpoint(self, path: str, *, field: str) -> Description:
         """Reads the origin of a checkpoint.

@@ -18,7 +18,7 @@ def test_text_survives(text):
 def of_transformers(engine):
     """The tokenizer as transformers reads it, without asking any hub."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    return transformers.AutoTokenizer.from_pretrained(engine.tokenizer_folder().as_posix())
+    return transformers.AutoTokenizer.from_pretrained(engine.store.tokenizer_folder().as_posix())
 
 
 @given(text=st.lists(st.text() | st.sampled_from(["<begin>", "<end>"])).map("".join))
