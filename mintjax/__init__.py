@@ -100,7 +100,7 @@ _ON_FIRST_USE = ("bench", "interop", "local", "losses", "mint", "objectives", "t
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module on its first use, because these are large or need an extra."""
+    """Imports a module on its first use, because these are large or need an extra."""
     if name == "__version__":
         return installed_version()
     if name in _ON_FIRST_USE:

@@ -93,7 +93,7 @@ def forward_backward_reverse_kl(
     reference_model_path: str,
     temperature: float = 1.0,
 ) -> APIFuture[ReverseKLOutput]:
-    """Add the gradient of the KL divergence from a reference model, over the whole vocabulary.
+    """Adds the gradient of the KL divergence from a reference model, over the whole vocabulary.
 
     Args:
         training_client: the model being trained.
@@ -134,7 +134,7 @@ def interpolate_checkpoints(
     coefficients: Sequence[float],
     output_path: str | None = None,
 ) -> APIFuture[InterpolatedCheckpoint]:
-    """Mix sampler checkpoints: ``sum_i coefficients[i] * source_paths[i]``.
+    """Mixes sampler checkpoints: ``sum_i coefficients[i] * source_paths[i]``.
 
     Args:
         service_client: a session with MinT.

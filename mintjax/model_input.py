@@ -136,7 +136,7 @@ class ModelInput(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> ModelInput:
-        """One chunk of token ids, from a list, an integer array or a torch tensor, shape ``[T]``.
+        """Makes one chunk of token ids, from a list, an integer array or a torch tensor ``[T]``.
 
         Raises:
             DataError: the tokens are not a flat sequence of integers of at least 0.
@@ -152,19 +152,19 @@ class ModelInput(msgspec.Struct, frozen=True):
 
     @classmethod
     def empty(cls) -> ModelInput:
-        """No token."""
+        """Makes an input of no token."""
         return cls([])
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
-        """The same tokens, and those of another ``chunk`` behind them."""
+        """Makes an input of the same chunks, and another ``chunk`` behind them."""
         return ModelInput([*self.chunks, _as_chunk(chunk)])
 
     def append_int(self, token: int) -> ModelInput:
-        """The same tokens, and another ``token`` behind them."""
+        """Makes an input of the same chunks, and another ``token`` behind them."""
         return self.append(EncodedTextChunk([token]))
 
     def to_ints(self) -> list[int]:
-        """All tokens as one list.
+        """Lists all tokens.
 
         Raises:
             DataError: there is an image among them, which has no token ids.

@@ -18,7 +18,7 @@ class SupportsArray(Protocol):
     """Anything NumPy can read without a copy of its own: JAX arrays, pandas columns, ..."""
 
     def __array__(self) -> npt.NDArray[Any]:
-        """Return the values as a NumPy array."""
+        """Returns the values as a NumPy array."""
         ...
 
 
@@ -27,7 +27,7 @@ class SupportsToNumpy(Protocol):
     """The official SDK's ``TensorData``, and what imitates it."""
 
     def to_numpy(self) -> npt.NDArray[Any]:
-        """Return the values as a NumPy array."""
+        """Returns the values as a NumPy array."""
         ...
 
 
@@ -36,7 +36,7 @@ class SupportsDetach(Protocol):
     """A ``torch.Tensor``, of any device and dtype."""
 
     def detach(self) -> Any:
-        """Return the values without their graph."""
+        """Returns the values without their graph."""
         ...
 
 
@@ -87,20 +87,20 @@ class TensorData(np.ndarray):
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any]) -> TensorData:
-        """The same numbers, shape and (wire) dtype; shares memory where the dtype allows."""
+        """Takes an array's numbers, shape and (wire) dtype; shares memory where it can."""
         return cls(array)
 
     @classmethod
     def from_torch(cls, tensor: Any) -> TensorData:
-        """From a torch ``tensor`` of any device and dtype; torch itself is not imported."""
+        """Takes a torch ``tensor`` of any device and dtype; torch itself is not imported."""
         return cls(tensor)
 
     def to_numpy(self) -> npt.NDArray[Any]:
-        """The same memory as a plain ``np.ndarray``."""
+        """Returns the same memory as a plain ``np.ndarray``."""
         return self.view(np.ndarray)
 
     def to_torch(self) -> Any:
-        """A ``torch.Tensor`` that shares no memory with this one. Needs torch."""
+        """Makes a ``torch.Tensor`` that shares no memory with this one. Needs torch."""
         import torch  # pyright: ignore[reportMissingImports]
 
         return torch.tensor(self.to_numpy())  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -232,7 +232,7 @@ def as_travels(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def first_not_finite(values: npt.NDArray[Any]) -> int | None:
-    """The flat position of the first NaN or infinity, or None."""
+    """Finds the flat position of the first NaN or infinity, or None."""
     if values.dtype.kind != "f":
         return None
     finite = np.isfinite(values)
@@ -240,7 +240,7 @@ def first_not_finite(values: npt.NDArray[Any]) -> int | None:
 
 
 def first_row_not_finite(rows: Sequence[npt.NDArray[Any]]) -> tuple[int, int] | None:
-    """The first row that holds a NaN or an infinity, and its flat position there, or None.
+    """Finds the first row that holds a NaN or an infinity, and its flat position there, or None.
 
     Rows that were cut from one buffer, and are most of it, are looked at together, with what lies
     between them.
@@ -263,7 +263,7 @@ def first_row_not_finite(rows: Sequence[npt.NDArray[Any]]) -> tuple[int, int] | 
 
 
 def check_finite(values: npt.NDArray[Any], datum: int, what: str) -> None:
-    """Refuse to send a NaN or an infinity.
+    """Refuses to send a NaN or an infinity.
 
     Args:
         values: a tensor that is to travel.
@@ -311,7 +311,7 @@ _FLOAT_COLUMNS = frozenset({"weights", "advantages", "logprobs", "ref_logprobs"}
 
 
 def to_tensor(name: str, value: Any) -> TensorData:
-    """A column of a datum as the tensor that is kept.
+    """Makes the tensor that is kept of a column of a datum.
 
     Args:
         name: of the column; the usual ones have a dtype of their own.

@@ -39,6 +39,25 @@ def test_no_docstring_begins_with_a_question():
     assert found == []
 
 
+NOUN = re.compile(r"(The|A|An|One|From|As|Each|All|Every|No)\b|`")
+TITLES = ("losses/",)  # a loss function's docstring begins with the loss's name
+
+
+def test_the_docstring_of_a_function_begins_with_what_it_does():
+    """A property's says what it is, as is usual."""
+    found: list[str] = []
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            is_property = any("property" in ast.unparse(one) for one in node.decorator_list)
+            text = ast.get_docstring(node)
+            exempt = is_property or str(path.relative_to(ROOT)).startswith(TITLES)
+            if text and NOUN.match(text) and not exempt:
+                found.append(f"{path.name}: {text.splitlines()[0]}")
+    assert found == []
+
+
 EVERYTHING = everything()
 CLASSES = {name: value for name, value in EVERYTHING.items() if isinstance(value, type)}
 FUNCTIONS = {

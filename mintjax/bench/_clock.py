@@ -29,7 +29,7 @@ class Timing(msgspec.Struct, kw_only=True):
     warm_up: int
 
     def quantile(self, q: float) -> float:
-        """The ``q``-quantile of the steps after the warm-up, in seconds; 0.5 is the median."""
+        """Returns the ``q``-quantile of steps after the warm-up, in seconds; 0.5: the median."""
         return float(np.quantile(self.seconds[self.warm_up :], q))
 
 

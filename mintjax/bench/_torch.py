@@ -20,7 +20,7 @@ TorchLoss: TypeAlias = Callable[..., Tensor]
 
 
 def counterpart(objective: Any) -> tuple[TorchLoss, tuple[str, ...]] | None:
-    """The torch loss that computes what an objective does, with its hyperparameters.
+    """Finds the torch loss that computes what an objective does, with its hyperparameters.
 
     Args:
         objective: one of ``mintjax.objectives``.
@@ -38,7 +38,7 @@ def counterpart(objective: Any) -> tuple[TorchLoss, tuple[str, ...]] | None:
 
 
 def gradient(loss: TorchLoss, columns: Sequence[str]) -> Callable[[Arrays], list[Any]]:
-    """The gradient of a counterpart, from and to NumPy arrays, as a function of a batch.
+    """Makes a function that computes a counterpart's gradient, from and to NumPy arrays.
 
     Args:
         loss: the torch loss.
@@ -62,7 +62,7 @@ def gradient(loss: TorchLoss, columns: Sequence[str]) -> Callable[[Arrays], list
 
 
 def import_torch() -> Any:
-    """The module ``torch``.
+    """Imports the module ``torch``.
 
     Raises:
         ConfigError: it is missing.

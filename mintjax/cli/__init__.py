@@ -81,7 +81,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's is a message, not a traceback."""
+    """Runs the command line; a mistake of the user's is a message, not a traceback."""
 
     def show(message: object, *_: object, **__: object) -> None:
         complain(message)

@@ -16,17 +16,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a l
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON on standard output."""
+    """Prints a value as one line of JSON on standard output."""
     print(msgspec.json.encode(value).decode(), flush=True)
 
 
 def plain() -> Console:
-    """Standard output, for text that is printed as it is."""
+    """Returns standard output, for text that is printed as it is."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def complain(message: object) -> None:
-    """Print a message on standard error, where it does not get into what is piped."""
+    """Prints a message on standard error, where it does not get into what is piped."""
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     console.print("mintjax:", style="bold red", end=" ")
     console.print(str(message), markup=False)

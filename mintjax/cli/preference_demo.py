@@ -106,12 +106,12 @@ class Summary(msgspec.Struct, kw_only=True):
 
 
 def packaged_pairs() -> Path:
-    """The file of pairs that comes with the package."""
+    """Finds the file of pairs that comes with the package."""
     return Path(str(files("mintjax") / "data" / "preferences.jsonl"))
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Read pairs from JSON lines: ``{"prompt": ..., "chosen": ..., "rejected": ...}``.
+    """Reads pairs from JSON lines: ``{"prompt": ..., "chosen": ..., "rejected": ...}``.
 
     Args:
         path: the file, in UTF-8; blank lines are skipped.
@@ -140,7 +140,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def split(pairs: Sequence[Pair], settings: Settings) -> tuple[list[Pair], list[Pair]]:
-    """Shuffle by the seed and part into what is trained with and what is held out."""
+    """Shuffles by the seed, and parts into what is trained with and what is held out."""
     order = np.random.default_rng(settings.seed).permutation(len(pairs))
     held = max(1, round(len(pairs) * settings.heldout))
     return [pairs[i] for i in order[held:]], [pairs[i] for i in order[:held]]
@@ -165,7 +165,7 @@ def _datum(prompt: list[int], answer: list[int]) -> Datum:
 
 
 def encoder(model: TrainingClient) -> Encode:
-    """The tokenizer of a model: bytes for the embedded trainer's, else the one that it names.
+    """Finds the tokenizer of a model: bytes for the embedded trainer's, else the one that it names.
 
     Trainers that name none take the base model's name for it, as SkyRL does. A name that is a
     folder of this machine is read from there, else it is asked of the Hugging Face hub.
@@ -195,7 +195,7 @@ def encoder(model: TrainingClient) -> Encode:
 def run(
     service: ServiceClient, base_model: str, pairs: Sequence[Pair], settings: Settings
 ) -> Iterator[Step | Summary]:
-    """Train, one step at a time, and sum up.
+    """Trains, one step at a time, and sums up.
 
     Args:
         service: a trainer.

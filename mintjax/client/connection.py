@@ -244,7 +244,7 @@ class Connection:
         return ServerCapabilities(supported_models=models)
 
     async def unload(self, model_id: str) -> None:
-        """Has the trainer let go of a model.
+        """Lets the trainer forget a model.
 
         Its name is in the body, as trainers have it, and in the query, where hatchery looks for it;
         the others do not look there. Hatchery answers at once, the others with a future.

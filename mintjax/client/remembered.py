@@ -66,7 +66,7 @@ def remember(base_url: str, reduction: Reduction | None) -> None:
 
 
 def cache_file() -> Path:
-    """The file: ``mintjax/reductions.json`` in the user's cache folder.
+    """Finds the file: ``mintjax/reductions.json`` in the user's cache folder.
 
     That is ``XDG_CACHE_HOME``, else where the operating system has it.
     """

@@ -355,7 +355,7 @@ def _of_path(tinker_path: str) -> str:
 
 
 def _quoted(name: str) -> str:
-    """A part of an address; one that is empty or dots would be part of another's."""
+    """Quotes a part of an address; one that is empty or dots would be part of another's."""
     if name in ("", ".", ".."):
         raise DataError(f"{name!r} is no name")
     return urllib.parse.quote(name, safe=":")

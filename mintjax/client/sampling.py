@@ -40,7 +40,7 @@ class SamplingSession:
         self._at = sampling_session_id, itertools.count(1)
 
     def move_on(self, sampling_session_id: str, order: int) -> None:
-        """Has the requests from now on go to another session, unless this one is later."""
+        """Sends the requests from now on to another session, unless this one is later."""
         if order > self._order:
             self._order = order
             self._at = sampling_session_id, itertools.count(1)

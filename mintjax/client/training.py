@@ -87,7 +87,7 @@ class TrainingClient(MadeClient):
         loss_fn: str = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Compute the logprobs of the targets, and the loss; the model stays as it is.
+        """Computes the logprobs of the targets, and the loss; the model stays as it is.
 
         Args:
             data: at least one datum, each with ``target_tokens`` and what the loss reads.
@@ -108,7 +108,7 @@ class TrainingClient(MadeClient):
         loss_fn: str = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Add the gradient of a loss that the trainer serves to what is accumulated there.
+        """Adds the gradient of a loss that the trainer serves to what is accumulated there.
 
         Args, returns and raises are those of :meth:`forward`.
         """
@@ -124,7 +124,7 @@ class TrainingClient(MadeClient):
         datums_in_step: int | None = None,
         step: int | None = None,
     ) -> APIFuture[CustomStepOutput]:
-        """Add the gradient of an objective, computed here, to what is accumulated in the trainer.
+        """Adds the gradient of an objective, computed here, to what is accumulated in the trainer.
 
         A forward pass, ``jax.value_and_grad`` of the objective with respect to its logprobs in a
         worker thread, and a backward pass; the step keeps its place in the line meanwhile. Only
@@ -181,7 +181,7 @@ class TrainingClient(MadeClient):
     def logprobs(
         self, data: Sequence[Datum] | Batch, *, timeout: float | None = None
     ) -> list[npt.NDArray[np.float32]]:
-        """The logprobs of the target tokens, in nats; waits for them.
+        """Computes the logprobs of the target tokens, in nats; waits for them.
 
         Args:
             data: at least one datum, each with ``target_tokens``.
@@ -202,7 +202,7 @@ class TrainingClient(MadeClient):
         *,
         timeout: float | None = None,
     ) -> ForwardBackwardOutput:
-        """Add a gradient with respect to logprobs to what is accumulated; waits for it.
+        """Adds a gradient with respect to logprobs to what is accumulated; waits for it.
 
         The trainer accumulates ``sum(grads * d logprobs / d weights)``.
 
@@ -257,7 +257,7 @@ class TrainingClient(MadeClient):
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:
-        """Update the weights with the accumulated gradient, and forget it.
+        """Updates the weights with the accumulated gradient, and forgets it.
 
         Args:
             optim_params: the hyperparameters of this step.
@@ -279,7 +279,7 @@ class TrainingClient(MadeClient):
         return self._lane.submit(run, mutates=True)
 
     def probe(self, *, timeout: float | None = None) -> Reduction:
-        """Measure what the trainer makes of losses, on a throwaway model of the same base.
+        """Measures what the trainer makes of losses, on a throwaway model of the same base.
 
         As :meth:`ServiceClient.probe`; custom steps of all its models take it into account.
 
@@ -300,7 +300,7 @@ class TrainingClient(MadeClient):
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Save weights and optimizer state under a name, to train on from.
+        """Saves weights and optimizer state under a name, to train on from.
 
         Args:
             name: of the checkpoint.
@@ -321,7 +321,7 @@ class TrainingClient(MadeClient):
     def load_state(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """Load the weights of a path that :meth:`save_state` gave; the optimizer starts afresh.
+        """Loads the weights of a path that :meth:`save_state` gave; the optimizer starts afresh.
 
         Args:
             path: of the checkpoint.
@@ -332,7 +332,7 @@ class TrainingClient(MadeClient):
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """Load weights and optimizer state of a path that :meth:`save_state` gave.
+        """Loads weights and optimizer state of a path that :meth:`save_state` gave.
 
         Args:
             path: of the checkpoint.
@@ -346,7 +346,7 @@ class TrainingClient(MadeClient):
         ttl_seconds: int | None = None,
         user_metadata: dict[str, str] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Save the weights under a name, for :meth:`ServiceClient.create_sampling_client`.
+        """Saves the weights under a name, for :meth:`ServiceClient.create_sampling_client`.
 
         Args are those of :meth:`save_state`.
         """
@@ -365,7 +365,7 @@ class TrainingClient(MadeClient):
         *,
         timeout: float | None = None,
     ) -> Limited[SamplingClient]:
-        """A sampling client for the weights as they are once all that was submitted is done.
+        """Makes a sampling client for the weights as they are once all submitted before is done.
 
         Args:
             name: keep the weights under this name; for this client only if None.
@@ -425,7 +425,7 @@ class TrainingClient(MadeClient):
         *,
         timeout: float | None = None,
     ) -> Limited[SamplingClient]:
-        """A sampling client for saved weights.
+        """Makes a sampling client for saved weights.
 
         Args:
             model_path: what a save for a sampler gave.
@@ -454,7 +454,7 @@ class TrainingClient(MadeClient):
     get_info, get_info_async = both(_get_info, GetInfoResponse)
 
     def unload(self) -> APIFuture[None]:
-        """Free the model once all submitted before is done; what was not saved is gone."""
+        """Frees the model once all submitted before is done; what was not saved is gone."""
 
         async def run(place: PlaceInLine) -> None:
             place.begin()
@@ -473,7 +473,7 @@ class TrainingClient(MadeClient):
         *,
         mutates: bool,
     ) -> APIFuture[T]:
-        """Take the next place in the line for a request of a trainer's own.
+        """Takes the next place in the line for a request of a trainer's own.
 
         Args:
             path: below ``/api/v1/``.

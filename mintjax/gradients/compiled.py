@@ -194,7 +194,7 @@ class Program:
 
 
 def _kind(rows: Sequence[npt.NDArray[Any]]) -> Any:
-    """The trailing shape of a column, None if it holds one number per datum, and its dtype."""
+    """Reads a column's trailing shape, None if it holds one number per datum, and its dtype."""
     return (rows[0].shape[1:] if rows[0].ndim else None, rows[0].dtype)
 
 
@@ -217,7 +217,7 @@ _workspaces = threading.local()
 
 
 def _workspace(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """A buffer that this thread has for columns of one kind and uses again.
+    """Lends a buffer that this thread has for columns of one kind, and uses again.
 
     A new one each time would cost more than the copying: its pages have to be mapped first. It is
     read until the program has run, which whoever calls waits for.
@@ -236,7 +236,7 @@ def _blocks(
     dtype: Any,
     buffer: Callable[..., npt.NDArray[Any]],
 ) -> dict[tuple[str, ...], npt.NDArray[Any]]:
-    """Columns as a program takes them, those of one kind in one array, for each has its cost.
+    """Joins columns of one kind into one array, because each array of a program has its cost.
 
     Args:
         columns: one array per row, in each.

@@ -26,7 +26,7 @@ def are_zero(jaxpr: Any, outputs: Iterable[int]) -> bool:
 
 
 def inputs_used(jaxpr: Any, outputs: Iterable[int]) -> set[int]:
-    """The positions of the inputs that the given outputs are computed from.
+    """Finds the positions of the inputs that the given outputs are computed from.
 
     Calls are looked into; loops and branches count as using all they are given.
 

@@ -56,7 +56,7 @@ def value_and_logprob_grads(
     data: Sequence[Datum] | Batch,
     logprobs: Sequence[npt.ArrayLike] | Ragged,
 ) -> LogprobGradients:
-    """The value of an objective, its metrics, and its gradient at each token.
+    """Computes the value of an objective, its metrics, and its gradient at each token.
 
     ``grads[i] = d loss / d logprobs[i]``, by ``jax.value_and_grad`` under a cached ``jit``. Rows
     are laid out so that batches of other lengths meet the same compiled program; an objective that
@@ -166,7 +166,7 @@ def _as_plain(metric: Any) -> float | npt.NDArray[Any]:
 def constant_logprob_grads(
     objective: Objective, data: Sequence[Datum] | Batch
 ) -> list[npt.NDArray[Any]] | None:
-    """The gradient of an objective, if it is the same whatever the logprobs are.
+    """Computes the gradient of an objective, if it is the same whatever the logprobs are.
 
     So it is where the loss is linear in them: cross-entropy, REINFORCE, a mean. It is told from the
     traced gradient: does any operation that leads to it read the logprobs? Then a step needs no

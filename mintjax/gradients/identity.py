@@ -225,7 +225,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _traceable(objective: Any) -> dict[str, Any]:
-    """The floating-point attributes of an object that is neither a function nor a class."""
+    """Lists the floating-point attributes of an object that is neither a function nor a class."""
     if isinstance(objective, types.FunctionType | types.MethodType | functools.partial | type):
         return {}
     found: dict[str, Any] = {}
@@ -437,7 +437,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _attributes(value: Any, kind: type[Any]) -> dict[str, Any]:
-    """The attributes of an object: those in its dict, its slots, and its fields by msgspec."""
+    """Lists an object's attributes: those in its dict, its slots, and its fields by msgspec."""
     attributes = dict(getattr(value, "__dict__", {}))
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
@@ -451,7 +451,7 @@ def _attributes(value: Any, kind: type[Any]) -> dict[str, Any]:
 
 
 def _of_value(value: Any) -> Fingerprint:
-    """The value of a number, a text or an array, as something hashable."""
+    """Makes something hashable of the value of a number, a text or an array."""
     if isinstance(value, float):
         return value.hex()
     if not isinstance(value, np.ndarray | np.generic):
@@ -490,7 +490,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names of globals and attributes that a code and the functions within it use."""
+    """Lists the globals and attributes that a code and the functions within it name."""
     names = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -500,7 +500,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _variables(code: types.CodeType) -> tuple[str, ...]:
-    """The names without those that are attributes only: ``self.beta`` reads no global ``beta``."""
+    """Leaves out names of attributes only: ``self.beta`` reads no global ``beta``."""
     read = {
         instruction.argval
         for instruction in dis.get_instructions(code)
@@ -518,7 +518,7 @@ def _variables(code: types.CodeType) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _chains(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The names of variables with those of the attributes that are taken of them."""
+    """Lists names of variables with those of the attributes that are taken of them."""
     found: list[list[str]] = []
     previous = ""
     for instruction in dis.get_instructions(code):
@@ -537,7 +537,7 @@ def _chains(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _imported(code: types.CodeType) -> tuple[tuple[int, str], ...]:
-    """The modules that a code and the functions within it import: level and name of each."""
+    """Lists the modules that a code and the functions within it import: level and name of each."""
     instructions = list(dis.get_instructions(code))
     found: list[tuple[int, str]] = [
         (int(instructions[i - 2].argval), one.argval)
@@ -551,7 +551,7 @@ def _imported(code: types.CodeType) -> tuple[tuple[int, str], ...]:
 
 
 def _imports(function: types.FunctionType) -> dict[str, types.ModuleType]:
-    """The modules that a function imports when it is called, as far as they are there already."""
+    """Finds the modules that a function imports when it is called, as far as they are there."""
     found: dict[str, types.ModuleType] = {}
     for level, name in _imported(function.__code__):
         package = str(function.__globals__.get("__package__") or "")

@@ -114,7 +114,7 @@ def _moved(
 def _places(
     starts: Sequence[npt.NDArray[np.int64]], window: Sequence[int], sizes: Sequence[int], batch: int
 ) -> tuple[Array, ...]:
-    """An index for windows: of an array of the shape of ``starts`` and of the window."""
+    """Makes an index for windows: of an array of the shape of ``starts`` and of the window."""
     places: list[Array] = []
     for axis, start in enumerate(starts):
         place = start.reshape(start.shape + (1,) * len(window))
@@ -127,7 +127,7 @@ def _places(
 
 
 def _filling(dtype: Any, fill: Any) -> Any:
-    """The number that JAX fills in, if none is given."""
+    """Returns the number that JAX fills in, if none is given."""
     if fill is not None:
         return fill
     if dtype.kind == "b":

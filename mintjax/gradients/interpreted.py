@@ -33,7 +33,7 @@ Rule: TypeAlias = Callable[..., Any]
 
 
 def evaluate(closed: ClosedJaxpr, arguments: Sequence[Array]) -> list[npt.NDArray[Any]]:
-    """The outputs of a closed jaxpr for NumPy arguments, as NumPy arrays."""
+    """Computes the outputs of a closed jaxpr for NumPy arguments, as NumPy arrays."""
     with np.errstate(all="ignore"):
         return _run(closed.jaxpr, closed.consts, arguments)
 
@@ -242,7 +242,7 @@ def _dim_as_value(dim: int) -> Array:
 
 
 def _starts(x: Array, sizes: Sequence[int], at: Sequence[Array]) -> tuple[slice, ...]:
-    """The slices of a window that is moved to lie within the array, as JAX moves it."""
+    """Makes the slices of a window that is moved to lie within the array, as JAX moves it."""
     lows = [min(max(int(i), 0), n - m) for i, n, m in zip(at, x.shape, sizes, strict=True)]
     return tuple(slice(low, low + size) for low, size in zip(lows, sizes, strict=True))
 

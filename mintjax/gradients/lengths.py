@@ -94,7 +94,7 @@ def jnp_like(value: Any) -> Array:
 
 
 def kind_of(batch: Batch, name: str) -> Any:
-    """The trailing shape of a column, None if it holds one number per datum, and its dtype.
+    """Reads a column's trailing shape, None if it holds one number per datum, and its dtype.
 
     Returns:
         None if the datums differ in it, if one lacks it, or if JAX cannot hold its numbers.

@@ -138,7 +138,7 @@ def _canonical(rows: Rows) -> list[npt.NDArray[Any]]:
 def _trace_batch(
     objective: Objective, identity: Identity, batch: Batch, rows: Rows
 ) -> tuple[Any, Any]:
-    """The jaxpr of value and gradient for one batch, and the structure of its outputs."""
+    """Traces value and gradient for one batch; returns the jaxpr and the outputs' structure."""
 
     def value(rows: Sequence[Any]) -> tuple[Any, Metrics]:
         return evaluate(objective, batch, Ragged.from_rows(rows))

@@ -109,7 +109,7 @@ class torch_objective:
         return f"torch_objective({getattr(self.fn, '__qualname__', self.fn)})"
 
     def __call__(self, data: Any, logprobs: Any) -> Any:
-        """Refuse to be traced.
+        """Refuses to be traced.
 
         Raises:
             ObjectiveError: always.

@@ -70,7 +70,7 @@ class Access:
         return None
 
     def _valid_until(self, presented: str | None) -> float:
-        """The time until which a key or token is good; 0 if it is none."""
+        """Finds the time until which a key or token is good; 0 if it is none."""
         assert self._api_key is not None
         if presented is None:
             return 0

@@ -73,12 +73,12 @@ class Administration:
         self._changing = threading.Lock()
 
     def list_sessions(self, page: Page) -> ListSessionsResponse:
-        """``GET sessions``."""
+        """Answers ``GET sessions``."""
         ids, _ = page.cut(self._sessions.ids())
         return ListSessionsResponse(sessions=list(ids))
 
     def get_session(self, session_id: str) -> GetSessionResponse:
-        """``GET sessions/<id>``."""
+        """Answers ``GET sessions/<id>``."""
         session = self._sessions.get(session_id)
         metadata = session.user_metadata
         return GetSessionResponse(
@@ -89,13 +89,13 @@ class Administration:
         )
 
     def assign_project(self, session_id: str, project_id: str) -> None:
-        """``PUT sessions/<id>/project``."""
+        """Answers ``PUT sessions/<id>/project``."""
         if not project_id:
             raise DataError("name one", field="project_id")
         self._sessions.assign(session_id, project_id)
 
     def copy_weights(self, request: messages.CopyWeightsRequest) -> messages.CopyWeightsResponse:
-        """``POST copy_weights``: into a project, or as the model of a number of a session.
+        """Answers ``POST copy_weights``, into a project, or as the model of a session's number.
 
         Whoever may use this trainer may read all of its checkpoints, so no token is asked for.
         """
@@ -123,7 +123,7 @@ class Administration:
         return messages.CopyWeightsResponse(str(target))
 
     def list_training_runs(self, page: Page) -> TrainingRunsResponse:
-        """``GET training_runs``: of models in training, and of those that have checkpoints."""
+        """Answers ``GET training_runs``: models in training, and those that have checkpoints."""
         saved: dict[str, list[Found]] = {}
         for found in checkpoints.find_all(self._engine.directory):
             saved.setdefault(found.path.model_id, []).append(found)
@@ -139,7 +139,7 @@ class Administration:
         return TrainingRunsResponse(training_runs=list(runs), cursor=cursor)
 
     def get_training_run(self, training_run_id: str) -> TrainingRun:
-        """``GET training_runs/<id>``."""
+        """Answers ``GET training_runs/<id>``."""
         saved = checkpoints.find_all(self._engine.directory, training_run_id)
         run = self._training_run(training_run_id, self._sessions.runs().get(training_run_id), saved)
         if run is None:
@@ -147,30 +147,30 @@ class Administration:
         return run
 
     def list_checkpoints_of(self, training_run_id: str) -> CheckpointsListResponse:
-        """``GET training_runs/<id>/checkpoints``: all of them."""
+        """Answers ``GET training_runs/<id>/checkpoints``, with all of them."""
         found = checkpoints.find_all(self._engine.directory, training_run_id)
         if not found and training_run_id not in self._engine.models:
             raise _no_run(training_run_id)
         return CheckpointsListResponse(checkpoints=[_listed(one) for one in found])
 
     def list_checkpoints(self, page: Page) -> CheckpointsListResponse:
-        """``GET checkpoints``: of all runs."""
+        """Answers ``GET checkpoints``, with those of all runs."""
         found, cursor = page.cut(checkpoints.find_all(self._engine.directory))
         return CheckpointsListResponse(checkpoints=[_listed(one) for one in found], cursor=cursor)
 
     def delete(self, path: CheckpointPath) -> None:
-        """``DELETE training_runs/<id>/checkpoints/<kind>/<name>``."""
+        """Answers ``DELETE training_runs/<id>/checkpoints/<kind>/<name>``."""
         checkpoints.remove(self._engine.directory, path)
 
     def publish(self, path: CheckpointPath, public: bool) -> None:
-        """``POST`` and ``DELETE training_runs/<id>/checkpoints/<kind>/<name>/publish``.
+        """Answers ``training_runs/<id>/checkpoints/<kind>/<name>/publish``, POST and DELETE.
 
         It is only noted, because whoever may use this trainer may load all of its checkpoints.
         """
         self._change(path, lambda tags: msgspec.structs.replace(tags, public=public))
 
     def set_ttl(self, path: CheckpointPath, ttl_seconds: int | None) -> None:
-        """``PUT training_runs/<id>/checkpoints/<kind>/<name>/ttl``: from now on; None for ever."""
+        """Answers ``PUT training_runs/<id>/checkpoints/<kind>/<name>/ttl``; None is for ever."""
         check_ttl(ttl_seconds)
         expires = None if ttl_seconds is None else checkpoints.time.time() + ttl_seconds
         self._change(path, lambda tags: msgspec.structs.replace(tags, expires=expires))

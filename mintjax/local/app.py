@@ -64,7 +64,7 @@ def application(
     dialect: Dialect = OWN,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[Starlette]:
-    """An ASGI application in front of an engine, for as long as the block lasts.
+    """Makes an ASGI application in front of an engine, for as long as the block lasts.
 
     Args:
         engine: the trainer; nothing else may run it meanwhile.
@@ -242,7 +242,7 @@ class _Http:
         return self._route(path, "GET", respond)
 
     def _found(self, path: str, answer: Callable[..., Answer]) -> Route:
-        """A request whose answer is read from files, in a thread."""
+        """Answers a request by what it reads from files, in a thread."""
 
         async def respond(request: Request) -> Response:
             return _json(await run_in_threadpool(answer, **request.path_params))
@@ -263,7 +263,7 @@ class _Http:
         return self._route(path, "GET", respond)
 
     def _post(self, path: str, as_type: type[Any] | None, answer: Callable[..., Answer]) -> Route:
-        """A request that is answered at once; ``as_type`` None for one whose body says nothing."""
+        """Answers a request at once; ``as_type`` is None for one whose body says nothing."""
 
         async def respond(request: Request) -> Response:
             body = await bodies.content(request, self._limits)
@@ -292,7 +292,7 @@ class _Http:
         is_pass: bool = False,
         forward_only: Callable[[messages.ForwardRequest], Run] | None = None,
     ) -> Route:
-        """A request that takes effect in its turn, and whose result is fetched later.
+        """Accepts a request that takes effect in its turn, and whose result is fetched later.
 
         Where a pass may be ``forward_only``, it may be a protocol buffer.
         """
@@ -468,20 +468,20 @@ class _Http:
         return {"request_id": question.request_id}
 
     def _reject(self, refused: tuple[str, int] | None) -> None:
-        """Let no later request wait for the number of one that was refused."""
+        """Lets no later request wait for the number of one that was refused."""
         if refused is not None and refused[0] in self._do.engine.models:
             self._sequencer.reject(*refused)
 
 
 def _checkpoint(request: Request) -> CheckpointPath:
-    """The checkpoint that a request's address names."""
+    """Reads the checkpoint that a request's address names."""
     parts = request.path_params
     path = "tinker://{training_run_id}/{kind}/{name}".format(**parts)
     return CheckpointPath.parse(path, field="checkpoint_id")
 
 
 def _place(message: Any) -> tuple[str | None, int | None]:
-    """The line that a request stands in, and its number there, if it has one."""
+    """Finds the line that a request stands in, and its number there, if it has one."""
     line, number = getattr(message, "model_id", None), getattr(message, "seq_id", None)
     if not isinstance(line, str) or not isinstance(number, int):
         return None, None
@@ -498,7 +498,7 @@ def _group(message: Any) -> tuple[str, int] | None:
 
 
 def _model_made(message: Any) -> tuple[str, str] | None:
-    """The key of a request that makes a model of a given id; its repeats may bear other headers."""
+    """Makes the key of a request that makes a model of an id; repeats may bear other headers."""
     if not isinstance(message, messages.LoadWeightsRequest):
         return None
     return model_made_by_load(message)

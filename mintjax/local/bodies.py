@@ -62,7 +62,7 @@ def is_protobuf(request: Request) -> bool:
 
 
 async def content(request: Request, limits: Limits) -> bytes:
-    """The body of a request, as it was sent.
+    """Reads the body of a request, as it was sent.
 
     Raises:
         BadRequestError: larger than ``limits.max_body_bytes``.
@@ -78,7 +78,7 @@ async def content(request: Request, limits: Limits) -> bytes:
 
 
 def decompressed(request: Request, body: bytes, limits: Limits) -> bytes:
-    """The body of a request without its ``Content-Encoding``.
+    """Undoes the ``Content-Encoding`` of a request's body.
 
     Raises:
         BadRequestError: larger than ``limits.max_body_bytes``; no such compression, or not
@@ -100,7 +100,7 @@ def decompressed(request: Request, body: bytes, limits: Limits) -> bytes:
 
 
 def decode(request: Request, body: bytes, as_type: type[M]) -> M:
-    """Decode a body as a struct of the protocol.
+    """Decodes a body as a struct of the protocol.
 
     A body that does not say that it is JSON is refused, because browsers send such ones for any
     page without asking.
@@ -131,7 +131,7 @@ def query(request: Request, as_type: type[M], defaults: dict[str, str]) -> M:
 
 
 def decode_pass(body: bytes) -> messages.ForwardRequest | messages.ForwardBackwardRequest:
-    """Decode a pass that says that it is a protocol buffer.
+    """Decodes a pass that says that it is a protocol buffer.
 
     Raises:
         BadRequestError: it is none, or cannot be read here.
@@ -145,7 +145,7 @@ def decode_pass(body: bytes) -> messages.ForwardRequest | messages.ForwardBackwa
 
 
 def number_of(request: Request, body: bytes) -> tuple[str, int] | None:
-    """The model and number of a request that is refused, as far as they can be read."""
+    """Reads the model and number of a request that is refused, as far as they can be read."""
     if is_protobuf(request):
         with suppress(ConfigError):
             return protobuf.number_of(body)
@@ -156,7 +156,7 @@ def number_of(request: Request, body: bytes) -> tuple[str, int] | None:
 
 
 def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
-    """Encode a result; as a protocol buffer if that is wanted and there is a message for it."""
+    """Encodes a result; as a protocol buffer if that is wanted and there is a message for it."""
     if as_protobuf and isinstance(answer, ForwardBackwardOutput):
         finite = not isinstance(answer, WithNaN)
         return ProtobufResult(protobuf.encode_output(answer, finite=finite))
@@ -168,7 +168,7 @@ def encode(answer: Answer, *, as_protobuf: bool = False) -> bytes:
 
 
 def acceptable(request: Request, result: bytes, always_protobuf: bool = False) -> tuple[bytes, str]:
-    """A result in an encoding that the request accepts, and its media type.
+    """Encodes a result as the request accepts it, and names its media type.
 
     Args:
         request: that asks for it.
@@ -191,7 +191,7 @@ def _given(request: Request, header: str, default: str) -> str:
 
 
 def _column_at_fault(body: bytes) -> str | None:
-    """Name the column that cannot be read; a decoder only says that there is one."""
+    """Names the column that cannot be read; a decoder only says that there is one."""
     with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         message = msgspec.json.decode(body, type=_Columns)
         given = message.forward_input or message.forward_backward_input or _ColumnsOfData([])

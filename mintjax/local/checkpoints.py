@@ -46,7 +46,7 @@ class CheckpointPath(NamedTuple):
 
     @classmethod
     def parse(cls, path: str, *, field: str) -> CheckpointPath:
-        """Read a path that came from a client.
+        """Reads a path that came from a client.
 
         Args:
             path: anything.

@@ -56,7 +56,7 @@ def run(
     per_sequence: Unit | None,
     backward: bool,
 ) -> PassResult:
-    """Take a built-in loss of the data and, if asked for, its gradient in the adapters.
+    """Computes a built-in loss of the data and, if asked for, its gradient in the adapters.
 
     Args:
         config: the model's shape.
@@ -132,19 +132,19 @@ def pull_back(
 
 
 def length_bucket(length: int) -> int:
-    """The padded length for ``length`` tokens: a power of two, or one and a half times one."""
+    """Rounds ``length`` tokens up to a power of two, or one and a half times one."""
     power = max(32, 1 << (length - 1).bit_length())
     three_quarters = power * 3 // 4
     return three_quarters if power > 64 and length <= three_quarters else power
 
 
 def row_bucket(rows: int) -> int:
-    """The padded number of rows for ``rows``: a power of two, 4 at least."""
+    """Rounds ``rows`` up to a power of two, 4 at least."""
     return max(4, 1 << (rows - 1).bit_length())
 
 
 def add(first: Weights, second: Weights) -> Weights:
-    """The sum of two trees of one layout."""
+    """Adds two trees of one layout."""
     return jax.tree.map(jnp.add, first, second)
 
 

@@ -33,7 +33,7 @@ class CustomSteps:
         self._kept: dict[tuple[str, str], list[Datum]] = {}
 
     def step1(self, request: messages.CustomStepRequest) -> Run:
-        """``forward_backward_custom_step1``: the logprobs of the targets, one row per datum.
+        """Answers ``forward_backward_custom_step1``: the targets' logprobs, a row per datum.
 
         Raises:
             DataError: the data cannot be used.
@@ -61,7 +61,7 @@ class CustomSteps:
         return run
 
     def step2(self, request: messages.CustomStepRequest) -> Run:
-        """``forward_backward_custom_step2``: adds the gradient; each first request serves once.
+        """Answers ``forward_backward_custom_step2``: adds the gradient, once per first request.
 
         Raises:
             DataError: there is no gradient.

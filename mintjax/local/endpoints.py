@@ -122,11 +122,11 @@ class Endpoints:
         return b"{}"
 
     def client_config(self) -> Answer:
-        """``client/config``: the flags, one of which asks that keys be exchanged for tokens."""
+        """Answers ``client/config``; one of the flags asks that keys be exchanged for tokens."""
         return {"pjwt_auth_enabled": True, **msgspec.to_builtins(self._config)}
 
     def client_dynamic_config(self) -> Answer:
-        """``client/dynamic_config``: the flags that clients ask for again every five minutes."""
+        """Answers ``client/dynamic_config``, for which clients ask again every five minutes."""
         return {
             "refresh_interval_sec": 300,
             "sample_cancel_enabled": True,
@@ -134,15 +134,15 @@ class Endpoints:
         }
 
     def telemetry(self) -> Answer:
-        """``telemetry``: thanked for, and forgotten."""
+        """Answers ``telemetry``, and forgets it."""
         return {"status": "accepted"}
 
     def healthz(self) -> Answer:
-        """``healthz``."""
+        """Answers ``healthz``."""
         return {"status": "ok"}
 
     def get_server_capabilities(self) -> Answer:
-        """``get_server_capabilities``."""
+        """Answers ``get_server_capabilities``."""
         return ServerCapabilities(
             supported_models=[
                 SupportedModel(model_name=config.name, max_context_length=config.max_context_length)
@@ -151,7 +151,7 @@ class Endpoints:
         )
 
     def create_session(self, request: messages.CreateSessionRequest) -> Answer:
-        """``create_session``."""
+        """Answers ``create_session``."""
         self._check_metadata(request.user_metadata, request.display_name, request.project_id)
         opened = self._sessions.open(
             request.display_name or None, request.user_metadata, request.project_id or None
@@ -163,17 +163,17 @@ class Endpoints:
         self._limits.check("max_metadata_bytes", size, f"user_metadata has {size} bytes")
 
     def session_heartbeat(self, request: messages.SessionHeartbeatRequest) -> Answer:
-        """``session_heartbeat``."""
+        """Answers ``session_heartbeat``."""
         self._sessions.get(request.session_id)
         return {"type": "session_heartbeat"}
 
     def finish_session(self, session_id: str) -> Answer:
-        """``POST sessions/<id>/finish``: its models and samplers are let go."""
+        """Answers ``POST sessions/<id>/finish``, and lets go of its models and samplers."""
         self._end_session(session_id)
         return {"session_id": session_id, "status": "finished"}
 
     def join_sampling_session(self, request: messages.JoinSamplingSessionRequest) -> Answer:
-        """``join_sampling_session``: for a number that no other copy of the client has."""
+        """Answers ``join_sampling_session``, with a number that no other copy of the client has."""
         return {"client_counter": self._sessions.join(request.sampling_session_id)}
 
     def check_sampler(self, sampling_session_id: str) -> None:
@@ -185,7 +185,7 @@ class Endpoints:
         self._sessions.source(sampling_session_id)
 
     def get_sampler(self, sampler_id: str) -> Answer:
-        """``GET samplers/<id>``."""
+        """Answers ``GET samplers/<id>``."""
         source = self._sessions.source(sampler_id)
         return GetSamplerResponse(
             sampler_id=sampler_id,
@@ -194,7 +194,7 @@ class Endpoints:
         )
 
     def get_info(self, request: messages.ModelRequest) -> Answer:
-        """``get_info``."""
+        """Answers ``get_info``."""
         model = self.engine.model(request.model_id)
         tokenizer_id = self.engine.store.tokenizer_folder().as_posix()
         return GetInfoResponse(
@@ -206,7 +206,7 @@ class Endpoints:
         )
 
     def weights_info(self, request: messages.WeightsInfoRequest) -> Answer:
-        """``weights_info``: what it takes to make a model that can load a checkpoint."""
+        """Answers ``weights_info``: what it takes to make a model that can load a checkpoint."""
         made_from = self.engine.describe_checkpoint(request.tinker_path, field="tinker_path")
         lora = made_from.lora_config
         return WeightsInfoResponse(
@@ -218,7 +218,7 @@ class Endpoints:
         )
 
     def create_sampling_session(self, request: messages.CreateSamplingSessionRequest) -> Answer:
-        """``create_sampling_session``: from a checkpoint, else from a base model."""
+        """Answers ``create_sampling_session``, from a checkpoint, else from a base model."""
         source = request.model_path or request.base_model
         if source is None:
             raise DataError("pass model_path, or base_model", field="model_path")
@@ -230,7 +230,7 @@ class Endpoints:
         return messages.CreateSamplingSessionResponse(opened)
 
     def create_model(self, request: messages.CreateModelRequest) -> Run:
-        """``create_model``."""
+        """Answers ``create_model``."""
         self._sessions.get(request.session_id)
         self._sessions.check_room_for_model()
         lora_config = request.lora_config or LoraConfig(32)
@@ -256,7 +256,7 @@ class Endpoints:
             raise
 
     def unload_model(self, request: messages.ModelRequest) -> Run:
-        """``unload_model``: after what was submitted before it."""
+        """Answers ``unload_model``, after what was submitted before it."""
         self.engine.model(request.model_id)
 
         def run() -> Answer:
@@ -269,7 +269,7 @@ class Endpoints:
         return run
 
     def forward(self, request: messages.ForwardRequest) -> Run:
-        """``forward``."""
+        """Answers ``forward``."""
         given = request.forward_input
         if given.loss_fn == LOSS_FN and self._losses is not None:
             return self._losses.run_pass(request.model_id, given, backward=False)
@@ -278,7 +278,7 @@ class Endpoints:
         return lambda: self.engine.forward(*arguments)
 
     def forward_backward(self, request: messages.ForwardBackwardRequest) -> Run:
-        """``forward_backward``."""
+        """Answers ``forward_backward``."""
         given = request.forward_backward_input
         if given.loss_fn == LOSS_FN and self._losses is not None:
             return self._losses.run_pass(request.model_id, given, backward=True)
@@ -287,7 +287,7 @@ class Endpoints:
         return lambda: self.engine.forward_backward(*arguments)
 
     def create_custom_loss(self, request: messages.CreateCustomLossRequest) -> Run:
-        """``create_custom_loss``: a loss that passes of the same session can name."""
+        """Answers ``create_custom_loss``, with a loss that passes of the same session can name."""
         if self._losses is None:
             raise BadRequestError(
                 400, "custom losses are sums over datums, which this trainer divides"
@@ -295,7 +295,7 @@ class Endpoints:
         return self._losses.create(request)
 
     def optim_step(self, request: messages.OptimStepRequest) -> Run:
-        """``optim_step``."""
+        """Answers ``optim_step``."""
         self.engine.model(request.model_id)
         _check_optimizer(request.optimizer_params, "optimizer_params")
         params = request.adam_params
@@ -305,7 +305,7 @@ class Endpoints:
         return lambda: self.engine.optim_step(request.model_id, params)
 
     def save_weights(self, request: messages.SaveWeightsRequest) -> Run:
-        """``save_weights``."""
+        """Answers ``save_weights``."""
         self.engine.model(request.model_id)
         if request.path is not None:
             check_name(request.path)
@@ -318,7 +318,7 @@ class Endpoints:
         )
 
     def save_weights_external(self, request: messages.SaveWeightsExternalRequest) -> Run:
-        """``save_weights_external``: refused."""
+        """Refuses ``save_weights_external``."""
         raise no_other_format()
 
     def _note(
@@ -333,7 +333,7 @@ class Endpoints:
         )
 
     def load_weights(self, request: messages.LoadWeightsRequest) -> Run:
-        """``load_weights``, into a model or into a new one of a session.
+        """Answers ``load_weights``, into a model or into a new one of a session.
 
         Whether there is such a checkpoint is only known in its turn.
         """
@@ -380,7 +380,7 @@ class Endpoints:
         return run
 
     def save_weights_for_sampler(self, request: messages.SaveWeightsForSamplerRequest) -> Run:
-        """``save_weights_for_sampler``: under a name, or for a sampling session that it opens."""
+        """Answers ``save_weights_for_sampler``, under a name, or for a session that it opens."""
         self.engine.model(request.model_id)
         if request.path is not None:
             check_name(request.path)
@@ -404,7 +404,7 @@ class Endpoints:
         return run
 
     def asample(self, request: messages.SampleRequest) -> Run:
-        """``asample``."""
+        """Answers ``asample``."""
         if request.sampling_session_id is None:
             raise DataError(
                 "make one first, with create_sampling_session", field="sampling_session_id"
@@ -470,7 +470,7 @@ def _check_optimizer(config: OptimizerConfig | msgspec.UnsetType | None, field: 
 
 
 def _numbers(config: Mapping[str, float | str] | None) -> dict[str, float] | None:
-    """The options of a loss that trainers have by name, which are numbers.
+    """Checks that the options of a loss that trainers have by name are numbers.
 
     Raises:
         DataError: one is a text.

@@ -88,7 +88,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Forget every model, and remove the checkpoints if they were in a temporary directory."""
+        """Forgets every model, and removes the checkpoints of a temporary directory."""
         self._models.clear()
         self._sampler = None
         self.store.close()
@@ -104,7 +104,7 @@ class Engine:
         return MappingProxyType(self._models)
 
     def model(self, model_id: str) -> Model:
-        """One model, by its ``model_id``.
+        """Finds a model by its ``model_id``.
 
         Raises:
             NotFoundError: there is none of that id.
@@ -116,7 +116,7 @@ class Engine:
 
     @own_settings()
     def gradient(self, model_id: str) -> Weights:
-        """The gradient that the next optimizer step of ``model_id`` would use, before clipping.
+        """Returns the gradient that the next step of ``model_id`` would use, before clipping.
 
         Raises:
             NotFoundError: there is no such model.
@@ -128,7 +128,7 @@ class Engine:
     def create_model(
         self, base_model: str, lora_config: LoraConfig, model_id: str | None = None
     ) -> str:
-        """Make a model with fresh adapters, from what :func:`check_create` let pass.
+        """Makes a model with fresh adapters, from what :func:`check_create` let pass.
 
         Args:
             base_model: one of ``mintjax.local.BASE_MODELS``.
@@ -145,7 +145,7 @@ class Engine:
         return model_id
 
     def unload_model(self, model_id: str) -> None:
-        """Forget the model ``model_id``; its checkpoints stay.
+        """Forgets the model ``model_id``; its checkpoints stay.
 
         Raises:
             NotFoundError: there is none of that id.
@@ -162,7 +162,7 @@ class Engine:
         *,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """Check what :meth:`forward` and :meth:`forward_backward` would be given.
+        """Checks what :meth:`forward` and :meth:`forward_backward` would be given.
 
         Args:
             model_id: which model.
@@ -194,7 +194,7 @@ class Engine:
         loss_fn: str,
         loss_fn_config: Mapping[str, float] | None = None,
     ) -> ForwardBackwardOutput:
-        """The logprobs of the targets, and the loss; nothing is accumulated.
+        """Computes the logprobs of the targets, and the loss; nothing is accumulated.
 
         The arguments are those that :meth:`check_pass` let pass.
 
@@ -212,7 +212,7 @@ class Engine:
         loss_fn: str,
         loss_fn_config: Mapping[str, float] | None = None,
     ) -> ForwardBackwardOutput:
-        """As :meth:`forward`, and add the loss's gradient to what has accumulated.
+        """Does as :meth:`forward`, and adds the loss's gradient to what has accumulated.
 
         Raises:
             NotFoundError: there is no such model.
@@ -274,7 +274,7 @@ class Engine:
 
     @own_settings()
     def optim_step(self, model_id: str, params: AdamParams) -> OptimStepResponse:
-        """One AdamW step on the accumulated gradient, which is then zero again.
+        """Takes one AdamW step on the accumulated gradient, which is then zero again.
 
         Without any accumulated gradient it is a step on a zero gradient, as in torch: momentum
         and weight decay still move the weights.
@@ -311,7 +311,7 @@ class Engine:
         note: Note = NO_NOTE,
         overwrite: bool = True,
     ) -> str:
-        """Write adapters and optimizer state.
+        """Writes adapters and optimizer state.
 
         Args:
             model_id: which model.
@@ -343,7 +343,7 @@ class Engine:
         note: Note = NO_NOTE,
         listed: bool = True,
     ) -> str:
-        """Write the adapters, to sample from; replaces a checkpoint of the same name.
+        """Writes the adapters, to sample from; replaces a checkpoint of the same name.
 
         Args:
             model_id: which model.
@@ -367,7 +367,7 @@ class Engine:
 
     @own_settings()
     def load_weights(self, model_id: str, path: str, *, with_optimizer: bool = False) -> None:
-        """Go on from a checkpoint; the accumulated gradient, of other weights, is dropped.
+        """Goes on from a checkpoint; the accumulated gradient, of other weights, is dropped.
 
         Args:
             model_id: the model that takes it; it must have the checkpoint's base and adapters.
@@ -420,7 +420,7 @@ class Engine:
         num_samples: int = 1,
         wanted: Wanted = NOTHING,
     ) -> SampleResponse:
-        """Continue a prompt.
+        """Continues a prompt.
 
         Args:
             source: the path of a checkpoint, or the name of a base model.
@@ -551,7 +551,7 @@ class Engine:
 
 
 def check_create(base_model: str, lora_config: LoraConfig, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Check what :meth:`Engine.create_model` would be given.
+    """Checks what :meth:`Engine.create_model` would be given.
 
     Raises:
         NotFoundError: there is no such base model.
@@ -584,7 +584,7 @@ def _checked_name(name: str | None) -> str:
 
 
 def _weights(datum: Datum) -> npt.NDArray[Any]:
-    """The weights of a datum's targets, which are 1 where none are given."""
+    """Returns the weights of a datum's targets, which are 1 where none are given."""
     inputs = datum.loss_fn_inputs
     return inputs.get("weights", np.ones(inputs["target_tokens"].shape, np.float32))
 

@@ -61,7 +61,7 @@ class Columns(NamedTuple):
 
 
 def options(loss_fn: str, config: Mapping[str, float] | None) -> dict[str, dict[str, float]]:
-    """The options of every loss, those of ``loss_fn`` replaced by what the request says.
+    """Completes the options of every loss; those of ``loss_fn`` are what the request says.
 
     Raises:
         DataError: no such loss, no such option of it, or one that is out of its range.
@@ -98,7 +98,7 @@ def check_request(
     max_context_length: int,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
-    """Check everything that can be known of a pass before it runs.
+    """Checks everything that can be known of a pass before it runs.
 
     Raises:
         DataError: naming the datum, the field, and what to do.
@@ -161,7 +161,7 @@ def token_losses(
     target_logprobs: Array,
     columns: Columns,
 ) -> Array:
-    """The loss of each token, by a number that is traced: one compiled program serves all losses.
+    """Computes the loss of each token; the loss's number is traced: one program serves all losses.
 
     ``weights`` is a factor in ``cross_entropy`` and a mask in the others. There, a weight other
     than 0 and 1 scales its token.

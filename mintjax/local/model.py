@@ -73,7 +73,7 @@ class Cache(NamedTuple):
 
 @functools.cache
 def base_weights(config: ModelConfig) -> Weights:
-    """Draw the base weights of a model; the same config gives the same weights everywhere."""
+    """Draws the base weights of a model; the same config gives the same weights everywhere."""
     with jax.ensure_compile_time_eval():  # what is kept must be no tracer of the first caller's
         return _base_weights(config)
 
@@ -104,7 +104,7 @@ def _base_weights(config: ModelConfig) -> Weights:
 
 
 def lora_weights(config: ModelConfig, lora: LoraConfig) -> Weights:
-    """Draw the adapters of a model: ``a`` normal, ``b`` zero, so that training starts at the base.
+    """Draws the adapters of a model: ``a`` normal, ``b`` zero, so that training starts at the base.
 
     Args:
         config: the base model.
@@ -136,7 +136,7 @@ def lora_weights(config: ModelConfig, lora: LoraConfig) -> Weights:
 
 
 def adapt(base: Weights, lora: Weights) -> Weights:
-    """The weights ``W + (LORA_ALPHA / rank) * a @ b``; those without an adapter as they are.
+    """Computes the weights ``W + (LORA_ALPHA / rank) * a @ b``; others stay as they are.
 
     Merging first costs less than carrying the adapters through the layers: the matrices here are
     small beside the activations.
@@ -155,7 +155,7 @@ def adapt(base: Weights, lora: Weights) -> Weights:
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """A cache for ``length`` positions of ``batch`` sequences, all still to be written."""
+    """Makes a cache for ``length`` positions of ``batch`` sequences, all still to be written."""
     shape = (config.num_layers, batch, length, config.num_heads, config.width // config.num_heads)
     return Cache(jnp.zeros(shape), jnp.zeros(shape))
 
@@ -167,7 +167,7 @@ def logits(
     cache: Cache | None = None,
     start: Array | int = 0,
 ) -> tuple[Array, Cache]:
-    """Unnormalised log-probabilities of the token that follows each token.
+    """Computes unnormalised log-probabilities of the token that follows each token.
 
     Pre-norm blocks with RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021) and
     SwiGLU (Shazeer 2020); causal, so that padding on the right changes nothing on its left.

@@ -22,7 +22,7 @@ def init(lora: Weights) -> Any:
 
 
 def check_params(params: AdamParams) -> None:
-    """Check the hyperparameters of a step.
+    """Checks the hyperparameters of a step.
 
     Raises:
         DataError: naming the one that is out of range.
@@ -42,7 +42,7 @@ def check_params(params: AdamParams) -> None:
 def step(
     lora: Weights, state: Any, gradient: Weights, divisor: float, params: AdamParams
 ) -> tuple[Weights, Any, float]:
-    """One step of ``torch.optim.AdamW``, after clipping by global norm.
+    """Takes one step of ``torch.optim.AdamW``, after clipping by global norm.
 
     Args:
         lora: the adapters.
@@ -70,7 +70,7 @@ def step(
 
 
 def divided(tree: Weights, divisor: Array | float) -> Weights:
-    """Each number of the tree, divided."""
+    """Divides each number of the tree."""
 
     def divide(leaf: Array) -> Array:
         return leaf / divisor
@@ -79,7 +79,7 @@ def divided(tree: Weights, divisor: Array | float) -> Weights:
 
 
 def norm(tree: Weights) -> float:
-    """The square root of the sum of all squares."""
+    """Computes the square root of the sum of all squares."""
     return float(_norm(tree))
 
 

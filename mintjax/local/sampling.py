@@ -133,7 +133,7 @@ def check_request(
     wanted: Wanted = NOTHING,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
-    """Check what :func:`sample` would be given.
+    """Checks what :func:`sample` would be given.
 
     Raises:
         DataError: naming the field, and what to do.
@@ -253,7 +253,7 @@ def sample_in_slices(
     num_samples: int = 1,
     wanted: Wanted = NOTHING,
 ) -> Slices[SampleResponse]:
-    """Continue a prompt, several times.
+    """Continues a prompt, several times.
 
     With a seed, sample ``i`` is the same however many are asked for beside it.
 
@@ -328,7 +328,7 @@ def _with_wanted(
 
 
 def _likeliest(log_p: npt.NDArray[np.float32], k: int) -> list[TopkRow]:
-    """The k likeliest tokens of each row, the likeliest first; of equal ones the smaller id."""
+    """Finds the k likeliest tokens of each row, in order; of equal ones the smaller id."""
     order = np.argsort(-log_p, axis=-1, kind="stable")[..., :k]
     found = np.take_along_axis(log_p, order, axis=-1)
     rows = zip(order.tolist(), found.tolist(), strict=True)

@@ -407,7 +407,7 @@ class Sequencer:
                     under_way.append((begun, slices))
 
     def _next(self, *, wait: bool) -> str | None:
-        """The next request; "" if there is none, None at the end."""
+        """Finds the next request; "" if there is none, None at the end."""
         try:
             return self._ready.get(block=wait)
         except queue.Empty:

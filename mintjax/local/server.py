@@ -33,7 +33,7 @@ def trainer(
     like: str | Dialect | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[ServiceClient]:
-    """The embedded trainer inside this process, without a socket.
+    """Runs the embedded trainer inside this process, without a socket.
 
     Args:
         engine: the trainer; a new one, closed with the block, if None. Pass one to choose its
@@ -75,7 +75,7 @@ def running_server(
     like: str | Dialect | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Generator[str]:
-    """The embedded trainer on a socket, in a thread of this process.
+    """Runs the embedded trainer on a socket, in a thread of this process.
 
     Args:
         engine: the trainer; a new one, closed with the block, if None.
@@ -134,7 +134,7 @@ def serve(
     announce: Callable[[str], None] = print,
     open_to_all: bool = False,
 ) -> None:
-    """Run the embedded trainer on a socket until it is interrupted (Ctrl-C) or terminated.
+    """Runs the embedded trainer on a socket until it is interrupted (Ctrl-C) or terminated.
 
     Args:
         host: the address to listen on.

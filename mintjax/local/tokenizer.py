@@ -22,7 +22,7 @@ VOCAB_SIZE = 258
 
 
 def encode(text: str) -> list[int]:
-    """The bytes of ``text`` in UTF-8, as token ids; no :data:`BEGIN`, no :data:`END`."""
+    """Encodes ``text`` in UTF-8, a token id per byte; without :data:`BEGIN` and :data:`END`."""
     return list(text.encode())
 
 
@@ -66,10 +66,10 @@ def _characters() -> list[str]:
 
 
 def to_bytes(tokens: Iterable[int]) -> bytes:
-    """The bytes among ``tokens``."""
+    """Returns the bytes among ``tokens``."""
     return bytes(token for token in tokens if token < 256)
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """The text of ``tokens``; bytes that are no UTF-8 show as U+FFFD."""
+    """Decodes the text of ``tokens``; bytes that are no UTF-8 show as U+FFFD."""
     return to_bytes(tokens).decode(errors="replace")

@@ -413,7 +413,7 @@ def centred(rewards: ArrayLike, where: ArrayLike | None) -> jax.Array:
 
 
 def sample_std(above: jax.Array, where: ArrayLike | None) -> jax.Array:
-    """The standard deviation of each group, over ``G - 1``, of rewards less their mean."""
+    """Computes the standard deviation of each group, over ``G - 1``, of rewards less their mean."""
     scale = too_large_to_square(above, axis=-1)
     scaled = above / scale
     variance = _sum(scaled * scaled) / jnp.maximum(count(above, where) - 1, 1)

@@ -224,6 +224,6 @@ def _paragraph(body: str, heading: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line of text without the roles of reStructuredText."""
+    """Makes one line of a text, without the roles of reStructuredText."""
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text)
     return " ".join(text.replace("``", "").split())

@@ -188,7 +188,7 @@ def kl_cov(
 
 
 def _covariance(target: jax.Array, advantages: jax.Array, where: ArrayLike | None) -> jax.Array:
-    """Each token's part in the covariance of logprobs and advantages, without a gradient."""
+    """Computes each token's part in the covariance with the advantages, without a gradient."""
     tokens = jnp.maximum(jnp.sum(keep(jnp.ones_like(target), where)), 1)
     off_mean = jax.lax.stop_gradient(target - jnp.sum(target) / tokens)
     return off_mean * jax.lax.stop_gradient(advantages - jnp.sum(advantages) / tokens)

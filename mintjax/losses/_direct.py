@@ -283,7 +283,7 @@ def wpo_log_weight(
     *,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The log-weight of an answer in :func:`wpo`: how likely the model is to write it.
+    """Computes the log-weight of an answer in :func:`wpo`: how likely the model is to write it.
 
     ``mean_t(target_logprobs - log_collisions)`` over the unmasked tokens of the last axis, where
     ``log_collisions`` is ``log sum_v p(v)**2`` of each token's distribution.

@@ -209,7 +209,7 @@ def generalised_jsd(
 
 
 def _log_mix(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``log(exp(a) + exp(b))``; -inf, without a gradient, where both are."""
+    """Computes ``log(exp(a) + exp(b))``; -inf, without a gradient, where both are."""
     nothing = jnp.isneginf(a) & jnp.isneginf(b)
     mixed = jnp.logaddexp(jnp.where(nothing, 0, a), jnp.where(nothing, 0, b))
     return jnp.where(nothing, -jnp.inf, mixed)
@@ -327,14 +327,14 @@ def calibration_summary(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """``p * (log p - log q)``, 0 where p is 0, in value and gradient."""
+    """Computes ``p * (log p - log q)``, 0 where p is 0, in value and gradient."""
     probability = jnp.exp(log_p)
     log_p = harmless_where_zero(probability, log_p)
     return probability * (log_p - harmless_where_zero(probability, log_q))
 
 
 def _log_normalise(logprobs: jax.Array, where: ArrayLike | None) -> jax.Array:
-    """``log_softmax`` over the unmasked part of the last axis; all masked gives 0."""
+    """Computes ``log_softmax`` over the unmasked part of the last axis; all masked gives 0."""
     present = keep(jnp.ones_like(logprobs), where) != 0
     top = jnp.max(jnp.where(present, logprobs, -jnp.inf), axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))

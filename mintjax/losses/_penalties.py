@@ -274,7 +274,7 @@ def kl_k3_straight_through(
 
 @jax.custom_jvp
 def _value_with_slope(x: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
-    """A value, whose derivative by ``x`` is the slope; it does not depend on anything else."""
+    """Gives a value the derivative ``slope`` by ``x``; it does not depend on anything else."""
     return value
 
 
@@ -334,7 +334,7 @@ def kl_k3_corrected(
 
 @jax.custom_jvp
 def _k3_corrected(target: jax.Array, reference: jax.Array, sampling: jax.Array) -> jax.Array:
-    """``r * (exp(d) - 1 - d)``, where one factor may overflow although the product does not."""
+    """Computes ``r * (exp(d) - 1 - d)``, also where only one factor overflows."""
     difference = reference - target
     far = difference > _FAR
     beyond = exp_beyond_linear(jnp.where(far, 0, difference))
@@ -371,7 +371,7 @@ _k3_corrected.defjvp(_k3_corrected_jvp, symbolic_zeros=True)
 
 @jax.custom_jvp
 def exp_beyond_linear(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1 - x``, to a few units in the last place for every x; derivative ``expm1(x)``."""
+    """Computes ``exp(x) - 1 - x`` to a few units in the last place; slope ``expm1(x)``."""
     small = jnp.abs(x) < 1
     near = jnp.where(small, x, 0)
     series = jnp.ones_like(x)

@@ -136,7 +136,7 @@ def alphapo(
 
 
 def bent_reward(mean_logprobs: jax.Array, *, alpha: ArrayLike) -> jax.Array:
-    """``(1 - p**-alpha) / alpha`` of ``log p``, which is ``log p`` for ``alpha = 0``."""
+    """Computes ``(1 - p**-alpha) / alpha`` of ``log p``, which is ``log p`` for ``alpha = 0``."""
     alpha = jnp.broadcast_to(jnp.asarray(alpha, mean_logprobs.dtype), mean_logprobs.shape)
     safe = jnp.where(alpha == 0, 1, alpha)
     return jnp.where(alpha == 0, mean_logprobs, -jnp.expm1(held(-safe * mean_logprobs)) / safe)

@@ -381,7 +381,7 @@ def on_policy_distillation(
 
 
 def _backward(values: jax.Array, factors: jax.Array) -> jax.Array:
-    """``y_t = values_t + factors_t * y_{t+1}`` along the last axis."""
+    """Computes ``y_t = values_t + factors_t * y_{t+1}`` along the last axis."""
 
     def join(
         late: tuple[jax.Array, jax.Array], early: tuple[jax.Array, jax.Array]
@@ -393,7 +393,7 @@ def _backward(values: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def _next_present(values: jax.Array, present: jax.Array) -> jax.Array:
-    """The value of the next unmasked position along the last axis; 0 if there is none."""
+    """Finds the value of the next unmasked position along the last axis; 0 if there is none."""
     kept = jnp.where(present, values, 0)
     passing = jnp.where(present, 0, 1).astype(values.dtype)
     latest = _backward(kept, passing)  # the nearest one from here on, this one included

@@ -83,13 +83,13 @@ def labels(desirable: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
 
 
 def smoothed(logits: jax.Array, smoothing: jax.Array) -> jax.Array:
-    """``-(1 - e) * log sigmoid(z) - e * log sigmoid(-z)``."""
+    """Computes ``-(1 - e) * log sigmoid(z) - e * log sigmoid(-z)``."""
     wrong = harmless_where_zero(smoothing, log_sigmoid(-logits))
     return -((1 - smoothing) * log_sigmoid(logits) + smoothing * wrong)
 
 
 def ramp(x: jax.Array) -> jax.Array:
-    """``max(0, x)``, with slope 0 at 0."""
+    """Computes ``max(0, x)``, with slope 0 at 0."""
     return jnp.where(x > 0, x, jnp.zeros_like(x))
 
 

@@ -86,7 +86,7 @@ def gmpo_log_ratios(
     clip_high_threshold: ArrayLike = 1.49,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The clipped log-ratios of tokens that :func:`gmpo` takes the mean of, in any layout.
+    """Computes the clipped log-ratios of tokens that :func:`gmpo` takes the mean of, in any layout.
 
     ``l = min(d, log high)`` where ``A > 0``, ``max(d, log low)`` where ``A < 0`` and ``d``
     elsewhere, with ``d = target_logprobs - sampling_logprobs``.

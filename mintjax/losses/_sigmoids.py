@@ -34,7 +34,7 @@ _BEYOND_LINEAR = (
 
 @jax.custom_jvp
 def sigmoid(x: jax.Array) -> jax.Array:
-    """``1 / (1 + exp(-x))``.
+    """Computes ``1 / (1 + exp(-x))``.
 
     The slope of ``jax.nn.sigmoid`` is ``s * (1 - s)``, which is 0 in float32 from x = 17 on; this
     one's is ``sigmoid(x) * sigmoid(-x)``.
@@ -54,7 +54,7 @@ def _sigmoid_jvp(  # pyright: ignore[reportUnusedFunction]
 
 @jax.custom_jvp
 def log_sigmoid(x: jax.Array) -> jax.Array:
-    """``log(1 / (1 + exp(-x)))``, whose slope is ``sigmoid(-x)``."""
+    """Computes ``log(1 / (1 + exp(-x)))``, whose slope is ``sigmoid(-x)``."""
     size = jnp.abs(x)
     beyond = jnp.log1p(jnp.exp(-size))
     if x.dtype.itemsize > 4:
@@ -78,7 +78,7 @@ def _log_sigmoid_jvp(  # pyright: ignore[reportUnusedFunction]
 
 
 def log1mexp(logprobs: jax.Array) -> jax.Array:
-    """``log(1 - exp(logprobs))``: the log-probability of everything else.
+    """Computes ``log(1 - exp(logprobs))``: the log-probability of everything else.
 
     A logprob above ``-2**-23``, which is 0 within the rounding of float32, counts as ``-2**-23``,
     because a probability of 1 has no complement to take the logarithm of. The slope there is that
@@ -88,7 +88,7 @@ def log1mexp(logprobs: jax.Array) -> jax.Array:
 
 
 def log_odds(logprobs: jax.Array) -> jax.Array:
-    """``log(p / (1 - p))`` of ``logprobs = log p``, with certainty as in :func:`log1mexp`."""
+    """Computes ``log(p / (1 - p))`` of ``log p``, with certainty as in :func:`log1mexp`."""
     logprobs = _below_certainty(logprobs)
     return logprobs - _log1mexp(logprobs)
 
@@ -120,7 +120,7 @@ def _log1mexp_jvp(  # pyright: ignore[reportUnusedFunction]
 
 
 def _expm1(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1`` for ``|x|`` up to log 2, where XLA's was off by 6 ulp before JAX 0.12."""
+    """Computes ``exp(x) - 1`` for ``|x|`` up to log 2; XLA's was off by 6 ulp before JAX 0.12."""
     if x.dtype.itemsize > 4:
         return jnp.expm1(x)
     return x + x * x * _polynomial(_BEYOND_LINEAR, x)

@@ -12,14 +12,14 @@ from mintjax.losses._arrays import torch_clip
 
 
 def ratio_surrogate(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
-    """``exp(log_ratio) * advantages``, 0 where the advantage is 0 although the ratio overflows."""
+    """Computes ``exp(log_ratio) * advantages``, 0 where that is ``inf * 0``."""
     return _exp_unless(_counts_for_nothing(log_ratio, advantages), log_ratio) * advantages
 
 
 def clipped_surrogate(
     log_ratio: jax.Array, advantages: jax.Array, low: jax.Array, high: jax.Array
 ) -> jax.Array:
-    """``min(r * A, clip(r, low, high) * A)`` with ``r = exp(log_ratio)``.
+    """Computes ``min(r * A, clip(r, low, high) * A)`` with ``r = exp(log_ratio)``.
 
     Which of the two is the smaller is decided on values, and ``exp`` is differentiated only where
     the first one is: an overflowing ratio that is clipped has gradient 0, not ``0 * inf``.
@@ -33,7 +33,7 @@ def clipped_surrogate(
 
 @jax.custom_jvp
 def _exp_unless(idle: jax.Array, x: jax.Array) -> jax.Array:
-    """``exp(x)``, but a constant 1 where ``idle``, even if the exponential overflows there.
+    """Computes ``exp(x)``, and 1 without a gradient where ``idle``, even if ``exp(x)`` overflows.
 
     That of ``jnp.where(idle, 0, x)`` would be as safe, but a second exponential beside ``exp(x)``.
     """

@@ -26,7 +26,7 @@ def importance_weights(
     drop: bool = False,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Importance weights of tokens or sequences, truncated or dropped outside an interval.
+    """Computes importance weights, truncated or dropped outside an interval.
 
     ``w = exp(d)`` with ``d`` each token's ``target_logprobs - sampling_logprobs``, or its sum or
     mean over the unmasked tokens of the last axis; then ``clip(w, lower, upper)``, or, with

@@ -324,7 +324,7 @@ def _document(family: type, loss: Loss, fields: Sequence[str]) -> str:
 
 
 def _entries(text: str) -> dict[str, str]:
-    """The entries of the section Args, by their names, each on one line."""
+    """Reads the entries of the section Args, by their names, each on one line."""
     section = re.search(r"^Args:\n((?:[ ]+.*\n|\n)*)", text + "\n", re.MULTILINE)
     blocks = re.split(r"^    (?=\S)", section[1] if section else "", flags=re.MULTILINE)
     pairs = [block.partition(":") for block in blocks if ":" in block]

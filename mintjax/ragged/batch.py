@@ -84,7 +84,7 @@ class Batch(Sequence[Datum]):
     def of_columns(
         cls, names: Iterable[str], num_rows: int, read: Callable[[str], Column]
     ) -> Batch:
-        """A batch that has columns only; taking a datum from it is a ``RowAccessError``.
+        """Makes a batch that has columns only; taking a datum from it is a ``RowAccessError``.
 
         Args:
             names: of the columns there are.
@@ -330,7 +330,7 @@ class Batch(Sequence[Datum]):
     @overload
     def __getitem__(self, index: str) -> Column: ...
     def __getitem__(self, index: int | slice | str) -> Datum | Batch | Column:
-        """A column by its name, a datum by its number, or the batch of a slice of the datums.
+        """Takes a column by its name, a datum by its number, or the batch of a slice of the datums.
 
         Raises:
             DataError: no such column, or a datum lacks it; the message names both.
@@ -361,7 +361,7 @@ class Batch(Sequence[Datum]):
         return Ragged(None, self.layout, tuple(row.view(np.ndarray) for row in rows))
 
     def rows(self, name: str) -> list[Any]:
-        """One column's arrays, one per datum, of one dtype, as JAX holds it.
+        """Lists one column's arrays, one per datum, of one dtype, as JAX holds it.
 
         A column that is an integer in one datum and a float in another is float32 in all.
         What needs no conversion shares the datums' memory.
@@ -490,7 +490,7 @@ def _copy(datum: Datum) -> Datum:
 
 
 def as_batch(data: Sequence[Datum] | Batch) -> Batch:
-    """The data as a ``Batch``; a batch stays itself.
+    """Makes a ``Batch`` of the data; a batch stays itself.
 
     Raises:
         DataError: there is no datum.
@@ -499,7 +499,7 @@ def as_batch(data: Sequence[Datum] | Batch) -> Batch:
 
 
 def check_shapes(name: str, rows: Sequence[Any], lengths: Sequence[int]) -> None:
-    """Check that the rows of a column fit the datums.
+    """Checks that the rows of a column fit the datums.
 
     Args:
         name: of the column.

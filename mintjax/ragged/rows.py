@@ -134,7 +134,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @classmethod
     def from_rows(cls, rows: Sequence[Array]) -> Ragged:
-        """From one array per row, NumPy or JAX, of one dtype; nothing is copied yet.
+        """Makes one of an array per row, NumPy or JAX, of one dtype; nothing is copied yet.
 
         Args:
             rows: at least one array, each of shape ``[T_i]`` or ``[T_i, K]`` with the same K.
@@ -161,7 +161,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
     def from_packed(
         cls, values: npt.NDArray[Any], offsets: npt.NDArray[Any] | Sequence[int]
     ) -> Ragged:
-        """From rows that lie one after another; the rows are views, nothing is copied yet.
+        """Makes one of rows that lie one after another; the rows are views, nothing is copied yet.
 
         Args:
             values: shape ``[N]`` or ``[N, K]``.
@@ -244,7 +244,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
         return padding.from_tiles(self.tiles, self._layout, mask=mask, length=length, fill=fill)
 
     def to_rows(self) -> list[Array]:
-        """One array per row, in order; views where the values are NumPy's.
+        """Lists one array per row, in order; views where the values are NumPy's.
 
         Raises:
             RowAccessError: the lengths are traced.
@@ -252,7 +252,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
         return list(self._row_tuple())
 
     def to_packed(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Values ``[N]`` or ``[N, K]`` one after another, and offsets ``[B + 1]``, as NumPy.
+        """Returns all values, ``[N]`` or ``[N, K]``, and offsets ``[B + 1]``, as NumPy.
 
         Raises:
             RowAccessError: the lengths are traced.
@@ -362,7 +362,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
     @overload
     def __getitem__(self, index: slice) -> Ragged: ...
     def __getitem__(self, index: int | slice) -> Array | Ragged:
-        """A row, or a ``Ragged`` of the rows of a slice (at least one)."""
+        """Takes a row, or a ``Ragged`` of the rows of a slice (at least one)."""
         if isinstance(index, slice):
             return self._select(index)
         if not hasattr(index, "__index__") or isinstance(index, Ragged | bool | np.bool_):
@@ -394,7 +394,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
     # Number by number
 
     def map(self, fn: Callable[..., Array], *others: Operand) -> Ragged:
-        """Apply an element-wise function to this and others of the same lengths.
+        """Applies an element-wise function to this and others of the same lengths.
 
         Args:
             fn: takes arrays of shape ``[..., K]`` or ``[...]`` and returns one with the same
@@ -449,7 +449,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_moves_data
     def astype(self, dtype: Any) -> Ragged:
-        """The same values in another dtype."""
+        """Converts the values to another dtype."""
         return Ragged(jnp.asarray(self.tiles).astype(dtype), self._layout)
 
     def _lift(self, other: Operand) -> Array:
@@ -480,7 +480,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_reduces_rows
     def cumsum(self, axis: int = -1) -> Ragged:
-        """Running sums along each row: ``y[t] = x[0] + ... + x[t]``; -1 is the only axis."""
+        """Computes running sums of each row: ``y[t] = x[0] + ... + x[t]``; -1 is the only axis."""
         idioms.without_axes({"axis": axis}, ())
         sums = reductions.running_sums(self._masked(None, 0), self._layout)
         return Ragged(sums, self._layout)
@@ -489,7 +489,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_reduces_rows
     def sum(self, where: Ragged | None = None) -> Array:
-        """The sum of each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
+        """Sums each row, ``[B]``, over what ``where`` marks; 0 if there is nothing."""
         return tiling.row_sums(reductions.wide(self._masked(where, 0)), self._layout)
 
     @_reduces_rows
@@ -502,18 +502,18 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_reduces_rows
     def mean(self, where: Ragged | None = None) -> Array:
-        """The mean of each row, ``[B]``; 0 for a row with no numbers to take the mean of."""
+        """Takes the mean of each row, ``[B]``; 0 for a row with no numbers to take the mean of."""
         return self.sum(where) / jnp.maximum(self.count(where), 1).astype(self._float_dtype())
 
     @_reduces_rows
     def var(self, where: Ragged | None = None) -> Array:
-        """The variance of each row, ``[B]``: the mean square of what is left after the mean."""
+        """Computes the variance of each row, ``[B]``: the mean square distance from the mean."""
         centred = self - self.mean(where)
         return (centred * centred).mean(where)
 
     @_reduces_rows
     def std(self, where: Ragged | None = None) -> Array:
-        """The standard deviation of each row, ``[B]``: the root of :meth:`var`.
+        """Computes the standard deviation of each row, ``[B]``: the root of :meth:`var`.
 
         As in JAX it divides by the number of values n, where torch divides by n - 1. Where all
         values are equal, as in a row of one token, its derivative is 0, not infinite.
@@ -523,21 +523,21 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_reduces_rows
     def max(self, where: Ragged | None = None) -> Array:
-        """The largest number of each row, ``[B]``; -inf (or the least integer) if none."""
+        """Finds the largest number of each row, ``[B]``; -inf (or the least integer) if none."""
         tiles = self._masked(where, reductions.least(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).max(axis=1)
         return jax.ops.segment_max(per_tile, self._layout.tile_row, self.num_rows)
 
     @_reduces_rows
     def min(self, where: Ragged | None = None) -> Array:
-        """The smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
+        """Finds the smallest number of each row, ``[B]``; inf (or the largest integer) if none."""
         tiles = self._masked(where, reductions.greatest(self.dtype))
         per_tile = tiles.reshape(tiles.shape[0], -1).min(axis=1)
         return jax.ops.segment_min(per_tile, self._layout.tile_row, self.num_rows)
 
     @_reduces_rows
     def logsumexp(self, where: Ragged | None = None) -> Array:
-        """``log(sum(exp(row)))``, ``[B]``, without overflow; -inf for a row with no numbers."""
+        """Computes ``log(sum(exp(row)))``, ``[B]``, without overflow; -inf for no numbers."""
         top = jax.lax.stop_gradient(self.max(where))
         shift = jnp.where(jnp.isfinite(top), top, 0)
         centred = Ragged(self._masked(where, -jnp.inf), self._layout) - shift
@@ -577,7 +577,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_moves_data
     def total(self, where: Ragged | None = None) -> Array:
-        """The sum over all numbers of all rows: a scalar."""
+        """Sums all numbers of all rows: a scalar."""
         return self.total_terms({"": self}, where)[""]
 
     @_moves_data
@@ -605,7 +605,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
     @_moves_data
     def quantile(self, q: Any, where: Ragged | None = None) -> Array:
-        """The ``q``-th quantile of all numbers of all rows, as ``jnp.quantile`` interpolates it.
+        """Finds the ``q``-th quantile of all numbers, as ``jnp.quantile`` interpolates it.
 
         Args:
             q: a number in [0, 1], or an array of such.
@@ -623,7 +623,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
         return reductions.quantile(q, numbers, self.total_count(where))
 
     def _checked(self, where: Any) -> Ragged | None:
-        """A mask; None where torch's ``.sum(-1)`` means what a reduction of rows does anyway."""
+        """Reads a mask; None where torch's ``.sum(-1)`` means what a reduction does anyway."""
         if isinstance(where, Ragged) and jnp.issubdtype(where.dtype, jnp.inexact):
             raise TypeError(
                 f"where= marks what counts, and is boolean or integer, not {where.dtype}, because "
@@ -673,7 +673,7 @@ class Ragged(Operators, metaclass=idioms.NotAnArray):
 
 
 def _concatenate(rows: Sequence[Array], layout: Layout) -> Array:
-    """Tile rows that may be traced, whose lengths are known; differentiable in the rows."""
+    """Tiles rows that may be traced, whose lengths are known; differentiable in the rows."""
     alignment.check_devices(*rows, whole=True)
     size = layout.tile_row.shape[0] * tiling.TILE
     lengths = [row.shape[0] for row in rows]

@@ -80,7 +80,7 @@ class Place(NamedTuple):
 
 
 def bucket(size: int) -> int:
-    """The smallest size at least ``size`` of a series: 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...
+    """Rounds ``size`` up to one of 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...
 
     Each power of two is reached in four equal steps, from 256 on in eight: large batches vary less
     in size, and pay more for what is left empty.
@@ -93,7 +93,7 @@ def bucket(size: int) -> int:
 
 
 def place(lengths: Sequence[int], spare: int = 0) -> Place:
-    """Lay rows of these lengths out, one after another, in a bucketed number of tiles.
+    """Lays rows of these lengths out, one after another, in a bucketed number of tiles.
 
     Args:
         lengths: tokens of each row, ``[B]``.
@@ -113,7 +113,7 @@ def place(lengths: Sequence[int], spare: int = 0) -> Place:
 
 
 def read_table(table: Array, tiles: int, *, padded: bool) -> Layout:
-    """The layout that the ``table`` of a :class:`Place` of so many tiles holds.
+    """Reads the layout that the ``table`` of a :class:`Place` of so many tiles holds.
 
     Args:
         table: as there.
@@ -129,13 +129,13 @@ def read_table(table: Array, tiles: int, *, padded: bool) -> Layout:
 
 
 def layout_of(lengths: Sequence[int]) -> Layout:
-    """The layout of rows of these lengths."""
+    """Lays out rows of these lengths."""
     table, _, tiles = place(lengths)
     return read_table(table, tiles, padded=False)
 
 
 def empty(size: int, trailing: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """A flat buffer for so many tokens, aligned; what is in it is arbitrary."""
+    """Makes a flat buffer for so many tokens, aligned; what is in it is arbitrary."""
     shape = (size, *trailing)
     needed = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(needed + _ALIGNMENT, np.uint8)
@@ -288,7 +288,7 @@ def seal(layout: Layout) -> Sealed:
 
 
 def pack_anew(rows: Sequence[Array], layout: Layout, dtype: Any) -> npt.NDArray[Any]:
-    """NumPy rows as tiles, in a buffer of their own."""
+    """Packs NumPy rows into tiles, in a buffer of their own."""
     flat = empty(len(layout.tile_row) * TILE, rows[0].shape[1:], dtype)
     return fill(pack([rows], layout.lengths.tolist(), flat)[0], layout)
 
@@ -300,12 +300,12 @@ def mask(layout: Layout) -> Array:
 
 
 def widen(per_token: Array, like: Array) -> Array:
-    """Give an array over ``[tiles, TILE]`` the trailing axes of ``like``, each of size one."""
+    """Gives an array over ``[tiles, TILE]`` the trailing axes of ``like``, each of size one."""
     return per_token.reshape(per_token.shape + (1,) * (like.ndim - per_token.ndim))
 
 
 def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
-    """The layout of some of the rows, over the same buffer. ``index``: their numbers, ``[b]``."""
+    """Makes the layout of the rows of the numbers ``index``, ``[b]``, over the same buffer."""
     xp: Any = jnp if isinstance(layout.tile_row, jax.Array) else np
     inverse = np.full(layout.lengths.shape[0], -1, np.int32)
     inverse[index] = np.arange(index.size, dtype=np.int32)
@@ -321,7 +321,7 @@ def select_rows(layout: Layout, index: npt.NDArray[np.int64]) -> Layout:
 
 
 def hide_others(tiles: Array, chosen: Layout) -> Array:
-    """The buffer with rows that were not chosen overwritten by the longest that was.
+    """Overwrites the rows that were not chosen by the longest that was.
 
     A function of what was chosen is not to meet what was not: where it is infinite there, its
     gradient would be ``0 * inf``.
@@ -333,7 +333,7 @@ def hide_others(tiles: Array, chosen: Layout) -> Array:
 
 
 def move(tiles: Array, source: Layout, to: Layout) -> Array:
-    """Rows that lie as one layout says, as another says of rows of the same lengths.
+    """Moves rows that lie as one layout says to where another of the same lengths says.
 
     Chosen rows stay where they were, so that those of two slices lie in different places; whether
     they do cannot be seen where layouts are traced. Where they do not, nothing moves.
@@ -345,12 +345,12 @@ def move(tiles: Array, source: Layout, to: Layout) -> Array:
 
 
 def to_tiles(per_row: Array, layout: Layout) -> Array:
-    """One value per row, ``[B, ...]``, to one per tile, ``[tiles, ...]``."""
+    """Brings one value per row, ``[B, ...]``, to one per tile, ``[tiles, ...]``."""
     return jnp.take(jnp.asarray(per_row), layout.tile_row, axis=0, mode="clip")
 
 
 def row_sums(tiles: Array, layout: Layout) -> Array:
-    """Sum what is in the tiles over each row: ``[tiles, TILE, ...]`` to ``[B]``.
+    """Sums what is in the tiles over each row: ``[tiles, TILE, ...]`` to ``[B]``.
 
     The positions outside the rows must hold zeros.
     """
@@ -362,7 +362,7 @@ def row_sums(tiles: Array, layout: Layout) -> Array:
 
 @jax.custom_jvp
 def _add_tiles(sums: Array, tile_row: Array, lengths: Array) -> Array:
-    """Add the sums of tiles, ``[tiles]``, to those of rows, ``[B]``.
+    """Adds the sums of tiles, ``[tiles]``, to those of rows, ``[B]``.
 
     Adding a long row's one after another in float32 would lose digits, so each is split into a part
     whose sum is exact and a small rest: what is left of it beside a number that no sum of the row's
@@ -417,6 +417,6 @@ def _add_all_jvp(  # pyright: ignore[reportUnusedFunction]
 
 
 def _tile_sums(tiles: Array) -> Array:
-    """Sum each tile, in two levels: ``[tiles, TILE, ...]`` to ``[tiles]``."""
+    """Sums each tile, in two levels: ``[tiles, TILE, ...]`` to ``[tiles]``."""
     lanes = tiles.reshape(tiles.shape[0], TILE // 16, -1)
     return lanes.sum(axis=2).sum(axis=1)

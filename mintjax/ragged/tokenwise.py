@@ -56,7 +56,7 @@ _known: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _passed(fn: Any) -> set[Any]:
-    """The numbers of axes of arguments that a function was found right for."""
+    """Returns the numbers of axes of arguments that a function was found right for."""
     try:
         return _known.setdefault(fn, set())
     except TypeError:  # it cannot be a key
@@ -71,7 +71,7 @@ def _is_own(fn: Any) -> bool:
 
 
 def _mixing(jaxpr: Any, leading: tuple[int, ...]) -> Iterator[str]:
-    """The names of operations that go along the first two axes of arrays of that shape.
+    """Names operations that go along the first two axes of arrays of that shape.
 
     Where the trace flattens such arrays, so do those that go along all tokens in one axis.
     """

@@ -71,7 +71,7 @@ def remote_jit(function: Callable[P, T], **options: Any) -> Callable[P, T]:
 
 
 def call(fn: Callable[..., Array], result: jax.ShapeDtypeStruct, *args: Array) -> jax.Array:
-    """``fn(*args)``, now if nothing is being traced, else each time the compiled program runs.
+    """Calls ``fn(*args)``, now or, if something is traced, each time the program runs.
 
     Args:
         fn: takes arrays and returns a NumPy array. Outside a trace, what it raises passes through.

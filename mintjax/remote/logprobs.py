@@ -111,7 +111,7 @@ class RemoteLogprobs:
         return self._output
 
     def __call__(self, params: Array, data: Batch | Sequence[Datum] | None = None) -> Ragged:
-        """The logprobs of the target tokens, by a forward pass.
+        """Computes the logprobs of the target tokens, by a forward pass.
 
         Args:
             params: the token, a float32 scalar: :attr:`params`, or what ``optax.apply_updates``
@@ -212,7 +212,7 @@ def _rebuilt(lengths: Array, starts: Array, tokens: Array, targets: Array) -> Ba
 def remote_logprobs(
     trainer: Trainer, data: Sequence[Datum] | Batch | None = None
 ) -> RemoteLogprobs:
-    """A model that trains elsewhere as a function that JAX can differentiate.
+    """Makes a function that JAX can differentiate of a model that trains elsewhere.
 
     ``remote(params)`` runs a forward pass, and the backward rule of what is computed from it runs a
     backward pass, which adds ``d loss / d weights`` to what accumulates in the trainer::

@@ -44,7 +44,7 @@ def remote_optimizer(
     weight_decay: Hyperparameter = 0.0,
     grad_clip_norm: Hyperparameter = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW on the trainer, for the params and gradients of :func:`mintjax.remote_logprobs`.
+    """Makes AdamW on the trainer, for the params and gradients of :func:`mintjax.remote_logprobs`.
 
     The loop is any JAX loop; ``update`` runs ``optim_step``, and ``apply_updates`` adds one to the
     version that ``params`` stands for::

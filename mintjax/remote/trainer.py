@@ -20,7 +20,7 @@ class Trainer(Protocol):
     """
 
     def logprobs(self, data: Sequence[Datum]) -> Sequence[npt.NDArray[np.float32]]:
-        """The log-probabilities of the target tokens, in nats; the model stays as it is.
+        """Computes the log-probabilities of the target tokens, in nats; the model stays as it is.
 
         Args:
             data: at least one datum, each with ``target_tokens``.
@@ -36,7 +36,7 @@ class Trainer(Protocol):
         logprobs: Sequence[npt.NDArray[np.float32]],
         grads: Sequence[npt.NDArray[np.float32]],
     ) -> ForwardBackwardOutput:
-        """Accumulate ``sum(grads * d logprobs / d weights)``; how it travels is its own business.
+        """Accumulates ``sum(grads * d logprobs / d weights)``, however it is sent.
 
         Args:
             data: as :meth:`logprobs` had it.
@@ -53,7 +53,7 @@ class Step(Protocol):
     """An optimizer step under way."""
 
     def result(self) -> Any:
-        """Wait until it is done."""
+        """Waits until it is done."""
         ...
 
 
@@ -61,5 +61,5 @@ class Optimizer(Protocol):
     """A trainer's optimizer."""
 
     def optim_step(self, adam_params: AdamParams, /) -> Step:
-        """Update the weights with what has accumulated, and forget that."""
+        """Updates the weights with what has accumulated, and forgets that."""
         ...

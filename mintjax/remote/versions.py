@@ -71,7 +71,7 @@ class Versions:
             self.step()
 
     def check(self, token: Any) -> None:
-        """See that a token is of the present version.
+        """Checks that a token is of the present version.
 
         Raises:
             StaleError: it is not.
@@ -86,7 +86,7 @@ class Versions:
             )
 
     def receipt(self) -> np.float32:
-        """Count a backward pass at the present version.
+        """Counts a backward pass at the present version.
 
         Raises:
             StaleError: there were more passes than receipts can tell apart.
@@ -104,7 +104,7 @@ class Versions:
             return np.float32(number)
 
     def check_receipts(self, receipts: Any) -> None:
-        """See that a sum of receipts is of all that has accumulated at the present version.
+        """Checks that a sum of receipts is of all that has accumulated at the present version.
 
         Raises:
             StaleError: it is not.
@@ -126,13 +126,13 @@ class Versions:
             )
 
     def step(self) -> None:
-        """Count an optimizer step."""
+        """Counts an optimizer step."""
         with self._lock:
             self._version += 1
             self._passes = self._sum = 0
 
     def forget(self) -> None:
-        """Take what has accumulated as gone."""
+        """Takes what has accumulated as gone."""
         with self._lock:
             self._passes = self._sum = 0
 
@@ -142,7 +142,7 @@ _lock = threading.Lock()
 
 
 def versions_of(trainer: Any) -> Versions:
-    """The one count there is for a trainer."""
+    """Finds the one count there is for a trainer."""
     with _lock:
         if trainer not in _versions:
             alive = weakref.ref(trainer)

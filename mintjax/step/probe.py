@@ -450,7 +450,7 @@ class _Steps:
         return self._score - before
 
     def logprobs(self, data: Sequence[Datum]) -> list[npt.NDArray[np.float32]]:
-        """The logprobs of the targets as the model is."""
+        """Computes the logprobs of the targets as the model is."""
         output: ForwardBackwardOutput = self._model.forward(
             forward_data(data), FORWARD_LOSS_FN
         ).result()

@@ -111,7 +111,7 @@ def on_server(loss: ServerLoss, loss_id: str, batch: Batch) -> Backward | None:
 
 
 def _builtin(objective: Objective) -> tuple[str, dict[str, float]] | None:
-    """The trainer's loss that an objective is, if its own class says so.
+    """Finds the trainer's loss that an objective is, if its own class says so.
 
     A user's subclass that says nothing itself may compute another loss than its base.
     """
@@ -174,7 +174,7 @@ def _policy_inputs(loss_fn: str, columns: dict[str, Floats]) -> dict[str, Floats
 
 
 def _on_targets(column: npt.NDArray[Any] | None, shape: tuple[int, ...]) -> Floats | None:
-    """A column of a datum in the shape of its targets, or None if it does not fit them."""
+    """Brings a column of a datum to the shape of its targets; None if it does not fit them."""
     if column is None:
         return None
     if column.shape == shape[:1]:

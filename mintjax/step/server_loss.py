@@ -99,7 +99,7 @@ def lower(
 
 
 def narrow(dtype: Any) -> Any:
-    """The dtype in which JAX has numbers of this one on a trainer: of 32 bits."""
+    """Finds the dtype in which JAX has numbers of this one on a trainer: of 32 bits."""
     kind = np.dtype(dtype).kind
     return np.dtype({"f": np.float32, "i": np.int32, "u": np.int32}.get(kind, dtype))
 
@@ -226,7 +226,7 @@ class _Writer:
         return self._tokens
 
     def _aligned(self, value: _Value, axes: Sequence[Any]) -> Any:
-        """An argument that broadcasts against a tensor which has these axes."""
+        """Makes an argument broadcast against a tensor which has these axes."""
         if value.is_number:
             return _argument(value)
         return self._inserted(value, tuple(range(len(axes))))

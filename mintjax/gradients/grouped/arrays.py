@@ -101,7 +101,7 @@ class Arrays:
         return laid_out if ragged else stacked
 
     def whole(self, slot: Slot) -> Value:
-        """An array that is the value of one slot."""
+        """Returns an array that is the value of one slot."""
         slot = self._same(slot)
         if slot in self._folded and slot not in self._places:
             value = self._value(Kind())
@@ -127,7 +127,7 @@ class Arrays:
         return self._step(compute, [value], Kind())
 
     def together(self, slots: Sequence[Slot], rows: Rows) -> Value:
-        """An array of values that are as long as their rows, one after the other."""
+        """Joins values that are as long as their rows, one after the other."""
         slots = [self._same(slot) for slot in slots]
         return self._once(("together", *slots), lambda: self._gather(slots, rows))
 
@@ -164,7 +164,7 @@ class Arrays:
         return str(size), tuple(trailing)
 
     def full(self, value: Value, rows: Rows) -> Value:
-        """An array with all its numbers, which a uniform one spares."""
+        """Returns an array with all its numbers, which a uniform one spares."""
         kind = self.kinds[value]
         if not kind.uniform:
             return value
@@ -176,7 +176,7 @@ class Arrays:
         return self._once(("full", value, rows), lambda: self._step(compute, [value], made))
 
     def stack(self, slots: Sequence[Slot]) -> Value:
-        """An array whose members are values of one fixed shape."""
+        """Stacks values of one fixed shape."""
         slots = [self._same(slot) for slot in slots]
         key = ("stack", *slots)
         return self._once(key, lambda: self._stack(slots))
@@ -239,7 +239,7 @@ def shaped_as(shape: tuple[int, ...]) -> Compute:
 
 
 def chosen_by(indices: list[int]) -> Any:
-    """An index for members, a slice where that is enough, because that copies nothing."""
+    """Makes an index for members, a slice where that is enough, because that copies nothing."""
     step = indices[1] - indices[0] if len(indices) > 1 else 1
     if step and all(b - a == step for a, b in itertools.pairwise(indices)):
         end = indices[-1] + (1 if step > 0 else -1)

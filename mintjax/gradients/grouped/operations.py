@@ -207,7 +207,7 @@ class Operations(Arrays):
         return self._step(compute, [], Kind(None, "", (), len(rows)))
 
     def _flat_rows(self, operand: Operand, job: Job) -> tuple[Value, str]:
-        """An operand of rows with all its numbers, and the size of each row in it."""
+        """Returns an operand of rows with all its numbers, and the size of each row in it."""
         return self.full(operand.value, job.rows), str(operand.shape[0])
 
     def _elements(self, job: Job, kind: Kind) -> Value:
@@ -317,7 +317,7 @@ class Operations(Arrays):
         return self._step(compute, [], kind)
 
     def _picked(self, job: Job, kind: Kind) -> Value | None:
-        """A window of fixed size of each row."""
+        """Takes a window of fixed size of each row."""
         operand, at = job.operands[0], job.operands[1]
         window = _window(job, operand.shape)
         if window is None or type(window.size) is Text:
@@ -333,7 +333,7 @@ class Operations(Arrays):
         return self._step(compute, reads, kind)
 
     def _gathered_rows(self, job: Job, kind: Kind) -> Value | None:
-        """A window of each row that is as long as the row, or shorter by a number."""
+        """Takes a window of each row that is as long as the row, or shorter by a number."""
         operand = job.operands[0]
         window = _window(job, operand.shape)
         if window is None or type(window.size) is not Text or window.start is None:
@@ -546,7 +546,7 @@ def _window(job: Job, shape: tuple[Any, ...], update: tuple[Any, ...] = ()) -> _
 
 
 def _places(cuts: Cuts, size: int, start: int | None, starts: Sequence[Array]) -> Array:
-    """The places of a window in each row, ``[rows, size]``."""
+    """Computes the places of a window in each row, ``[rows, size]``."""
     first = np.asarray(starts[0] if start is None else start, np.int64)
     low = np.minimum(np.maximum(first, 0), cuts.lengths - size)
     return (cuts.places[:-1] + low)[:, None] + np.arange(size)
@@ -596,7 +596,7 @@ def _up(axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _of_stack(name: str, count: int, params: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The parameters of an operation on a stack of so many members, from those on one of them.
+    """Makes the parameters of an operation on a stack of so many members, from those on one.
 
     Returns:
         None if there is no such operation.
@@ -621,7 +621,7 @@ def _of_stack(name: str, count: int, params: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _of_rows(name: str, params: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The parameters of an operation on all rows, from those on one of them.
+    """Makes the parameters of an operation on all rows, from those on one of them.
 
     Returns:
         None if there is no such operation, as where it goes along a row.

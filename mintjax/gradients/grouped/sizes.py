@@ -75,7 +75,7 @@ _SYMBOL = re.compile(r"\bn(\d+)\b")
 
 
 def join_rows(a: int, b: int) -> int:
-    """The row of two things, given that of each."""
+    """Returns the row of two things, given that of each."""
     if a == b or b == FIXED:
         return a
     return b if a == FIXED else MIXED

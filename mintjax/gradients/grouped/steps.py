@@ -18,7 +18,7 @@ _rooms = threading.local()
 
 
 def room(number: int, size: int, trailing: tuple[int, ...], dtype: Any) -> Array:
-    """Room for an input, which this thread uses again, because to map new memory takes longer."""
+    """Lends room for an input, which this thread uses again, because new memory takes longer."""
     rooms: dict[Any, Array] = _rooms.__dict__
     key = (number, trailing, dtype)
     if key not in rooms or len(rooms[key]) < size:
