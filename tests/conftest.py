@@ -48,10 +48,18 @@ def pytest_sessionstart():
 
 
 def pytest_collection_finish():
-    """Checks that no conftest has asked for the profile before it was loaded."""
+    """Checks that no conftest has asked for the profile before it was loaded.
+
+    It also takes what was imported out of the garbage collector's sight, and lets the collector
+    run seldom by default, because it would look through all modules again and again.
+    """
     examples = sys.modules.get("tests.examples")
     if examples is not None and settings.default.derandomize == examples.THOROUGH:
         raise pytest.UsageError("tests.examples was imported by a conftest, which is too early")
+    if settings.default.derandomize:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_sessionfinish():

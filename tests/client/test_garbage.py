@@ -180,7 +180,7 @@ def array_of(tensor: dict[str, Any]) -> np.ndarray[Any, Any]:
     return values.astype(float).astype("float32") if tensor["dtype"] == "float32" else values
 
 
-@settings(max_examples=2 * examples(50))
+@settings(max_examples=2 * examples(20))
 @given(body=damaged() | st.binary(max_size=60), status=st.sampled_from([200] * 9 + [400, 404, 500]))
 @example(body=json.dumps(TRUE).encode(), status=200)
 @example(body=json.dumps(RICH).encode(), status=200)

@@ -21,6 +21,7 @@ from mintjax.local.app import application
 from mintjax.protocol import messages
 from mintjax.step.reduction import Reduction
 
+from ..examples import THOROUGH
 from .double import ADDRESS, QUICK
 
 NANO = "mintjax/nano"
@@ -95,7 +96,7 @@ class Scaled:
         return self.scale * loss, metrics
 
 
-@settings(max_examples=4)
+@settings(max_examples=4 if THOROUGH else 2)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=4, max_size=4),
     seed=st.integers(0, 99),

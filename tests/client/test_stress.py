@@ -14,7 +14,7 @@ from .stress import Crowd, Forgetful, serving, stress
 
 
 def test_a_crowd_on_one_service_client_gets_its_own_answers():
-    requests = 3000 if THOROUGH else 200
+    requests = 3000 if THOROUGH else 100
     report = stress(requests=requests, threads=32, tasks=32, models=8)
     assert report.errors == []
     assert report.requests >= requests

@@ -30,6 +30,8 @@ from mintjax.errors import NonFiniteError, ObjectiveError
 from mintjax.gradients import identity
 from mintjax.gradients.identity import _identify, identify
 
+from ..examples import THOROUGH
+
 SCALE = 1.0
 SETTINGS = types.SimpleNamespace(scale=1.0)
 
@@ -372,23 +374,28 @@ def rematerialized(value):
 mapped = jax.vmap(branch)
 
 
+KEPT_TRACES = {
+    "scan": lambda values: jax.lax.scan(body, 0.0, values)[0],
+    "cond": lambda values: jax.lax.cond(values.sum() < 0, branch, branch, values.sum()),
+    "switch": lambda values: jax.lax.switch(0, [branch, branch], values.sum()),
+    "checkpoint": lambda values: rematerialized(values.sum()),
+    "vmap": lambda values: mapped(values).sum(),
+}
+# By default each is tried once, and those that follow each other differ in whether they loop.
+WITH_AND_WITHOUT_LOOP = [
+    (name, loop)
+    for number, name in enumerate(KEPT_TRACES)
+    for loop in (False, True)
+    if THOROUGH or loop == (number % 2 == 1)
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*takes rows one by one")
-@pytest.mark.parametrize(
-    "apply",
-    [
-        lambda values: jax.lax.scan(body, 0.0, values)[0],
-        lambda values: jax.lax.cond(values.sum() < 0, branch, branch, values.sum()),
-        lambda values: jax.lax.switch(0, [branch, branch], values.sum()),
-        lambda values: rematerialized(values.sum()),
-        lambda values: mapped(values).sum(),
-    ],
-    ids=["scan", "cond", "switch", "checkpoint", "vmap"],
-)
-@pytest.mark.parametrize("loop", [False, True])
-def test_a_function_of_which_jax_keeps_a_trace_is_traced_anew(apply, loop, monkeypatch):
+@pytest.mark.parametrize(("name", "loop"), WITH_AND_WITHOUT_LOOP)
+def test_a_function_of_which_jax_keeps_a_trace_is_traced_anew(name, loop, monkeypatch):
     def objective(data, logprobs):
         sums = jnp.stack([row.sum() for row in logprobs]) if loop else logprobs.sum()
-        return apply(sums), {}
+        return KEPT_TRACES[name](sums), {}
 
     for scale, sizes in ((1.0, (3, 2)), (3.0, (3, 2)), (1.0, (3, 2)), (3.0, (3,)), (1.0, (3,))):
         monkeypatch.setitem(globals(), "SCALE", scale)

@@ -20,7 +20,7 @@ from mintjax.gradients import lengths, loops
 from ..examples import examples
 from .loop_forms import FORMS, Form
 
-FEW = settings(max_examples=examples(4))
+FEW = settings(max_examples=examples(2))
 LENGTHS = st.one_of(st.integers(1, 4), st.sampled_from([127, 128, 129, 200]))
 LONG = st.sampled_from([16, 17, 128, 200])
 

@@ -14,6 +14,7 @@ from mintjax import local, losses, objectives
 from mintjax.local import model
 from mintjax.types import AdamParams
 
+from ..examples import THOROUGH
 from .data import batch
 from .test_engine import assert_close, assert_identical, norm
 
@@ -69,6 +70,8 @@ OBJECTIVES = {
     **{name: OfPolicy(name) for name in POLICY_LOSSES},
     "gspo": objectives.gspo(),
 }
+# By default ppo stands for the policy losses, because they differ in a formula of one token.
+TRIED = [name for name in OBJECTIVES if THOROUGH or name not in {*POLICY_LOSSES} - {"ppo"}]
 
 
 def composed(name, rows, columns):
@@ -111,7 +114,7 @@ def true_gradients():
     return jax.jit(jax.jacrev(losses_of))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TRIED)
 def test_what_accumulates_is_the_gradient_of_the_composed_loss(engine, fresh, name):
     lora = engine.model(fresh.model_id).lora
     place = list(OBJECTIVES).index(name)

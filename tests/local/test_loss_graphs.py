@@ -10,6 +10,7 @@ from mintjax.local.limits import Limits
 from mintjax.local.loss_graphs import CustomLoss
 from mintjax.local.torch_functions import FUNCTIONS, METHODS
 from mintjax.protocol.messages import CustomLossGraph, CustomLossNode
+from tests.examples import THOROUGH
 from tests.local.graphs import INPUTS, LOGPROBS, OUTPUT, graph, node
 
 ROW = np.array([-1.0, 0.0, 0.8, 1.2, 25.0, -0.5], np.float32)
@@ -60,7 +61,7 @@ nodes = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300 if THOROUGH else 100)
 @given(st.lists(nodes, max_size=3), st.booleans())
 def test_garbage_is_refused_in_words(between, whole):
     given = graph(*between) if whole else CustomLossGraph(between)

@@ -12,6 +12,7 @@ import pytest
 from mintjax import losses
 
 from ..by_numpy import evaluate
+from ..examples import some
 from . import cases
 
 GROUPS = [losses.grpo, losses.rloo, losses.group_mean_centred, losses.dr_grpo]
@@ -19,7 +20,7 @@ GROUPS = [losses.grpo, losses.rloo, losses.group_mean_centred, losses.dr_grpo]
 
 @pytest.mark.parametrize("estimator", GROUPS)
 @pytest.mark.parametrize("reward", [250.3, 0.1, 1e-30, -7.7, 3e30])
-@pytest.mark.parametrize("size", [1, 2, 3, 64, 1000])
+@pytest.mark.parametrize("size", some([1, 2, 3, 64, 1000], 2))
 def test_a_group_whose_rewards_agree_has_no_advantage(estimator, reward, size):
     rewards = np.full(size, reward, np.float32)
     assert (np.asarray(estimator(rewards)) == 0).all()

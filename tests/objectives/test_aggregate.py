@@ -50,7 +50,7 @@ def steps(draw: st.DrawFn) -> tuple[list[mintjax.Datum], Rows]:
 
 @pytest.mark.parametrize("how", get_args(objectives.Aggregation))
 @given(step=steps(), family=st.sampled_from(sorted(FAMILIES)))
-@settings(max_examples=examples(2))
+@settings(max_examples=examples(1))
 def test_a_step_in_two_requests_is_the_same_step(how, step, family):
     data, logprobs = step
     make = FAMILIES[family]

@@ -58,7 +58,7 @@ def draw(name: str, data: st.DataObject) -> testing.Example:
     return data.draw(kinds)
 
 
-@pytest.mark.parametrize("name", some(sorted(OWN_WAY), 3))
+@pytest.mark.parametrize("name", some(sorted(OWN_WAY), 5))
 @given(data=st.data())
 @settings(max_examples=ALONE)
 def test_every_objective_obeys_every_law(name, data):

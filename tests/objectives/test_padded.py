@@ -38,7 +38,7 @@ def marks(draw, lengths):
     return mask if kind == "prefix" else rng.permuted(mask, axis=1)
 
 
-@pytest.mark.parametrize("name", some(NAMES, 4))
+@pytest.mark.parametrize("name", some(NAMES, 7))
 @given(data=st.data())
 @settings(max_examples=min(examples(2), 5))  # each compiles, for every objective
 def test_padded_arrays_give_what_datums_give(name, data):

@@ -91,7 +91,7 @@ def everything(objective: Any, data: Any, rows: list, dtype: Any) -> dict[str, n
     return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("name", some(OBJECTIVES, 7))
+@pytest.mark.parametrize("name", some(OBJECTIVES, 12))
 @given(data=st.data())
 @settings(max_examples=examples(1))
 def test_an_objective_is_right_where_formulas_break(name, data):
