@@ -162,14 +162,11 @@ def _loss_and_gradient(
     loss_fn: Array,
     options: Mapping[str, Mapping[str, Array]],
 ) -> _Outputs:
-    def read(lora: Weights) -> Array:
-        return model.logprobs(config, base, lora, tokens, targets)
-
     def total(logprobs: Array) -> tuple[Array, Array]:
         rows = _row_losses(logprobs, columns, divisors, loss_fn, options)
         return rows.sum(), rows
 
-    logprobs, pull_back = cast(tuple[Array, Callable[[Array], tuple[Weights]]], jax.vjp(read, lora))
+    logprobs, pull_back = _logprobs_and_pull(config, base, lora, tokens, targets)
     (_, losses), cotangent = jax.value_and_grad(total, has_aux=True)(logprobs)
     finite = jnp.isfinite(losses) & jnp.isfinite(cotangent).all(axis=(1, 2))
     (gradient,) = pull_back(cotangent)
@@ -198,7 +195,7 @@ _forward: Callable[..., _Outputs] = jax.jit(_loss, static_argnames="config")
 
 def _logprobs_and_pull(
     config: ModelConfig, base: Weights, lora: Weights, tokens: Array, targets: Array
-) -> Any:
+) -> tuple[Array, Callable[[Array], tuple[Weights]]]:
     def read(lora: Weights) -> Array:
         return model.logprobs(config, base, lora, tokens, targets)
 

@@ -19,7 +19,7 @@ from mintjax.local import model
 from mintjax.local.compute import MAX_ROWS, length_bucket, row_bucket
 from mintjax.local.limits import DEFAULT_LIMITS, Limits
 from mintjax.local.model import Cache, ModelConfig, Weights
-from mintjax.local.slices import Slices, finish
+from mintjax.local.slices import Slices
 from mintjax.local.tokenizer import END, VOCAB_SIZE, to_bytes
 from mintjax.protocol.messages import (
     PromptTargets,
@@ -133,7 +133,7 @@ def check_request(
     wanted: Wanted = NOTHING,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
-    """Checks what :func:`sample` would be given.
+    """Checks what :func:`sample_in_slices` would be given.
 
     Raises:
         DataError: naming the field, and what to do.
@@ -220,28 +220,6 @@ def _check_wanted(
                 f"token {wrong[0]} is outside the vocabulary of {VOCAB_SIZE}, and is not -1",
                 field="target_prompt_logprobs",
             )
-
-
-def sample(
-    config: ModelConfig,
-    weights: Weights,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    *,
-    num_samples: int = 1,
-    wanted: Wanted = NOTHING,
-) -> SampleResponse:
-    """Continues a prompt; :func:`sample_in_slices` in one go, with the same arguments."""
-    return finish(
-        sample_in_slices(
-            config,
-            weights,
-            prompt,
-            params,
-            num_samples=num_samples,
-            wanted=wanted,
-        )
-    )
 
 
 def sample_in_slices(
