@@ -74,8 +74,12 @@ class ImageChunk(msgspec.Struct, frozen=True):
             raise _no_image("it needs the bytes of a file")
         if self.format not in ("png", "jpeg"):
             raise _no_image(f"format {self.format!r} is neither 'png' nor 'jpeg'")
-        if self.expected_tokens is not None and self.expected_tokens < 1:
-            raise _no_image(f"expected_tokens is {self.expected_tokens}; it is at least 1")
+        if self.expected_tokens is None:
+            return
+        number = self.expected_tokens
+        if isinstance(number, bool) or not hasattr(number, "__index__") or number < 1:
+            raise _no_image(f"expected_tokens is {number!r}; it is a whole number of at least 1")
+        msgspec.structs.force_setattr(self, "expected_tokens", int(number))
 
     def __repr__(self) -> str:
         about = f"format={self.format!r}, expected_tokens={self.expected_tokens}"

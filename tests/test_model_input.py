@@ -43,6 +43,9 @@ def test_an_image_counts_as_the_tokens_that_are_expected_of_it():
         (("?", "png"), "not base64"),
         ((b"1", "gif"), "'gif' is neither 'png' nor 'jpeg'"),
         ((b"1", "png", 0), "expected_tokens is 0"),
+        ((b"1", "png", "3"), "expected_tokens is '3'"),
+        ((b"1", "png", 2.5), "expected_tokens is 2.5"),
+        ((b"1", "png", True), "expected_tokens is True"),
     ],
 )
 def test_what_is_no_image_is_refused(given, why):

@@ -278,7 +278,7 @@ class _Walk:
             made = cast("functools.partial[Any]", value)
             return ("partial", self.of(made.func), self.of(made.args), self.of(made.keywords))
         if isinstance(value, types.ModuleType):
-            return Same(value)
+            return self._of_module(value)
         if isinstance(value, type):
             return self.of_type(value)
         if isinstance(value, Enum):  # its value may be a dict, and it may have more attributes
@@ -355,6 +355,13 @@ class _Walk:
             parts.append(self.of_type(type(kind)))
         return tuple(parts)
 
+    def _of_module(self, module: types.ModuleType) -> Fingerprint:
+        """Compares all values of a user's module that an object holds; none says which it reads."""
+        if _is_library_module(module):
+            return Same(module)
+        space = vars(module)
+        return (Same(module), tuple((name, self.of(space[name])) for name in _values_in(space)))
+
     def _of_function(self, function: types.FunctionType) -> Fingerprint:
         if _is_library(function):
             inner = getattr(function, "__wrapped__", None)
@@ -404,7 +411,8 @@ class _Walk:
         for name in names:
             if name in space:
                 value = space[name]
-                found.append((name, self.of(value)))
+                is_module = isinstance(value, types.ModuleType)  # entered below, by what is named
+                found.append((name, Same(value) if is_module else self.of(value)))
                 entered = any(value is module for module in within)
                 if isinstance(value, types.ModuleType) and not _is_library_module(value):
                     inside = [*within, value]
@@ -590,31 +598,33 @@ def _is_installed(kind: type) -> bool:
     return file is None or file.startswith(_INSTALLED)
 
 
-_said: set[type | str] = set()
+_said: set[Any] = set()
+
+
+def _say_once(what: Any, text: str) -> None:
+    """Warns of something, the first time that it is met."""
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(text, stacklevel=3)
 
 
 def _say_changes(function: Any) -> None:
     name = str(function.__name__)
-    if name not in _said:
-        _said.add(name)
-        warnings.warn(
-            f"an objective calls {name}, which gives another value at each call. JAX "
-            "calls the objective once, to trace it, so that every step has the first value. Call "
-            "it outside and pass the numbers as a loss_fn_inputs column.",
-            stacklevel=2,
-        )
+    _say_once(
+        name,
+        f"an objective calls {name}, which gives another value at each call. JAX calls the "
+        "objective once, to trace it, so that every step has the first value. Call it outside and "
+        "pass the numbers as a loss_fn_inputs column.",
+    )
 
 
 def _say_unfollowed(function: types.FunctionType) -> None:
-    name = str(function.__qualname__)
-    if name not in _said:
-        _said.add(name)
-        warnings.warn(
-            f"{name} finds values by eval, exec, sys.modules or an import by name, which cannot be "
-            "followed. If such a value changes between steps, the compiled objective will not "
-            "notice. Name the variable in the code, or pass it as a loss_fn_inputs column.",
-            stacklevel=2,
-        )
+    _say_once(
+        function.__code__,  # and not its name, because all lambdas have one
+        f"{function.__qualname__} finds values by eval, exec, sys.modules or an import by name, "
+        "which cannot be followed. If such a value changes between steps, the compiled objective "
+        "will not notice. Name the variable in the code, or pass it as a loss_fn_inputs column.",
+    )
 
 
 def _say_incomparable(value: Any) -> None:
@@ -623,11 +633,9 @@ def _say_incomparable(value: Any) -> None:
     draws = isinstance(value, Iterator | random.Random)
     if not draws and (module == "mintjax" or module in sys.stdlib_module_names):
         return  # clients, loggers, locks, files: nothing that a loss is computed from
-    if kind not in _said:
-        _said.add(kind)
-        warnings.warn(
-            f"an objective reads an object of type {kind.__qualname__}, which shows no value "
-            "that can be compared. If it changes between steps, the compiled objective will not "
-            "notice. Pass what changes as a loss_fn_inputs column or as a number.",
-            stacklevel=2,
-        )
+    _say_once(
+        kind,
+        f"an objective reads an object of type {kind.__qualname__}, which shows no value that can "
+        "be compared. If it changes between steps, the compiled objective will not notice. Pass "
+        "what changes as a loss_fn_inputs column or as a number.",
+    )

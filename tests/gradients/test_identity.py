@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 
 from mintjax import Datum, ModelInput, gradients, objectives, value_and_logprob_grads
 from mintjax.errors import NonFiniteError, ObjectiveError
-from mintjax.gradients import identity
 from mintjax.gradients.identity import _identify, identify
 
 from ..examples import THOROUGH
@@ -496,6 +495,14 @@ def by_the_variables_of_a_module(data, logprobs):
     return vars(settings_of_a_test)["sca" + "le"] * logprobs.total(), {}
 
 
+def by_a_module_in_a_list(data, logprobs):
+    return kept_modules[0].scale * logprobs.total(), {}
+
+
+kept_modules = [types.ModuleType("held_by_a_list")]
+kept_modules[0].__file__ = __file__
+
+
 def changed(scale, monkeypatch):
     """Writes a scale to every place that the objectives of the next test read."""
     name = "settings_of_a_test"
@@ -505,6 +512,7 @@ def changed(scale, monkeypatch):
     monkeypatch.setenv("SCALE_OF_A_TEST", str(scale))
     monkeypatch.setitem(globals(), "SCALE", scale)
     variable.set(scale)
+    kept_modules[0].scale = scale
     Member.HELD.value["scale"] = Member.NAMED.scale = owner.scale = scale
     single.value = shared.value = scale
 
@@ -524,6 +532,7 @@ def changed(scale, monkeypatch):
         lambda data, logprobs: (Member.HELD.value["scale"] * logprobs.total(), {}),
         lambda data, logprobs: (Member.NAMED.scale * logprobs.total(), {}),
         lambda data, logprobs: (weak().scale * logprobs.total(), {}),
+        by_a_module_in_a_list,
         lambda data, logprobs: (single.value * logprobs.total(), {}),
         lambda data, logprobs: (shared.value * logprobs.total(), {}),
     ],
@@ -544,7 +553,6 @@ def test_a_value_outside_of_all_objects_that_changes_is_seen(objective, monkeypa
 )
 def test_a_value_that_cannot_be_followed_is_said(objective, monkeypatch):
     monkeypatch.setitem(globals(), "SCALE", 1.0)
-    monkeypatch.setattr(identity, "_said", set())
     with pytest.warns(UserWarning, match=r"<lambda> finds values by eval.*Name the variable"):
         assert slope(objective)[0] == 1.0
 
