@@ -145,7 +145,30 @@ def _trace_batch(
 
     trace: Any = jax.make_jaxpr(jax.value_and_grad(value, has_aux=True), return_shape=True)
     closed, shape = trace(rows)
+    _check_integers(value, closed, rows)
     return closed, cast("Any", jax.tree_util.tree_structure(shape))
+
+
+def _check_integers(value: Any, closed: Any, rows: Rows) -> None:
+    """Refuses NumPy's integers beyond 32 bits that meet a traced value, because JAX wraps them.
+
+    JAX says nothing of it, so a second trace, which has 64 bits, shows what JAX was given.
+
+    Raises:
+        OverflowError: one does not fit.
+    """
+    wide_already = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
+    if wide_already or not any(np.asarray(const).dtype.kind in "iu" for const in closed.consts):
+        return
+    try:
+        with jax.enable_x64(True):
+            consts: list[Any] = cast("Any", jax.make_jaxpr(value)(rows)).consts
+    except Exception:  # a function that takes 32 bits only cannot be traced with 64
+        return
+    for const in consts:
+        array = np.asarray(const)
+        if array.ndim and array.dtype == np.int64:
+            interpreted.narrowed(array, np.dtype(np.int32))
 
 
 def _warn(objective: Objective, reason: str, error: BaseException) -> None:

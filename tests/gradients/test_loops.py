@@ -299,3 +299,26 @@ def test_a_gradient_with_an_axis_of_one_number_has_the_shape_of_its_row(name):
     found = value_and_logprob_grads(FORMS[name].loop, data, logprobs).grads
     for grad, row in zip(found, logprobs, strict=True):
         assert grad.shape == row.shape
+
+
+@pytest.mark.filterwarnings("ignore")  # of loops that are traced anew, and functions made anew
+@pytest.mark.parametrize("far", [2**33, 2**31, 2**31 - 9])
+def test_an_integer_of_numpy_that_jax_would_wrap_is_refused(far):
+    tokens = mintjax.ModelInput.from_ints([1, 2])
+    data = [mintjax.Datum(tokens, {"ids": np.array([1, 2])})] * 2
+
+    def objective(data, logprobs):
+        total = 0.0
+        for datum, row in zip(data, logprobs, strict=True):
+            ids = np.asarray(datum.loss_fn_inputs["ids"]) + far  # so each batch is traced
+            total = total + (ids * row).sum()
+        return total, {}
+
+    rows = [np.array([-1.0, -2.0], np.float32)] * 2
+    for _ in range(2):
+        if far + 2 < 2**31:
+            result = mintjax.value_and_logprob_grads(objective, data, rows)
+            np.testing.assert_allclose(result.grads[0], np.array([1, 2]) + far)
+        else:
+            with pytest.raises(OverflowError, match="does not fit int32"):
+                mintjax.value_and_logprob_grads(objective, data, rows)
